@@ -1,0 +1,5 @@
+"""`python -m gptfast` is the same as `gptfast`."""
+
+from gptfast.cli import main
+
+main()

@@ -1,0 +1,127 @@
+"""The switch between Triton and eager PyTorch, one choice per operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+
+import kernels
+from kernels import reference, runtime
+
+Choice = Literal["triton", "eager"]
+Request = str | Mapping[str, str]
+
+# the operators behind each choice, by their names in `kernels` and `kernels.reference`
+OPERATORS = {
+    "layer_norm": ("layer_norm",),
+    "ffn": ("gelu_ffn",),
+    "attention": ("causal_attention",),
+    "loss": (),
+}
+# what has no Triton kernel: "triton" for all operators leaves it eager, "triton" for it alone is an error
+EAGER_ONLY = ("loss",)
+
+MAX_HEAD_SIZE = 256
+
+
+class Backend(Mapping[str, Choice]):
+    """A namespace of operators, and the choices that made it.
+
+    As a mapping it tells the choice of each operator: `backend["attention"]` is `"triton"` or `"eager"`. Its attributes
+    are the functions themselves: `backend.causal_attention(q, k, v)`.
+    """
+
+    def __init__(self, **choices: Choice) -> None:
+        if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:
+            raise ValueError(f"Backend needs 'triton' or 'eager' for each of {', '.join(OPERATORS)}, got {choices}")
+        self._choices = choices
+        for operator, names in OPERATORS.items():
+            for name in names:
+                setattr(self, name, getattr(kernels if choices[operator] == "triton" else reference, name))
+
+    def __getitem__(self, operator: str) -> Choice:
+        return self._choices[operator]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __repr__(self) -> str:
+        return f"Backend({', '.join(f'{operator}={choice!r}' for operator, choice in self._choices.items())})"
+
+
+def parse(request: Request) -> dict[str, str]:
+    """What is asked for each operator: "auto", "triton" or "eager".
+
+    Args:
+        request: one of those words for all operators, or a mapping from operator to word, also written as
+            "attention=triton,ffn=eager"; the rest is "auto".
+
+    Raises:
+        ValueError: an unknown word or operator.
+    """
+    if isinstance(request, str) and "=" in request:
+        pairs = [pair.partition("=") for pair in request.split(",")]
+        request = {operator.strip(): word.strip() for operator, _, word in pairs}
+    if isinstance(request, str):
+        _require_word(request)
+        asked = dict.fromkeys(OPERATORS, request)
+        if request == "triton":
+            asked.update(dict.fromkeys(EAGER_ONLY, "eager"))
+        return asked
+    if not isinstance(request, Mapping):
+        raise ValueError(f"backend must be a word or a mapping from operator to word, got {type(request).__name__}")
+    for operator, word in request.items():
+        if operator not in OPERATORS:
+            raise ValueError(f"unknown operator {operator!r} in backend; accepted: {', '.join(OPERATORS)}")
+        _require_word(word)
+        if word == "triton" and operator in EAGER_ONLY:
+            raise ValueError(f"the operator {operator!r} has no Triton kernel; accepted: auto, eager")
+    return {operator: request.get(operator, "auto") for operator in OPERATORS}
+
+
+def _require_word(word: object) -> None:
+    if word not in ("auto", "triton", "eager"):
+        raise ValueError(f"unknown backend {word!r}; accepted: auto, triton, eager")
+
+
+def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, head_size: int) -> Backend:
+    """Decide for each operator. "auto" is Triton on CUDA devices where it can run, and never fails.
+
+    Args:
+        asked: what `parse` returned.
+        device: where the model is.
+        dtype: of the model's parameters.
+        head_size: width of one attention head.
+
+    Raises:
+        ValueError: "triton" was asked for where it cannot run; the message names the reason and the way out.
+    """
+    choices: dict[str, Choice] = {}
+    for operator, word in asked.items():
+        if word == "eager" or operator in EAGER_ONLY:
+            choices[operator] = "eager"
+        elif word == "triton":
+            reason = _why_never(operator, device, head_size)
+            if reason is not None:
+                raise ValueError(f"backend 'triton' cannot run {operator}: {reason}; use backend='auto' or 'eager'")
+            choices[operator] = "triton"
+        else:
+            runs = device.type == "cuda" and dtype in runtime.DTYPES
+            runs = runs and runtime.why_not(device) is None and _why_never(operator, device, head_size) is None
+            choices[operator] = "triton" if runs else "eager"
+    return Backend(**choices)
+
+
+def _why_never(operator: str, device: torch.device, head_size: int) -> str | None:
+    """Why `operator` cannot run as a Triton kernel in this process, wherever the model moves; None where it can."""
+    if operator == "attention" and head_size > MAX_HEAD_SIZE:
+        return f"the head size is {head_size}, at most {MAX_HEAD_SIZE} is accepted"
+    # a model on the CPU may yet move to the GPU
+    if device.type == "cpu" and torch.cuda.is_available():
+        return None if runtime.triton_installed() else "Triton is not installed"
+    return runtime.why_not(device)

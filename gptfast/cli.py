@@ -1,0 +1,117 @@
+"""The command line: `gptfast train` and `gptfast generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import tyro
+
+from gptfast import devices, recipes, run, trainer
+
+USAGE = f"""usage: gptfast train PRESET [options]    train a GPT and write a run folder
+       gptfast generate RUN [options]    continue a prompt with a trained model
+
+presets: {", ".join(recipes.names())}
+`gptfast train PRESET --help` and `gptfast generate --help` list the options."""
+
+
+@dataclass
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder of the model."""
+    prompt: str = "\n"
+    """Text to continue."""
+    max_new_tokens: int = 500
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    num_samples: int = 1
+    """How many continuations to write."""
+    seed: int = 1337
+    """Seed of the sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    backend: str = "auto"
+    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what a user can get wrong ends in one line and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(arguments)
+    except ValueError as error:
+        _exit(2, str(error))
+    except RuntimeError as error:
+        _exit(1, str(error))
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+    elif arguments[0] == "train":
+        _train(arguments[1:])
+    elif arguments[0] == "generate":
+        _generate(arguments[1:])
+    else:
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: train, generate")
+
+
+def _train(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    name, options = arguments[0], arguments[1:]
+    if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
+        raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
+    config = tyro.cli(
+        trainer.TrainConfig,
+        default=recipes.recipe(name, devices.resolve(_option(options, "--device", "auto"))),
+        args=options,
+        prog=f"gptfast train {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    summary = trainer.train(config, name)
+    print(trainer.describe(summary))
+    print(f"gptfast generate {summary['run']}")
+    if summary["interrupted"]:
+        sys.exit(130)
+
+
+def _option(options: list[str], flag: str, default: str) -> str:
+    """The value of an option that has to be known before the others are parsed."""
+    for option, following in zip(options, [*options[1:], default], strict=True):
+        if option == flag:
+            return following
+        if option.startswith(flag + "="):
+            return option.partition("=")[2]
+    return default
+
+
+def _generate(arguments: list[str]) -> None:
+    config = tyro.cli(GenerateConfig, args=arguments, prog="gptfast generate")
+    if config.num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {config.num_samples}")
+    if not config.prompt:
+        raise ValueError("the prompt is empty; give at least one character")
+    device = devices.resolve(config.device)
+    model, tokenizer = run.load(Path(config.run), device, config.backend)
+    prompt = torch.from_numpy(tokenizer.encode(config.prompt))[None].to(device)  # [1, T]
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for _ in range(config.num_samples):
+        tokens = model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, generator)
+        print(tokenizer.decode(tokens[0].tolist()))
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    print(f"gptfast: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,94 @@
+"""The shape of a GPT: its settings, their checks, and the sizes that have names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu_tanh", "gelu", "relu"]
+NormPosition = Literal["pre", "post"]
+Position = Literal["learned", "sinusoidal", "none"]
+
+
+@dataclass
+class GPTConfig:
+    """Settings of a GPT. The first seven fields and their defaults are nanoGPT's, so its scripts run unchanged."""
+
+    block_size: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 50304
+    """Number of token ids. GPT-2 has 50,257; the default is that rounded up to a multiple of 64, which is faster."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping embeddings, attention probabilities and sublayer outputs, in [0, 1)."""
+    bias: bool = True
+    """Biases in linear layers and layer norms, as GPT-2 has them."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the feed-forward: GPT-2's tanh approximation of GELU, GELU by erf, or ReLU."""
+    norm_position: NormPosition = "pre"
+    """Layer norm before each sublayer and at the end (GPT-2), or after each residual addition (the first GPT)."""
+    position: Position = "learned"
+    """Position information: a learned embedding, the sinusoids of the first Transformer, or none."""
+    tie_weights: bool = True
+    """Whether the output head is the token embedding's matrix."""
+    qkv_bias: bool | None = None
+    """Biases in the query, key and value projection; None follows `bias`."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.init_std > 0.0:
+            raise ValueError(f"init_std must be above 0, got {self.init_std}")
+        for name, accepted in (
+            ("activation", Activation.__args__),
+            ("norm_position", NormPosition.__args__),
+            ("position", Position.__args__),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        if self.position == "sinusoidal" and self.n_embd % 2 != 0:
+            raise ValueError(f"sinusoidal positions need an even n_embd, got {self.n_embd}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, n_embd / n_head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projection has biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> GPTConfig:
+        """The named size with `changes` applied.
+
+        Raises:
+            ValueError: an unknown name, or settings that do not fit together.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown model preset {name!r}; accepted: {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+
+# Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2
+PRESETS = {
+    "gpt2": GPTConfig(vocab_size=50257),
+    "gpt2-medium": GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(vocab_size=50257, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600),
+}

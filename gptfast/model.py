@@ -1,0 +1,312 @@
+"""GPT-2 and its relatives, with nanoGPT's names for fields, parameters and methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast import flops, generation
+from gptfast.backend import Backend, Request, parse, resolve
+from gptfast.config import GPTConfig
+from kernels import runtime
+
+IGNORED_TARGET = -1
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias."""
+
+    backend: Backend
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend.layer_norm(x, self.weight, self.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention, [B, T, C] -> [B, T, C]."""
+
+    backend: Backend
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        # query, key and value of all heads in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
+        y = self.backend.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside."""
+
+    backend: Backend
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.backend.gelu_ffn(
+            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation
+        )
+        return self.dropout(y)
+
+
+class Block(nn.Module):
+    """One transformer block, [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+        self.norm_position = config.norm_position
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_position == "pre":
+            x = x + self.attn(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x))
+        x = self.ln_1(x + self.attn(x))
+        return self.ln_2(x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    """A GPT language model.
+
+    Args:
+        config: its shape.
+        backend: "auto" (Triton where it can run, else eager), "triton", "eager", or a mapping from operator
+            (`layer_norm`, `ffn`, `attention`, `loss`) to one of these; operators not named are "auto".
+
+    Raises:
+        ValueError: an unknown backend, or Triton asked for where it cannot run.
+    """
+
+    def __init__(self, config: GPTConfig, backend: Request = "auto") -> None:
+        super().__init__()
+        self.config = config
+        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if config.norm_position == "pre":  # post-norm blocks end in a norm of their own
+            parts["ln_f"] = LayerNorm(config)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        self._init_weights()
+        self.set_backend(backend)
+
+    def _init_weights(self) -> None:
+        """GPT-2's initialisation: normal weights, zero biases, residual projections scaled by 1/sqrt(2 n_layer)."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def backend(self) -> Backend:
+        """The choice in force for each operator, `"triton"` or `"eager"`."""
+        return self._backend
+
+    def set_backend(self, backend: Request) -> None:
+        """Choose the implementation of the operators anew; weights are untouched. Arguments and errors as `GPT`."""
+        asked = parse(backend)
+        self._install(resolve(asked, *self._placement(), self.config.head_size))
+        self._asked = asked
+
+    def _placement(self) -> tuple[torch.device, torch.dtype]:
+        weight = self.lm_head.weight
+        return weight.device, weight.dtype
+
+    def _install(self, backend: Backend) -> None:
+        self._backend = backend
+        for module in self.modules():
+            if isinstance(module, (LayerNorm, CausalSelfAttention, MLP)):
+                module.backend = backend
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
+        """What `to`, `cuda`, `half` and the like go through: "auto" is decided anew for the new device and dtype."""
+        super()._apply(fn, recurse)
+        self._install(resolve(self._asked, *self._placement(), self.config.head_size))
+        return self
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits and, given targets, the mean cross-entropy.
+
+        Args:
+            idx: [B, T] int64 token ids, T at most `block_size`.
+            targets: [B, T] int64, the token that follows each position; negative ones (nanoGPT's -1, PyTorch's -100)
+                are left out of the loss.
+
+        Returns:
+            Logits [B, T, V] and the loss with targets; without, logits [B, 1, V] of the last position and None.
+
+        Raises:
+            ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels.
+        """
+        self._check_tokens(idx, targets)
+        x = self.transformer.wte(idx)  # [B, T, C]
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
+        elif self.config.position == "sinusoidal":
+            # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
+            x = x * math.sqrt(self.config.n_embd) + sinusoids(idx.shape[1], self.config.n_embd, x)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        if self.config.norm_position == "pre":
+            x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None  # [B, 1, V]: generation needs no more
+        logits = self.lm_head(x)  # [B, T, V]
+        loss = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]),  # [B * T, V]
+            targets.reshape(-1).clamp(min=IGNORED_TARGET),  # [B * T]
+            ignore_index=IGNORED_TARGET,
+        )
+        return logits, loss
+
+    def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
+        if idx.dim() != 2 or idx.shape[1] == 0:
+            raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"a sequence of {idx.shape[1]} tokens is longer than block_size={self.config.block_size}; crop it"
+            )
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        # reading values on a GPU would stall it, and inside a compiled graph it would break the graph
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_range("token id", idx, lowest=0)
+            if targets is not None:
+                self._check_range("target", targets, lowest=None)
+            if "triton" in self.backend.values() and not runtime.launchable(idx.device):
+                raise ValueError(f"backend 'triton' cannot run: {runtime.why_not(idx.device)}; move the model to a GPU")
+
+    def _check_range(self, name: str, values: Tensor, lowest: int | None) -> None:
+        if values.numel() == 0:
+            return
+        low, high = (int(bound) for bound in values.aminmax())
+        if high >= self.config.vocab_size or (lowest is not None and low < lowest):
+            wrong = high if high >= self.config.vocab_size else low
+            raise ValueError(f"{name} {wrong} is out of range; accepted: 0 to {self.config.vocab_size - 1}")
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue each row of `idx` by sampling; see `gptfast.generation.generate`."""
+        return generation.generate(self, idx, max_new_tokens, temperature, top_k, generator)
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) that decays matrices and embeddings alone.
+
+        Args:
+            weight_decay: for parameters with two or more dimensions; biases and norms get none.
+            learning_rate: the initial learning rate.
+            betas: of the two moment averages.
+            device_type: nanoGPT's argument, "cuda" or "cpu"; the fused implementation serves both.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""
+        count = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.position == "learned":
+            count -= self.transformer.wpe.weight.numel()
+        return count
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
+        """Model FLOPs utilisation: the share of the device's peak that training reached.
+
+        Args:
+            fwdbwd_per_iter: sequences of `block_size` tokens that went forward and backward.
+            dt: the seconds that took.
+
+        Returns:
+            A fraction of the dense matrix peak (PaLM's count: full attention, see `gptfast.flops`), on a GPU that
+            for bfloat16, as nanoGPT counts; nan where the peak of the device is not known.
+        """
+        device, dtype = self._placement()
+        peak = flops.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
+        if peak is None:
+            return math.nan
+        tokens = fwdbwd_per_iter * self.config.block_size
+        return flops.training_flops_per_token(self.config) * tokens / dt / peak
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the longest sequence to `block_size`, dropping the positions beyond it.
+
+        Raises:
+            ValueError: `block_size` is below 1 or above the present one.
+        """
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size must be in [1, {self.config.block_size}], got {block_size}")
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        if self.config.position == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+            self.transformer.wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(
+        cls, model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto"
+    ) -> GPT:
+        """GPT-2 with pretrained weights; see `gptfast.pretrained.from_pretrained`."""
+        from gptfast.pretrained import from_pretrained
+
+        return from_pretrained(model_type, override_args, backend)
+
+
+def sinusoids(length: int, width: int, like: Tensor) -> Tensor:
+    """The position encoding of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), [length, width].
+
+    Even columns are sin(t / 10000^(c / width)), odd ones the cosine of the same angle; dtype and device of `like`.
+    """
+    position = torch.arange(length, device=like.device, dtype=torch.float32)
+    frequency = torch.exp(
+        torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10000.0) / width)
+    )
+    angle = position[:, None] * frequency[None, :]  # [length, width / 2]
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).view(length, width).to(like.dtype)

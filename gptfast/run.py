@@ -1,0 +1,114 @@
+"""A run folder: what training writes and generation reads.
+
+    config.json        the settings of the run
+    tokenizer.json     the tokenizer
+    model.safetensors  the weights with the lowest validation loss so far
+    log.jsonl          one JSON object per line: losses, learning rate, speed
+    summary.json       the outcome; there when training has ended
+
+Files other than the log appear whole or not at all: they are written beside their place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from gptfast import tokenizer as tokenizers
+from gptfast.backend import Request
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+
+
+class RunFolder:
+    """Writes a new run folder.
+
+    Args:
+        path: of the folder, which must not exist yet or be empty.
+
+    Raises:
+        ValueError: the path is taken, or cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            taken = any(path.iterdir())
+        except OSError as error:
+            raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from error
+        if taken:
+            raise ValueError(f"the run folder {path} is not empty; give a new one with --out")
+        self.path = path
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file, replacing an older one."""
+        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def append_log(self, entry: dict[str, Any]) -> None:
+        """Add a line to the log."""
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+    def save_weights(self, model: GPT) -> None:
+        """Write the weights, replacing older ones. Tied ones are stored once, by the name of the embedding."""
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if model.config.tie_weights:
+            del weights["lm_head.weight"]
+        self._write("model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.path / (name + ".partial")
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / name)
+
+
+def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
+    """The model and the tokenizer of a run folder.
+
+    Raises:
+        ValueError: not a run folder, a file that is missing or damaged, or weights that do not fit the settings.
+    """
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
+    tokenizer = tokenizers.from_json(_read_json(path / "tokenizer.json"))
+    settings = _read_json(path / "config.json").get("model")
+    try:
+        config = GPTConfig(**settings)
+    except TypeError as error:
+        raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+    model = GPT(config, backend="eager")
+    try:
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from error
+    if config.tie_weights and "transformer.wte.weight" in weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path / 'model.safetensors'} does not fit config.json: {_one_line(error)}") from error
+    model.to(device).set_backend(backend)
+    return model, tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: a JSON object is needed")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

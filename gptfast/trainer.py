@@ -1,0 +1,281 @@
+"""Training a GPT on text, from settings to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gptfast import corpus, data, devices, flops, tokenizer
+from gptfast.backend import parse
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.run import RunFolder
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: str = "stdlib"
+    """Training text: stdlib, shakespeare, or a UTF-8 text file or a folder of them."""
+    tokenizer: str = "char"
+    """char, or the name of a tiktoken encoding such as gpt2."""
+    out: str | None = None
+    """Run folder to write, which must be new; by default one below runs/."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Arithmetic of matrix products: float32, bfloat16, or auto (bfloat16 on GPUs that have it)."""
+    backend: str = "auto"
+    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+    steps: int = 5000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Sequences per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached after the warm-up."""
+    min_learning_rate: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.99
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    held_out: float = 0.1
+    """Share of the text, its end, that validation uses."""
+    eval_interval: int = 250
+    """Steps between evaluations."""
+    eval_batches: int = 20
+    """Batches of each split that an evaluation reads."""
+    log_interval: int = 10
+    """Steps between lines of the log."""
+    seed: int = 1337
+    """Seed of weights, batches and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_interval", "eval_batches", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983) that ends at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
+
+
+def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
+    """Train as configured and write a run folder (see `gptfast.run`).
+
+    Everything that can be wrong with the settings or the data is found before the folder is made. An interrupt (Ctrl-C)
+    ends training early and still evaluates and writes the outcome.
+
+    Args:
+        config: the settings; the vocabulary size comes from the tokenizer.
+        name: of the folder below runs/ where `config.out` gives none.
+
+    Returns:
+        What `summary.json` holds: `val_loss` and `train_loss` of the saved weights in nats per token,
+        `tokens_per_second`, `mfu` (a fraction, None where the device's peak is unknown), `params`, `steps`, `seconds`
+        of the whole run, `device`, `backend` per operator, `interrupted`, and the folder as `run`.
+
+    Raises:
+        ValueError: a setting or the data is wrong.
+        RuntimeError: the loss is no longer a number.
+    """
+    device = devices.resolve(config.device)
+    dtype = devices.resolve_dtype(config.dtype, device)
+    asked = parse(config.backend)
+    text = corpus.load(config.data)
+    tokens = tokenizer.for_text(config.tokenizer, text)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokens.vocab_size))
+    train_split, val_split = data.split(_compact(tokens.encode(text)), config.model.block_size, config.held_out)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model, asked).to(device)
+    run = RunFolder(Path(config.out) if config.out else _unused_folder(name))
+    run.write_json("config.json", dataclasses.asdict(config))
+    run.write_json("tokenizer.json", tokens.to_json())
+    print(
+        f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
+        f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
+        f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
+        flush=True,
+    )
+    summary = _Training(config, model, device, dtype, train_split, val_split, run).run()
+    run.write_json("summary.json", summary)
+    return summary | {"run": str(run.path)}
+
+
+class _Training:
+    """The loop of one run and what it measures."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: GPT,
+        device: torch.device,
+        dtype: torch.dtype,
+        train_split: data.Split,
+        val_split: data.Split,
+        folder: RunFolder,
+    ) -> None:
+        self.config, self.model, self.device, self.dtype, self.folder = config, model, device, dtype, folder
+        self.train_split, self.val_split = train_split, val_split
+        self.optimizer = model.configure_optimizers(
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
+        )
+        self.peak = flops.peak_flops(device, dtype)
+        self.best = {"val_loss": math.inf, "train_loss": math.inf}
+        self.timed_tokens, self.timed_seconds = 0, 0.0
+
+    def run(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        steps, interrupted = 0, False
+        with tqdm(total=self.config.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+            try:
+                for steps in self._steps(bar):
+                    if steps % self.config.eval_interval == 0 and steps < self.config.steps:
+                        self._evaluate(steps, bar)
+            except KeyboardInterrupt:
+                interrupted = True
+            self._evaluate(steps, bar)
+        speed = self.timed_tokens / self.timed_seconds if self.timed_seconds > 0 else None
+        return {
+            **self.best,
+            "tokens_per_second": speed,
+            "mfu": self._mfu(speed),
+            "params": self.model.get_num_params(non_embedding=False),
+            "steps": steps,
+            "seconds": time.perf_counter() - started,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "backend": dict(self.model.backend),
+            "interrupted": interrupted,
+        }
+
+    def _steps(self, bar: tqdm):
+        """Yield the number of steps done after each. Time spent by the consumer does not count as training."""
+        config, clock = self.config, time.perf_counter()
+        tokens_per_step = config.batch_size * config.model.block_size
+        untimed_steps = 0
+        for step in range(config.steps):
+            loss = self._step(step)
+            untimed_steps += 1
+            done = step + 1
+            # the first step sets things up and compiles kernels: it is not part of the speed
+            if done == 1 or done % config.log_interval == 0 or done % config.eval_interval == 0 or done == config.steps:
+                value = float(loss)  # waits for the device
+                seconds = time.perf_counter() - clock
+                speed = untimed_steps * tokens_per_step / seconds
+                if done > 1:
+                    self.timed_tokens += untimed_steps * tokens_per_step
+                    self.timed_seconds += seconds
+                self._report(done, value, speed, bar)
+                bar.update(untimed_steps)
+                untimed_steps = 0
+                yield done
+                clock = time.perf_counter()
+            else:
+                yield done
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; the loss before it, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        idx, targets = self.train_split.random_batch(self.config.batch_size, self.config.seed, step)
+        with devices.autocast(self.device, self.dtype):
+            _, loss = self.model(idx.to(self.device), targets.to(self.device))
+        loss.backward()
+        if self.config.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _report(self, step: int, loss: float, speed: float, bar: tqdm) -> None:
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} at step {step}; lower --learning-rate or --grad-clip")
+        mfu = self._mfu(speed)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
+        rate = learning_rate(self.config, step - 1)
+        self.folder.append_log(
+            {"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": speed, "mfu": mfu}
+        )
+
+    def _evaluate(self, step: int, bar: tqdm) -> None:
+        """Losses of both splits; the weights are saved when validation's is the lowest yet."""
+        losses = {"val_loss": self._mean_loss(self.val_split), "train_loss": self._mean_loss(self.train_split)}
+        self.folder.append_log({"step": step, **losses})
+        bar.write(f"step {step}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}")
+        if losses["val_loss"] < self.best["val_loss"]:
+            self.best = losses
+            self.folder.save_weights(self.model)
+
+    @torch.no_grad()
+    def _mean_loss(self, split: data.Split) -> float:
+        self.model.eval()
+        total, sequences = 0.0, 0
+        for idx, targets in split.even_batches(self.config.eval_batches, self.config.batch_size):
+            with devices.autocast(self.device, self.dtype):
+                _, loss = self.model(idx.to(self.device), targets.to(self.device))
+            total += float(loss) * len(idx)
+            sequences += len(idx)
+        self.model.train()
+        return total / sequences
+
+    def _mfu(self, speed: float | None) -> float | None:
+        if self.peak is None or speed is None:
+            return None
+        return flops.training_flops_per_token(self.config.model) * speed / self.peak
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The outcome of a run in a few lines for people."""
+    speed = summary["tokens_per_second"]
+    return (
+        f"validation loss {summary['val_loss']:.4f}, train loss {summary['train_loss']:.4f} "
+        f"after {summary['steps']} steps in {summary['seconds']:.0f} s\n"
+        f"{'no' if speed is None else format(speed, ',.0f')} tokens/s, MFU {_percent(summary['mfu'])} "
+        f"on {summary['device']}, backend {json.dumps(summary['backend'])}"
+    )
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def _compact(ids: np.ndarray) -> np.ndarray:
+    return ids.astype(np.uint16 if ids.size == 0 or ids.max() < 2**16 else np.uint32)
+
+
+def _unused_folder(name: str) -> Path:
+    path, number = Path("runs", name), 2
+    while path.exists():
+        path, number = Path("runs", f"{name}-{number}"), number + 1
+    return path

@@ -1,0 +1,31 @@
+"""Triton operators for GPT models, usable one by one.
+
+`kernels` and `kernels.reference` export the same functions with the same signatures: the first launches Triton
+kernels, the second is eager PyTorch and the definition of correct. Triton is imported when an operator is first used,
+never by `import kernels`; where Triton is not installed, the names resolve to the reference.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kernels import reference, runtime
+
+if TYPE_CHECKING:
+    from kernels.attention import causal_attention
+    from kernels.ffn import gelu_ffn
+    from kernels.norm import layer_norm
+
+__all__ = ["causal_attention", "gelu_ffn", "layer_norm", "reference"]
+
+_MODULE_OF = {"causal_attention": "attention", "gelu_ffn": "ffn", "layer_norm": "norm"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}; its operators are {', '.join(_MODULE_OF)}")
+    if runtime.triton_installed():
+        operator = getattr(import_module(f"kernels.{_MODULE_OF[name]}"), name)
+    else:
+        operator = getattr(reference, name)
+    globals()[name] = operator
+    return operator

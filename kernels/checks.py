@@ -1,0 +1,107 @@
+"""What every operator accepts. Shared by the kernels and the reference, so that both refuse the same input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import runtime
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    _tensors("layer_norm", x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    width = x.shape[-1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != (width,):
+            raise ValueError(
+                f"layer_norm: {name} must be [C] = [{width}] for x of shape {tuple(x.shape)}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if not eps >= 0:
+        raise ValueError(f"layer_norm: eps must be at least 0, got {eps}")
+
+
+def gelu_ffn(
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str
+) -> None:
+    _tensors("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
+    _same_dtype("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gelu_ffn: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"gelu_ffn: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1] or w_up.shape[0] == 0:
+        raise ValueError(
+            f"gelu_ffn: w_up must be [F, C] = [F, {x.shape[-1]}] with F >= 1, got shape {tuple(w_up.shape)}"
+        )
+    hidden, width = w_up.shape
+    for name, tensor, shape in (
+        ("w_down", w_down, (width, hidden)),
+        ("b_up", b_up, (hidden,)),
+        ("b_down", b_down, (width,)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"gelu_ffn: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, seed: int | Tensor | None
+) -> None:
+    _tensors("causal_attention", q=q, k=k, v=v)
+    _same_dtype("causal_attention", q=q, k=k, v=v)
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise ValueError(f"causal_attention: q must be [B, H, T, D] with D >= 1, got shape {tuple(q.shape)}")
+    batch, heads, queries, head_size = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_size):
+        raise ValueError(
+            f"causal_attention: k must be [B, H, S, D] = [{batch}, {heads}, S, {head_size}], got {tuple(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"causal_attention: v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if queries > k.shape[2]:
+        raise ValueError(
+            f"causal_attention: q has T = {queries} rows and k only S = {k.shape[2]}; T <= S is needed, "
+            "the last query belongs to the last key"
+        )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"causal_attention: scale must be finite, got {scale}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"causal_attention: dropout_p must be in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(
+            f"causal_attention: a tensor seed must hold one int64, got {seed.numel()} elements of {seed.dtype}"
+        )
+    if seed is not None and not isinstance(seed, (int, Tensor)):
+        raise TypeError(f"causal_attention: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+
+
+def _tensors(operator: str, **tensors: Tensor | None) -> None:
+    """Every argument that is not None: a floating tensor, on the device of the first one."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None and name.startswith("b"):  # biases alone may be absent
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{operator}: {name} must have a floating dtype, got {tensor.dtype}")
+        if isinstance(first, Tensor) and tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device} and {first_name} on {first.device}; one device is needed"
+            )
+
+
+def _same_dtype(operator: str, **tensors: Tensor | None) -> None:
+    """One dtype for all tensors that are there, as a matrix product needs; autocast casts by itself."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if len({tensor.dtype for tensor in present.values()}) == 1:
+        return
+    if runtime.autocast_dtype(next(iter(present.values())).device) is None:
+        given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in present.items())
+        raise TypeError(f"{operator}: all tensors must have one dtype, got {given}; cast them or use torch.autocast")

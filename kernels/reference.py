@@ -1,0 +1,128 @@
+"""The operators in eager PyTorch: the definition of correct, and the eager backend.
+
+Same names and signatures as in `kernels`. Any floating dtype (the tests' oracle is this file in float64), any device
+that PyTorch has, differentiable as often as PyTorch can.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import checks
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
+
+    The variance is the biased one and eps stands inside the root. Parameters in another dtype than x are allowed, the
+    arithmetic is then float32.
+
+    Args:
+        x: [..., C].
+        weight: [C].
+        bias: [C] or None.
+        eps: added to the variance.
+
+    Returns:
+        [..., C] in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.layer_norm(x, weight, bias, eps)
+    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
+    return y.to(x.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply `gelu_tanh`, `gelu` (erf; Hendrycks and Gimpel 2016, arXiv:1606.08415) or `relu` elementwise."""
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def gelu_ffn(
+    x: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    """The feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
+
+    Args:
+        x: [..., C].
+        w_up: [F, C], as in `nn.Linear(C, F)`.
+        b_up: [F] or None.
+        w_down: [C, F], as in `nn.Linear(F, C)`.
+        b_down: [C] or None.
+        activation: `gelu_tanh` (GPT-2's), `gelu` (erf) or `relu`.
+
+    Returns:
+        [..., C].
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.gelu_ffn(x, w_up, b_up, w_down, b_down, activation)
+    return F.linear(activate(F.linear(x, w_up, b_up), activation), w_down, b_down)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q @ k.T + causal mask) @ v, the mask aligned to the end: query i sees keys j <= i + S - T.
+
+    (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.)
+
+    Args:
+        q: [B, H, T, D].
+        k: [B, H, S, D] with S >= T.
+        v: [B, H, S, D].
+        scale: multiplies the scores; D**-0.5 if None.
+        dropout_p: the share of probabilities set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p).
+        seed: makes the dropout repeatable; None draws from PyTorch's generator. The same seed gives another mask here
+            than in the Triton operator, whose random numbers are Philox's.
+
+    Returns:
+        [B, H, T, D].
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.causal_attention(q, k, v, scale, dropout_p, seed)
+    queries, keys = q.shape[2], k.shape[2]
+    keep = None if queries == keys else causal_mask(queries, keys, q.device)
+    if dropout_p > 0.0 and seed is not None:
+        generator = torch.Generator(q.device).manual_seed(int(seed))
+        kept = torch.rand(*q.shape[:3], keys, generator=generator, device=q.device) >= dropout_p
+        return attention_with_mask(q, k, v, scale, dropout_p, kept)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=keep, dropout_p=dropout_p, is_causal=keep is None, scale=scale
+    )
+
+
+def attention_with_mask(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor
+) -> Tensor:
+    """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * (q @ k.transpose(-2, -1))  # [B, H, T, S]
+    scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), float("-inf"))
+    probabilities = scores.softmax(-1) * kept / (1.0 - dropout_p)
+    return probabilities.to(v.dtype) @ v
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[T, S], true where query i may see key j: j <= i + S - T."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

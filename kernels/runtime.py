@@ -1,0 +1,87 @@
+"""Which devices Triton kernels can run on here, and what a launch has to take care of. Imports no Triton by itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether `import triton` can work."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which executes them on CPU tensors."""
+    if not triton_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not(device: torch.device) -> str | None:
+    """The reason why Triton kernels cannot run on `device`, or None where they can.
+
+    The meta device counts as able: operators have shapes there, and nothing is launched.
+    """
+    if not triton_installed():
+        return "Triton is not installed"
+    if device.type == "meta" or interpreting():
+        return None
+    if device.type != "cuda":
+        cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
+        return f"Triton kernels do not run on device {device.type!r}{cuda}"
+    return None
+
+
+def launchable(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of `device`."""
+    # the cheap answer first: this is on the path of every operator call
+    if device.type == "cuda":
+        return triton_installed()
+    return why_not(device) is None
+
+
+def require_dtype(operator: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError unless the kernels can compute in the dtype of `tensor`."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{operator}: Triton computes in float32, float16 or bfloat16, got {tensor.dtype}; "
+            f"kernels.reference.{operator} takes any floating dtype"
+        )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that `torch.autocast` asks of matrix products on `device`, or None outside of it."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Make the GPU of `tensor` the current one: Triton launches on the current device, whatever its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def program_count(device: torch.device, per_processor: int) -> int:
+    """How many programs a persistent kernel starts: `per_processor` on each multiprocessor of `device`."""
+    if device.type != "cuda":
+        return per_processor  # interpreted: programs run one after another
+    return per_processor * _multiprocessors(device.index or 0)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` is asked for: float32 follows `torch.get_float32_matmul_precision`, as cuBLAS does."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
