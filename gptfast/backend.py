@@ -123,5 +123,5 @@ def _why_never(operator: str, device: torch.device, head_size: int) -> str | Non
         return f"the head size is {head_size}, at most {MAX_HEAD_SIZE} is accepted"
     # a model on the CPU may yet move to the GPU
     if device.type == "cpu" and torch.cuda.is_available():
-        return None if runtime.triton_installed() else "Triton is not installed"
+        return None if runtime.TRITON_INSTALLED else "Triton is not installed"
     return runtime.why_not(device)

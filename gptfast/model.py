@@ -211,8 +211,9 @@ class GPT(nn.Module):
             self._check_range("token id", idx, lowest=0)
             if targets is not None:
                 self._check_range("target", targets, lowest=None)
-            if "triton" in self.backend.values() and not runtime.launchable(idx.device):
-                raise ValueError(f"backend 'triton' cannot run: {runtime.why_not(idx.device)}; move the model to a GPU")
+            reason = runtime.why_not(idx.device) if "triton" in self.backend.values() else None
+            if reason is not None:
+                raise ValueError(f"backend 'triton' cannot run: {reason}; move the model to a GPU or use 'auto'")
 
     def _check_range(self, name: str, values: Tensor, lowest: int | None) -> None:
         if values.numel() == 0:

@@ -9,13 +9,13 @@ from gptfast.trainer import TrainConfig
 
 # the two character models of nanoGPT's README
 _CHAR_GPU = TrainConfig(
-    model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False),
+    model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, activation="gelu"),
     data="shakespeare",
     steps=5000,
     batch_size=64,
 )
 _CHAR_CPU = TrainConfig(
-    model=GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False),
+    model=GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False, activation="gelu"),
     data="shakespeare",
     steps=2000,
     batch_size=12,

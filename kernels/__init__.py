@@ -23,7 +23,7 @@ _MODULE_OF = {"causal_attention": "attention", "gelu_ffn": "ffn", "layer_norm": 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}; its operators are {', '.join(_MODULE_OF)}")
-    if runtime.triton_installed():
+    if runtime.TRITON_INSTALLED:
         operator = getattr(import_module(f"kernels.{_MODULE_OF[name]}"), name)
     else:
         operator = getattr(reference, name)

@@ -437,7 +437,7 @@ def causal_attention(
         RuntimeError: a second derivative.
     """
     checks.causal_attention(q, k, v, scale, dropout_p, seed)
-    if not runtime.launchable(q.device):
+    if not tile.launchable(q.device):
         return reference.causal_attention(q, k, v, scale, dropout_p, seed)
     runtime.require_dtype("causal_attention", q)
     if q.shape[3] > MAX_HEAD_SIZE:

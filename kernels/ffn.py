@@ -206,7 +206,7 @@ def gelu_ffn(
         RuntimeError: a second derivative.
     """
     checks.gelu_ffn(x, w_up, b_up, w_down, b_down, activation)
-    if not runtime.launchable(x.device):
+    if not tile.launchable(x.device):
         return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, activation)
     runtime.require_dtype("gelu_ffn", x)
     tensors = [x, w_up, b_up, w_down, b_down]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks, reference, runtime
+from kernels import checks, reference, runtime, tile
 
 MAX_WIDTH = 65_536
 
@@ -166,7 +166,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         RuntimeError: a second derivative.
     """
     checks.layer_norm(x, weight, bias, eps)
-    if not runtime.launchable(x.device):
+    if not tile.launchable(x.device):
         return reference.layer_norm(x, weight, bias, eps)
     runtime.require_dtype("layer_norm", x)
     if x.shape[-1] > MAX_WIDTH:

@@ -7,23 +7,10 @@ import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@functools.cache
-def triton_installed() -> bool:
-    """Whether `import triton` can work."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which executes them on CPU tensors."""
-    if not triton_installed():
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def why_not(device: torch.device) -> str | None:
@@ -31,22 +18,14 @@ def why_not(device: torch.device) -> str | None:
 
     The meta device counts as able: operators have shapes there, and nothing is launched.
     """
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if device.type == "meta" or interpreting():
+    from kernels import tile
+
+    if tile.launchable(device):
         return None
-    if device.type != "cuda":
-        cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
-        return f"Triton kernels do not run on device {device.type!r}{cuda}"
-    return None
-
-
-def launchable(device: torch.device) -> bool:
-    """Whether Triton kernels can run on tensors of `device`."""
-    # the cheap answer first: this is on the path of every operator call
-    if device.type == "cuda":
-        return triton_installed()
-    return why_not(device) is None
+    cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
+    return f"Triton kernels do not run on device {device.type!r}{cuda}"
 
 
 def require_dtype(operator: str, tensor: torch.Tensor) -> None:

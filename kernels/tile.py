@@ -1,16 +1,24 @@
-"""Device functions that several kernels share."""
+"""Device functions that several kernels share, and where kernels can be launched."""
 
+import torch
 import triton
 import triton.language as tl
 
-# the interpreter holds bf16 as raw integers and gets products of them silently wrong
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# TRITON_INTERPRET=1 has kernels executed on CPU tensors; Triton reads it when it is imported, and so does this
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+def launchable(device: torch.device) -> bool:
+    """Whether operators run as kernels on tensors of `device`. On the meta device they have shapes alone."""
+    return device.type in ("cuda", "meta") or (_INTERPRETED and device.type == "cpu")
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32, for tiles a [M, K], b [K, N] and acc [M, N]."""
     if INTERPRETED:
+        # the interpreter holds bf16 as raw integers and gets products of them silently wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -1,0 +1,81 @@
+"""What operators and their references refuse, before anything is launched, naming the argument."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+from oracle import DEVICE
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+LAYER_NORM = [
+    ((t(), t(1), None), ValueError, r"x must be \[\.\.\., C\] with C >= 1, got shape \(\)"),
+    ((t(3, 0), t(0), None), ValueError, r"x must be .* got shape \(3, 0\)"),
+    ((t(3, 4), t(5), None), ValueError, r"weight must be \[C\] = \[4\] .* got shape \(5,\)"),
+    ((t(3, 4), t(4), t(3)), ValueError, r"bias must be \[C\] = \[4\] .* got shape \(3,\)"),
+    ((t(3, 4), t(4), None, -1.0), ValueError, "eps must be at least 0, got -1.0"),
+    ((t(3, 4, dtype=torch.int64), t(4), None), TypeError, "x must have a floating dtype, got torch.int64"),
+    (([[1.0]], t(1), None), TypeError, "x must be a tensor, got list"),
+    ((t(3, 4), None, None), TypeError, "weight must be a tensor, got NoneType"),
+    ((t(3, 4), t(4).to("meta"), None), ValueError, "weight is on meta and x on"),
+]
+GELU_FFN = [
+    ((t(2, 0), t(4, 0), None, t(0, 4), None), ValueError, r"x must be \[\.\.\., C\] with C >= 1"),
+    ((t(2, 3), t(4, 5), None, t(3, 4), None), ValueError, r"w_up must be \[F, C\] = \[F, 3\] .* got shape \(4, 5\)"),
+    ((t(2, 3), t(0, 3), None, t(3, 0), None), ValueError, "w_up must be .* with F >= 1"),
+    ((t(2, 3), t(4, 3), None, t(4, 3), None), ValueError, r"w_down must have shape \(3, 4\), got \(4, 3\)"),
+    ((t(2, 3), t(4, 3), t(3), t(3, 4), None), ValueError, r"b_up must have shape \(4,\), got \(3,\)"),
+    ((t(2, 3), t(4, 3), None, t(3, 4), t(4)), ValueError, r"b_down must have shape \(3,\), got \(4,\)"),
+    ((t(2, 3), t(4, 3), None, t(3, 4), None, "swish"), ValueError, "one of gelu_tanh, gelu, relu, got 'swish'"),
+    (
+        (t(2, 3), t(4, 3, dtype=torch.float16), None, t(3, 4), None),
+        TypeError,
+        "one dtype, got x torch.float32, w_up torch.float16",
+    ),
+]
+ATTENTION = [
+    ((t(2, 3, 4), t(2, 3, 4), t(2, 3, 4)), ValueError, r"q must be \[B, H, T, D\] .* got shape \(2, 3, 4\)"),
+    ((t(1, 2, 3, 0), t(1, 2, 3, 0), t(1, 2, 3, 0)), ValueError, "q must be .* with D >= 1"),
+    ((t(1, 2, 3, 4), t(1, 1, 3, 4), t(1, 1, 3, 4)), ValueError, r"k must be \[B, H, S, D\] = \[1, 2, S, 4\]"),
+    ((t(1, 2, 3, 4), t(1, 2, 3, 4), t(1, 2, 5, 4)), ValueError, "v must have the shape of k"),
+    ((t(1, 2, 4, 4), t(1, 2, 3, 4), t(1, 2, 3, 4)), ValueError, "q has T = 4 rows and k only S = 3"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), float("nan")), ValueError, "scale must be finite, got nan"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, "x"), TypeError, "seed must be an int.* got str"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, t(2)), ValueError, "must hold one int64, got 2 elements"),
+    (
+        (t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4, dtype=torch.float16)),
+        TypeError,
+        "one dtype, got q torch.float32, k torch.float32, v torch.float16",
+    ),
+]
+CASES = [
+    (operator, *row)
+    for operator, rows in (("layer_norm", LAYER_NORM), ("gelu_ffn", GELU_FFN), ("causal_attention", ATTENTION))
+    for row in rows
+]
+
+
+@pytest.mark.parametrize("namespace", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize(("operator", "arguments", "error", "message"), CASES, ids=[f"{c[0]}-{c[3]}" for c in CASES])
+def test_refused_with_the_name_of_the_argument(namespace, operator, arguments, error, message):
+    with pytest.raises(error, match=f"^{operator}: .*{message}"):
+        getattr(namespace, operator)(*arguments)
+
+
+def test_the_kernels_say_what_they_cannot_hold():
+    with pytest.raises(ValueError, match="head size D must be at most 256, got 257"):
+        kernels.causal_attention(*(t(1, 1, 2, 257) for _ in range(3)))
+    with pytest.raises(ValueError, match="width of x must be at most 65536, got 65537"):
+        kernels.layer_norm(t(1, 65537), t(65537), None)
+
+
+def test_unknown_operator():
+    with pytest.raises(AttributeError, match="no attribute 'rms_norm'; its operators are causal_attention, gelu_ffn"):
+        kernels.rms_norm  # noqa: B018

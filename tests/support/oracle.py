@@ -1,0 +1,35 @@
+"""What "equal to the reference" means: the kernel's error against float64 is within twice the reference's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# units in the last place of the largest result: what rounding at other points of the arithmetic may cost
+ULPS = 2
+# Triton's interpreter truncates to bfloat16 where GPUs round: each step costs up to a whole unit, not half of one
+ULPS_TRUNCATED = 4
+
+
+def assert_equal_to_oracle(name: str, actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
+    """Fail unless |actual - oracle| <= 2 |same_dtype - oracle| + a few ulps, by the largest element.
+
+    Args:
+        name: of the result, for the message.
+        actual: from the kernel.
+        same_dtype: from the reference on the same inputs, in the dtype of `actual`.
+        oracle: from the reference on the same inputs in float64.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert actual.dtype == same_dtype.dtype, f"{name}: dtype {actual.dtype}, expected {same_dtype.dtype}"
+    if actual.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} elements are not finite"
+    error = (actual.double() - oracle).abs().max().item()
+    reference_error = (same_dtype.double() - oracle).abs().max().item()
+    truncated = actual.dtype == torch.bfloat16 and DEVICE.type == "cpu"
+    slack = (ULPS_TRUNCATED if truncated else ULPS) * torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    limit = 2 * reference_error + slack
+    assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e} (the reference's is {reference_error:.3e})"
