@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import kernels
 from kernels import reference, runtime
@@ -32,6 +33,10 @@ class Backend(Mapping[str, Choice]):
     As a mapping it tells the choice of each operator: `backend["attention"]` is `"triton"` or `"eager"`. Its attributes
     are the functions themselves: `backend.causal_attention(q, k, v)`.
     """
+
+    layer_norm: Callable[..., Tensor]
+    gelu_ffn: Callable[..., Tensor]
+    causal_attention: Callable[..., Tensor]
 
     def __init__(self, **choices: Choice) -> None:
         if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 NormPosition = Literal["pre", "post"]
@@ -54,9 +54,9 @@ class GPTConfig:
         if not self.init_std > 0.0:
             raise ValueError(f"init_std must be above 0, got {self.init_std}")
         for name, accepted in (
-            ("activation", Activation.__args__),
-            ("norm_position", NormPosition.__args__),
-            ("position", Position.__args__),
+            ("activation", get_args(Activation)),
+            ("norm_position", get_args(NormPosition)),
+            ("position", get_args(Position)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")

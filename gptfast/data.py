@@ -22,7 +22,7 @@ class Split:
     block_size: int
 
     def random_batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Sequences [B, T] int64 at random places and the tokens that follow theirs; the same for the same arguments."""
+        """Sequences [B, T] int64 at random places, and the tokens that follow; the same for the same arguments."""
         starts = np.random.default_rng((seed, step)).integers(len(self.tokens) - self.block_size, size=batch_size)
         return self._cut(starts)
 
@@ -33,8 +33,8 @@ class Split:
         return [self._cut(starts[i : i + batch_size]) for i in range(0, sequences, batch_size)]
 
     def _cut(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        windows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)]  # [B, T + 1]
-        windows = torch.from_numpy(windows.astype(np.int64))
+        places = starts[:, None] + np.arange(self.block_size + 1)  # [B, T + 1]
+        windows = torch.from_numpy(self.tokens[places].astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -48,7 +48,7 @@ def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, 
     parts = tokens[:boundary], tokens[boundary:]
     if min(len(part) for part in parts) <= block_size:
         raise ValueError(
-            f"the text is too short: {len(tokens)} tokens make {len(parts[0])} to train on and {len(parts[1])} held out, "
-            f"each must be more than block_size={block_size}; give a longer text or a smaller block size"
+            f"the text is too short: {len(tokens)} tokens make {len(parts[0])} to train on and {len(parts[1])} held "
+            f"out, each must be more than block_size={block_size}; give a longer text or a smaller block size"
         )
     return Split(parts[0], block_size), Split(parts[1], block_size)

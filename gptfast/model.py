@@ -93,6 +93,32 @@ class Block(nn.Module):
         return self.ln_2(x + self.mlp(x))
 
 
+class Transformer(nn.Module):
+    """Everything below the output head: token ids [B, T] -> [B, T, C]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # post-norm blocks end in a norm of their own
+        self.ln_f = LayerNorm(config) if config.norm_position == "pre" else None
+        self.sinusoidal = config.position == "sinusoidal"
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.wte(idx)  # [B, T, C]
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        elif self.sinusoidal:
+            # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
+            x = x * math.sqrt(x.shape[-1]) + sinusoids(idx.shape[1], x.shape[-1], x)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x)
+        return x if self.ln_f is None else self.ln_f(x)
+
+
 class GPT(nn.Module):
     """A GPT language model.
 
@@ -108,14 +134,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, backend: Request = "auto") -> None:
         super().__init__()
         self.config = config
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.position == "learned":
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        parts["drop"] = nn.Dropout(config.dropout)
-        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.norm_position == "pre":  # post-norm blocks end in a norm of their own
-            parts["ln_f"] = LayerNorm(config)
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
@@ -176,17 +195,7 @@ class GPT(nn.Module):
             ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels.
         """
         self._check_tokens(idx, targets)
-        x = self.transformer.wte(idx)  # [B, T, C]
-        if self.config.position == "learned":
-            x = x + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
-        elif self.config.position == "sinusoidal":
-            # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
-            x = x * math.sqrt(self.config.n_embd) + sinusoids(idx.shape[1], self.config.n_embd, x)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        if self.config.norm_position == "pre":
-            x = self.transformer.ln_f(x)
+        x = self.transformer(idx)  # [B, T, C]
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # [B, 1, V]: generation needs no more
         logits = self.lm_head(x)  # [B, T, V]
@@ -255,7 +264,7 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""
         count = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.position == "learned":
+        if non_embedding and self.transformer.wpe is not None:
             count -= self.transformer.wpe.weight.numel()
         return count
 
@@ -286,9 +295,9 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size must be in [1, {self.config.block_size}], got {block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        if self.config.position == "learned":
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
-            self.transformer.wpe.num_embeddings = block_size
+        if self.transformer.wpe is not None:
+            rows = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
 
     @classmethod
     def from_pretrained(

@@ -26,9 +26,7 @@ _FIXED = {
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def from_pretrained(
-    model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto"
-) -> GPT:
+def from_pretrained(model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto") -> GPT:
     """GPT-2 with the weights of a folder or of the Hugging Face hub.
 
     Args:

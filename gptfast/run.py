@@ -80,9 +80,9 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
     tokenizer = tokenizers.from_json(_read_json(path / "tokenizer.json"))
-    settings = _read_json(path / "config.json").get("model")
+    settings = _read_json(path / "config.json")
     try:
-        config = GPTConfig(**settings)
+        config = GPTConfig(**settings.get("model", {}))
     except TypeError as error:
         raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
     model = GPT(config, backend="eager")

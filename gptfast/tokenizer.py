@@ -51,7 +51,7 @@ class CharTokenizer:
         if unknown.any():
             missing = "".join(chr(point) for point in np.unique(points[unknown])[:10])
             raise ValueError(
-                f"the tokenizer lacks the characters {missing!r}; it has the {self.vocab_size} that its training text had"
+                f"the tokenizer lacks the characters {missing!r}; accepted: the {self.vocab_size} of its training text"
             )
         return self._order[place]
 

@@ -22,7 +22,7 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _load_rows(ptr, rows, stride_row, n_rows, CHECK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """ptr[rows, :D] as a tile [rows, BD], zero outside. CHECK unless all rows are known to be below n_rows."""
+    """Load ptr[rows, :D] as a tile [rows, BD], zero outside. CHECK unless all rows are known to be below n_rows."""
     cols = tl.arange(0, BD)
     p = ptr + rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
     # a mask that is always true costs registers and wide loads
@@ -128,7 +128,7 @@ def _attention_delta_kernel(
     stride_do_batch, stride_do_head, stride_do_row, n_heads, n_queries,
     BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o * do), the part of the softmax gradient that is the same for all keys of a query."""
+    """Write delta = rowsum(o * do), the part of the softmax gradient that is the same for all keys of a query."""
     tiles = tl.cdiv(n_queries, BM)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     queries = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
@@ -305,7 +305,7 @@ def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int) -> dict[
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """x [B, H, T, D] with adjacent elements in its last dimension; a copy only where that is not so already."""
+    """Return x [B, H, T, D] with adjacent elements in its last dimension; a copy only where that is not so already."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from kernels import attention, ffn, norm
 from kernels.checks import ACTIVATIONS
 
-# what one program may use, in bytes: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
+# bytes that one program may use: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
 
 _TYPE_OF_DTYPE = {
@@ -42,7 +43,7 @@ class Launch:
 
     case: str
     kernel: JITFunction
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     options: dict[str, int]
 
 
@@ -56,57 +57,43 @@ class Compiled:
     tensor_core_instructions: int
 
 
-def record(case: str, call: Callable[[], object]) -> list[Launch]:
-    """Run `call` with kernel launches recorded and not executed."""
-    launches = []
+def record(case: str, function: Callable[..., object], *arguments: object) -> list[Launch]:
+    """Call an operator's host function with kernel launches recorded and not executed."""
+    launches: list[Launch] = []
 
-    def run(kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        launches.append(Launch(case, kernel, arguments, options))
+    def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:
+        options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        by_name = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launches.append(Launch(case, kernel, by_name, options))
 
     with patch.object(JITFunction, "run", run):
-        call()
+        function(*arguments)
     return launches
 
 
 def operator_launches(dtype: torch.dtype) -> list[Launch]:
     """Every kernel of every operator at GPT-2's shapes, forward and backward, in `dtype`."""
 
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype)
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
 
-    def statistics(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape)
-
-    launches = []
+    launches: list[Launch] = []
     for width in (768, 4096):
-        x, w = tensor(64, width), tensor(width)
-        launches += record(f"layer_norm C={width}", lambda x=x, w=w: norm._forward(x, w, w, 1e-5))
-        launches += record(
-            f"layer_norm C={width}",
-            lambda x=x, w=w: norm._backward(x, x, w, statistics(64), statistics(64), True),
-        )
+        case, x, w = f"layer_norm C={width}", tensor(64, width), tensor(width)
+        statistics = tensor(64, dtype=torch.float32)
+        launches += record(case, norm._forward, x, w, w, 1e-5)
+        launches += record(case, norm._backward, x, x, w, statistics, statistics, True)
     x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
     for activation in ACTIVATIONS:
-        launches += record(
-            f"gelu_ffn {activation}",
-            lambda a=activation: ffn._forward(x, w_up, tensor(3072), w_down, None, a, True),
-        )
-        launches += record(
-            f"gelu_ffn {activation}", lambda a=activation: ffn._backward(x, x, w_up, w_down, z, a, [False] * 5)
-        )
+        case = f"gelu_ffn {activation}"
+        launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True)
+        launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, [False] * 5)
     for head_size in (64, 128, 256):
+        q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):
-            q = tensor(1, 2, 256, head_size)
             case = f"causal_attention D={head_size}" + ("" if seed is None else " dropout")
-            launches += record(case, lambda q=q, seed=seed: attention._forward(q, q, q, 0.1, 0.1, seed))
-            launches += record(
-                case,
-                lambda q=q, seed=seed: attention._backward(
-                    q, q, q, q, q, statistics(1, 2, 256), 0.1, 0.1, seed
-                ),
-            )
+            launches += record(case, attention._forward, q, q, q, 0.1, 0.1, seed)
+            launches += record(case, attention._backward, q, q, q, q, q, lse, 0.1, 0.1, seed)
     return launches
 
 

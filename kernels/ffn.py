@@ -39,7 +39,7 @@ def _ffn_up_kernel(
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """z = x @ w.T + b [n_rows, n_hidden] and h = activation(z)."""
+    """Write z = x @ w.T + b [n_rows, n_hidden] and h = activation(z)."""
     rows, cols = tile.grouped_tile(n_rows, n_hidden, BM, BN, GROUP)
     z = tile.matmul(
         x_ptr, w_ptr, rows, cols, n_rows, n_hidden, width,
@@ -62,7 +62,7 @@ def _ffn_down_backward_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dz = (dy @ w) * activation'(z) [n_rows, n_hidden], and h = activation(z) for the gradient of w."""
+    """Write dz = (dy @ w) * activation'(z) [n_rows, n_hidden], and h = activation(z) for the gradient of w."""
     rows, cols = tile.grouped_tile(n_rows, n_hidden, BM, BN, GROUP)
     dh = tile.matmul(
         dy_ptr, w_ptr, rows, cols, n_rows, n_hidden, width,

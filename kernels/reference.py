@@ -112,9 +112,7 @@ def causal_attention(
     )
 
 
-def attention_with_mask(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor
-) -> Tensor:
+def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor) -> Tensor:
     """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * (q @ k.transpose(-2, -1))  # [B, H, T, S]

@@ -7,6 +7,7 @@ import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

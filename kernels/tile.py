@@ -16,7 +16,7 @@ def launchable(device: torch.device) -> bool:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32, for tiles a [M, K], b [K, N] and acc [M, N]."""
+    """Return acc + a @ b in float32, for tiles a [M, K], b [K, N] and acc [M, N]."""
     if INTERPRETED:
         # the interpreter holds bf16 as raw integers and gets products of them silently wrong
         a = a.to(tl.float32)

@@ -203,7 +203,9 @@ def test_second_derivative_is_refused(case: Case):
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_float64_is_refused_with_a_way_out(case: Case):
-    with pytest.raises(TypeError, match=f"float32, float16 or bfloat16, got torch.float64; kernels.reference.{case.operator}"):
+    with pytest.raises(
+        TypeError, match=f"float32, float16 or bfloat16, got torch.float64; kernels.reference.{case.operator}"
+    ):
         case.kernel(**case.inputs(torch.float64), **case.options)
 
 

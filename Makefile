@@ -1,0 +1,33 @@
+# `make demo` and `make test` do everything on a fresh Linux machine with Python 3.11 or newer, set-up included.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/ready
+	rm -rf runs/demo
+	$(BIN)/gptfast train shakespeare-char-cpu --data stdlib --out runs/demo
+	$(BIN)/gptfast generate runs/demo --prompt "def " --max-new-tokens 400
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+# all versions are pinned: a plain `torch` would bring another one, with gigabytes of CUDA packages
+.venv/ready: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gptfast needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.x" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

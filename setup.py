@@ -1,0 +1,36 @@
+"""Packaging of gptfast: two packages, `kernels` (the operators) and `gptfast` (the model and its training)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="gptfast",
+    version=re.search(r'^__version__ = "(.+)"$', (HERE / "gptfast/__init__.py").read_text(), re.MULTILINE)[1],
+    description="GPT models with switchable Triton kernels, and benchmarks that say what they are worth",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["gptfast", "kernels"],
+    package_data={"gptfast": ["py.typed"], "kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "numpy",
+        "safetensors",
+        "tiktoken",
+        "tqdm",
+        "tyro",
+    ],
+    extras_require={
+        "dev": ["mypy", "pytest", "pytest-benchmark", "ruff", "transformers"],
+        "bench": ["pytest", "pytest-benchmark"],
+        "plots": ["pytest-benchmark[histogram]"],
+    },
+    entry_points={"console_scripts": ["gptfast = gptfast.cli:main"]},
+)
