@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import tyro
@@ -18,6 +21,8 @@ USAGE = f"""usage: gptfast train PRESET [options]    train a GPT and write a run
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and `gptfast generate --help` list the options."""
+
+Settings = TypeVar("Settings")
 
 
 @dataclass
@@ -73,13 +78,8 @@ def _train(arguments: list[str]) -> None:
     name, options = arguments[0], arguments[1:]
     if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
         raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
-    config = tyro.cli(
-        trainer.TrainConfig,
-        default=recipes.recipe(name, devices.resolve(_option(options, "--device", "auto"))),
-        args=options,
-        prog=f"gptfast train {name}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    default = recipes.recipe(name, devices.resolve(_option(options, "--device", "auto")))
+    config = _parse(trainer.TrainConfig, options, f"gptfast train {name}", default)
     summary = trainer.train(config, name)
     print(trainer.describe(summary))
     print(f"gptfast generate {summary['run']}")
@@ -89,7 +89,7 @@ def _train(arguments: list[str]) -> None:
 
 def _option(options: list[str], flag: str, default: str) -> str:
     """The value of an option that has to be known before the others are parsed."""
-    for option, following in zip(options, [*options[1:], default], strict=True):
+    for option, following in zip(options, [*options[1:], default], strict=False):
         if option == flag:
             return following
         if option.startswith(flag + "="):
@@ -98,7 +98,7 @@ def _option(options: list[str], flag: str, default: str) -> str:
 
 
 def _generate(arguments: list[str]) -> None:
-    config = tyro.cli(GenerateConfig, args=arguments, prog="gptfast generate")
+    config = _parse(GenerateConfig, arguments, "gptfast generate")
     if config.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {config.num_samples}")
     if not config.prompt:
@@ -110,6 +110,21 @@ def _generate(arguments: list[str]) -> None:
     for _ in range(config.num_samples):
         tokens = model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, generator)
         print(tokenizer.decode(tokens[0].tolist()))
+
+
+def _parse(settings: type[Settings], options: list[str], program: str, default: Settings | None = None) -> Settings:
+    """The settings that `options` describe. Raises ValueError with one line where tyro would print a box of text."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(settings, args=options, prog=program, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        # title, message and hints are separated by rules: of dashes, or box-drawing characters with the title inside
+        parts = re.split(r"^(?:╭.*|[\s│]*[-─]{5,}[\s│]*)$", printed.getvalue(), flags=re.MULTILINE)
+        message = " ".join(parts[1].replace("│", " ").split())
+        raise ValueError(re.sub(r"^Error parsing \w+: ", "", message)) from None
 
 
 def _exit(status: int, message: str) -> NoReturn:

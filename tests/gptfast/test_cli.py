@@ -1,0 +1,154 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptfast import cli
+
+TEXT = "To be, or not to be, that is the question:\n" * 40
+TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--steps", "20", "--batch-size", "4"]
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    return "text.txt"
+
+
+def gptfast(*arguments: str) -> subprocess.CompletedProcess:
+    """The command as a person runs it, in a process of its own."""
+    command = [sys.executable, "-m", "gptfast", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_train_and_generate(text):
+    trained = gptfast("train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY)
+    assert trained.returncode == 0, trained.stderr
+    assert "validation loss" in trained.stdout
+    assert trained.stdout.splitlines()[-1] == "gptfast generate run"
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["steps"] == 20
+    assert {"val_loss", "train_loss", "tokens_per_second", "mfu", "params", "seconds", "device", "backend"} <= set(
+        summary
+    )
+
+    arguments = ("generate", "run", "--prompt", "To be", "--max-new-tokens", "30", "--device", "cpu")
+    generated = gptfast(*arguments)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("To be")
+    assert len(generated.stdout) == len("To be") + 30 + len("\n")
+    assert set(generated.stdout) <= set(TEXT)
+    assert gptfast(*arguments).stdout == generated.stdout
+    assert gptfast(*arguments, "--seed", "7").stdout != generated.stdout
+    twice = gptfast(*arguments, "--num-samples", "2").stdout
+    assert len(twice) == 2 * len(generated.stdout)
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The error line of a command that ends with exit status 2 and prints nothing else."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == ""
+    assert re.fullmatch(r"gptfast: [^\n]+\n", printed.err), printed.err
+    return printed.err.removeprefix("gptfast: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "missing.txt"], "no such data: 'missing.txt'; accepted: stdlib, shakespeare, or a text file"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--block-size", "400"], "the text is too short: 1720 tokens make 1548 to train on and 172 held out"),
+        (["--n-embd", "30", "--n-head", "4"], "n_embd must be divisible by n_head, got n_embd=30 and n_head=4"),
+        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
+        (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
+        (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--device=tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--device", "cuda:99"], "no device 'cuda:99' here; accepted: auto, "),
+        (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16"),
+        (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, "),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--activation", "swish"], "invalid choice 'swish' for argument '--activation'. Expected one of ('gelu_tanh'"),
+        (["--n-layer", "x"], "Error parsing --n-layer: invalid literal for int() with base 10: 'x'"),
+        (["--n-layer"], "Missing value for argument '--n-layer'. Expected 1 values."),
+        (["--layers", "3"], "Unrecognized options: --layers, 3"),
+        (["--vocab-size", "9"], "--vocab-size cannot be set: the tokenizer determines it"),
+        (["--out", "taken"], "the run folder taken is not empty"),
+    ],
+)
+def test_bad_training_input(text, capsys, options, message):
+    Path("empty.txt").touch()
+    Path("taken").mkdir()
+    Path("taken/file").touch()
+    before = sorted(Path().rglob("*"))
+    error = fails(capsys, "train", "shakespeare-char", "--data", text, *options)
+    assert error.startswith(message)
+    assert sorted(Path().rglob("*")) == before, "a run folder was left behind"
+
+
+def test_unknown_words(capsys):
+    assert fails(capsys, "train", "gpt5").startswith("unknown preset 'gpt5'; accepted: shakespeare-char, ")
+    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: train, generate"
+
+
+@pytest.fixture
+def trained(text) -> str:
+    cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY, "--steps", "1"])
+    return "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "Zürich"], "the tokenizer lacks the characters 'Zcü'; accepted: the 17 of its training text"),
+        (["--prompt", ""], "the prompt is empty; give at least one character"),
+        (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
+        (["--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["--max-new-tokens", "-5"], "max_new_tokens must be at least 0, got -5"),
+        (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
+        (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
+    ],
+)
+def test_bad_generation_input(trained, capsys, options, message):
+    capsys.readouterr()
+    assert fails(capsys, "generate", trained, *options).startswith(message)
+
+
+def test_no_run_folder_given(capsys):
+    assert fails(capsys, "generate") == "Missing from gptfast generate: STR Run folder of the model. (required)"
+
+
+def test_not_a_run_folder(tmp_path, capsys):
+    assert fails(capsys, "generate", str(tmp_path)).endswith("is not a run folder with weights: it has no config.json")
+
+
+def test_a_loss_that_is_no_number_is_one_line(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "shakespeare-char", "--data", text, "--device", "cpu", *TINY, "--learning-rate", "1e30"])
+    assert ended.value.code == 1
+    assert re.search(
+        r"^gptfast: the loss is (nan|inf) at step \d+; lower --learning-rate", capsys.readouterr().err, re.M
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train"], ["train", "--help"]])
+def test_usage(capsys, arguments):
+    cli.main(arguments)
+    assert capsys.readouterr().out.startswith("usage: gptfast train PRESET")
+
+
+@pytest.mark.parametrize("arguments", [["train", "shakespeare-char", "--help"], ["generate", "--help"]])
+def test_help_lists_the_options(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    assert "--backend" in capsys.readouterr().out

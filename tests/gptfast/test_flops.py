@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptfast import GPT, GPTConfig, flops
+
+
+def test_gpt2_by_the_palm_convention():
+    """Figures that others publish for the 124M model: 854.4 MFLOP per token with full attention, 797.8 causal."""
+    config = GPTConfig.preset("gpt2")
+    assert flops.training_flops_per_token(config) == 6 * 123_532_032 + 12 * 12 * 768 * 1024 == 854_438_400
+    assert flops.training_flops_per_token(config, causal=True) / 1e6 == pytest.approx(797.8, abs=0.1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_closed_form_equals_what_pytorch_counts(backend):
+    """On the meta device; exactly, apart from the scores that the Triton backward computes a second time."""
+    batch, length = 2, 24
+    config = GPTConfig(block_size=length, vocab_size=101, n_layer=3, n_head=2, n_embd=32)
+    with torch.device("meta"):
+        model = GPT(config, backend=backend)
+        idx = torch.zeros(batch, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        _, loss = model(idx, idx)
+    assert forward.get_total_flops() == batch * length * flops.forward_flops_per_token(config)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    scores = config.n_layer * 2 * batch * length * length * config.n_embd
+    recomputed = scores if backend == "triton" else 0
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() + recomputed
+
+
+def test_peaks_by_device_name(monkeypatch):
+    def peak(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return flops.peak_flops(torch.device("cuda"), dtype)
+
+    assert peak("NVIDIA H200") == 989.5e12
+    assert peak("NVIDIA H100 PCIe") == 756e12
+    assert peak("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak("NVIDIA H20") is None
+    assert peak("NVIDIA H200", torch.float64) is None
+    assert flops.peak_flops(torch.device("meta"), torch.float32) is None
+
+
+def test_the_cpus_peak_is_measured():
+    assert 1e9 < flops.peak_flops(torch.device("cpu"), torch.float32) < 1e14

@@ -1,0 +1,260 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from gptfast import GPT, GPTConfig, flops
+from oracle import DEVICE, assert_equal_to_oracle
+
+SMALL = {"block_size": 16, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+VARIANTS = {
+    "gpt2": {},
+    "no bias": {"bias": False, "activation": "gelu"},
+    "untied, no qkv bias": {"tie_weights": False, "qkv_bias": False},
+    "first transformer": {"norm_position": "post", "position": "sinusoidal", "activation": "relu"},
+    "no positions": {"position": "none", "n_head": 1},
+}
+
+
+def build(backend="eager", seed=0, **settings) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**SMALL | settings), backend=backend).to(DEVICE)
+
+
+def tokens(*shape: int, vocab_size: int = 31, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def count(**settings) -> int:
+    with torch.device("meta"):
+        return GPT(GPTConfig.preset("gpt2", **settings), backend="eager").get_num_params(non_embedding=False)
+
+
+def test_parameter_counts():
+    assert count() == 124_439_808
+    assert count(tie_weights=False, qkv_bias=False) == 163_009_536
+    assert count(tie_weights=True, qkv_bias=False) == 124_412_160
+
+
+def test_parameter_count_without_positions():
+    model = build()
+    assert model.get_num_params() == model.get_num_params(non_embedding=False) - 16 * 32
+
+
+def test_parameter_names_are_nanogpts():
+    block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    expected = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for layer in range(2):
+        expected += [f"transformer.h.{layer}.{part}.{kind}" for part in block for kind in ("weight", "bias")]
+    expected += ["transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight"]
+    assert list(build().state_dict()) == expected
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_triton_equals_eager(settings):
+    """Logits, loss and every gradient, by the rule that holds for the operators."""
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = build(backend, **settings).to(dtype)
+        logits, loss = model(idx, targets)
+        loss.backward()
+        return {"logits": logits.detach(), "loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+    ours, theirs, exact = run("triton", torch.float32), run("eager", torch.float32), run("eager", torch.float64)
+    assert set(ours) == set(exact)
+    for name in exact:
+        assert_equal_to_oracle(name, ours[name], theirs[name], exact[name])
+
+
+def test_triton_backend_drops_attention_probabilities_in_training_only():
+    model = build("triton", dropout=0.5)
+    idx = tokens(1, 16)
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(idx)[0], model(idx)[0]
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(model(idx)[0], first)
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_one_graph_under_compile(backend: str):
+    model = build(backend)
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    logits, loss = model(idx, targets)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_logits, compiled_loss = compiled(idx, targets)
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_logits, logits)
+    torch.testing.assert_close(compiled_loss, loss)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_the_future_is_not_seen(settings, backend):
+    """Changing token t leaves the logits before t bitwise alone, and changes those from t on."""
+    model = build(backend, **settings).eval()
+    idx = tokens(1, 16)
+    before = model(idx, idx)[0]
+    changed = idx.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 31
+    after = model(changed, changed)[0]
+    assert torch.equal(after[:, :9], before[:, :9])
+    assert (after[:, 9:] != before[:, 9:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_one_batch_is_overfitted(settings):
+    model = build(**settings)
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.99), DEVICE.type)
+    for _ in range(150):
+        _, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_initial_loss_is_that_of_a_guess():
+    model = build(vocab_size=500, n_embd=64)
+    idx = tokens(8, 16, vocab_size=500)
+    _, loss = model(idx, tokens(8, 16, vocab_size=500, seed=1))
+    assert abs(loss.item() - math.log(500)) < 0.1
+
+
+def test_initialisation_is_gpt2s():
+    model = build(n_embd=256, n_layer=8, vocab_size=1000)
+    state = model.state_dict()
+    assert state["transformer.wte.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert state["transformer.h.3.mlp.c_fc.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    for name in ("attn.c_proj.weight", "mlp.c_proj.weight"):
+        assert state[f"transformer.h.3.{name}"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert not state["transformer.h.3.attn.c_attn.bias"].any()
+    assert build(init_std=0.1).transformer.wte.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_tied_weights_stay_tied():
+    model = copy.deepcopy(build()).to(torch.float64)
+    model.load_state_dict(build(seed=1).state_dict())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    untied = build(tie_weights=False)
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+
+
+def test_without_targets_only_the_last_position_is_predicted():
+    model = build()
+    idx = tokens(2, 10)
+    logits, loss = model(idx)
+    assert loss is None
+    assert logits.shape == (2, 1, 31)
+    torch.testing.assert_close(logits, model(idx, idx)[0][:, -1:])
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_ignored_targets_do_not_count(ignored: int):
+    model = build()
+    idx, targets = tokens(1, 10), tokens(1, 10, seed=1)
+    logits, _ = model(idx, targets)
+    targets[0, 4:] = ignored
+    _, loss = model(idx, targets)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[0, :4], targets[0, :4]))
+
+
+def test_sinusoids_are_the_papers():
+    from gptfast.model import sinusoids
+
+    table = sinusoids(7, 6, torch.empty(0, dtype=torch.float64))
+    for t in range(7):
+        for i in range(3):
+            angle = t / 10000 ** (2 * i / 6)
+            assert table[t, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_post_norm_normalises_after_the_addition():
+    model = build(norm_position="post", n_layer=1)
+    hidden = model.transformer(tokens(1, 16))
+    torch.testing.assert_close(hidden.mean(-1), torch.zeros(1, 16, device=DEVICE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(1, 16, device=DEVICE), atol=1e-3, rtol=0)
+    assert not any("ln_f" in name for name in model.state_dict())
+
+
+def test_autocast_trains_in_bfloat16():
+    for backend in ("eager", "triton"):
+        model = build(backend)
+        idx = tokens(2, 16)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits, loss = model(idx, idx)
+        assert logits.dtype == torch.bfloat16
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+        torch.testing.assert_close(loss.float(), build()(idx, idx)[1], rtol=0.01, atol=0.01)
+
+
+def test_configure_optimizers_decays_matrices_alone():
+    model = build()
+    decayed, plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type).param_groups
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in plain["params"]} == {1}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert decayed["betas"] == (0.9, 0.95)
+
+
+def test_frozen_parameters_get_no_optimizer_state():
+    model = build()
+    model.transformer.wpe.weight.requires_grad_(False)
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type).param_groups
+    assert all(p is not model.transformer.wpe.weight for group in groups for p in group["params"])
+
+
+def test_estimate_mfu_is_flops_over_peak(monkeypatch):
+    model = build()
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e12)
+    expected = flops.training_flops_per_token(model.config) * 5 * 16 / 0.5 / 1e12
+    assert model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5) == pytest.approx(expected)
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: None)
+    assert math.isnan(model.estimate_mfu(5, 0.5))
+
+
+def test_crop_block_size():
+    model = build().eval()
+    idx = tokens(1, 8)
+    logits, _ = model(idx)
+    model.crop_block_size(8)
+    assert model.config.block_size == 8
+    assert model.transformer.wpe.weight.shape == (8, 32)
+    assert torch.equal(model(idx)[0], logits)
+    with pytest.raises(ValueError, match="longer than block_size=8"):
+        model(tokens(1, 9))
+    with pytest.raises(ValueError, match=r"block_size must be in \[1, 8\], got 9"):
+        model.crop_block_size(9)
+
+
+@pytest.mark.parametrize(
+    ("idx", "targets", "message"),
+    [
+        (torch.zeros(5), None, r"idx must be \[B, T\] with T >= 1, got shape \(5,\)"),
+        (torch.zeros(1, 0), None, r"idx must be \[B, T\] with T >= 1, got shape \(1, 0\)"),
+        (torch.zeros(1, 17), None, "a sequence of 17 tokens is longer than block_size=16"),
+        (torch.zeros(1, 5), torch.zeros(1, 4), r"targets must have the shape of idx, \(1, 5\), got \(1, 4\)"),
+        (torch.full((1, 5), 31), None, "token id 31 is out of range; accepted: 0 to 30"),
+        (torch.full((1, 5), -1), None, "token id -1 is out of range; accepted: 0 to 30"),
+        (torch.zeros(1, 5), torch.full((1, 5), 99), "target 99 is out of range; accepted: 0 to 30"),
+    ],
+)
+def test_bad_tokens(idx, targets, message):
+    model = GPT(GPTConfig(**SMALL))  # on the CPU: there PyTorch would answer with an IndexError
+    with pytest.raises(ValueError, match=message):
+        model(idx.long(), None if targets is None else targets.long())
+
+
+def test_an_empty_batch_has_empty_logits():
+    logits, _ = build()(torch.zeros(0, 4, dtype=torch.long, device=DEVICE))
+    assert logits.shape == (0, 1, 31)

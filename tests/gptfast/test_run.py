@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from gptfast import GPT, GPTConfig, run
+from gptfast.tokenizer import CharTokenizer
+
+CPU = torch.device("cpu")
+CONFIG = {"block_size": 8, "vocab_size": 3, "n_layer": 1, "n_head": 2, "n_embd": 8}
+
+
+def write(path: Path, **settings) -> GPT:
+    model = GPT(GPTConfig(**CONFIG | settings))
+    folder = run.RunFolder(path)
+    folder.write_json("config.json", {"model": CONFIG | settings})
+    folder.write_json("tokenizer.json", CharTokenizer("abc").to_json())
+    folder.save_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_come_back(tmp_path, tied):
+    saved = write(tmp_path / "run", tie_weights=tied)
+    model, tokenizer = run.load(tmp_path / "run", CPU)
+    assert tokenizer.decode([0, 1, 2]) == "abc"
+    assert model.config == saved.config
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    stored = safetensors.torch.load_file(tmp_path / "run/model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied
+
+
+def test_the_backend_is_the_one_asked_for(tmp_path):
+    write(tmp_path / "run")
+    model, _ = run.load(tmp_path / "run", CPU, "triton")
+    assert model.backend["ffn"] == "triton"
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty; give a new one with --out"):
+        run.RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot create the run folder .*notes.txt/run: Not a directory"):
+        run.RunFolder(tmp_path / "notes.txt/run")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
+    folder = run.RunFolder(tmp_path / "run")
+    folder.write_json("summary.json", {"steps": 1})
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write_json("summary.json", {"steps": 2})
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "is not a run folder with weights: it has no model.safetensors"),
+        ("tokenizer.json", None, "it has no tokenizer.json"),
+        ("model.safetensors", b"\x00" * 30, "model.safetensors is damaged"),
+        ("config.json", b"{", "config.json is damaged"),
+        ("config.json", b"[]", "config.json is damaged: a JSON object is needed"),
+        ("config.json", b'{"model": {"layers": 3}}', "config.json holds no model settings: .*layers"),
+        ("config.json", b'{"model": {"n_head": 5}}', "n_embd must be divisible by n_head"),
+        ("tokenizer.json", b"{}", "not a saved tokenizer"),
+        (
+            "config.json",
+            json.dumps({"model": CONFIG | {"n_layer": 2}}).encode(),
+            r"does not fit config.json: .*Missing key.*transformer.h.1",
+        ),
+    ],
+)
+def test_damaged_folders(tmp_path, name, content, message):
+    write(tmp_path / "run")
+    damage(tmp_path / "run" / name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        run.load(tmp_path / "run", CPU)
+    assert "\n" not in str(caught.value)

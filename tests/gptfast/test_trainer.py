@@ -1,0 +1,164 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from gptfast import GPTConfig, recipes, run, trainer
+from gptfast.trainer import TrainConfig
+
+TEXT = "To be, or not to be, that is the question:\n" * 40
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """A run of 20 steps that takes a fraction of a second."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    return TrainConfig(
+        model=GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16),
+        data=str(tmp_path / "text.txt"),
+        out=str(tmp_path / "run"),
+        device="cpu",
+        steps=20,
+        batch_size=4,
+        warmup_steps=5,
+        eval_interval=8,
+        eval_batches=2,
+        log_interval=5,
+    )
+
+
+def log(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder(config, tmp_path):
+    summary = trainer.train(config)
+    path = tmp_path / "run"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "summary.json",
+        "tokenizer.json",
+    ]
+    assert json.loads((path / "summary.json").read_text()) | {"run": str(path)} == summary
+    assert summary["steps"] == 20
+    assert summary["params"] == run.load(path, torch.device("cpu"))[0].get_num_params(non_embedding=False)
+    assert summary["device"] == "cpu"
+    assert summary["backend"] == dict.fromkeys(("layer_norm", "ffn", "attention", "loss"), "eager")
+    assert summary["interrupted"] is False
+    assert 0 < summary["mfu"] < 1.5
+    assert summary["tokens_per_second"] > 0
+    assert summary["val_loss"] < math.log(len(set(TEXT))), "nothing was learned"
+    losses, evaluations = [e for e in log(path) if "loss" in e], [e for e in log(path) if "val_loss" in e]
+    assert [entry["step"] for entry in losses] == [1, 5, 8, 10, 15, 16, 20]
+    assert [entry["step"] for entry in evaluations] == [8, 16, 20]
+    assert summary["val_loss"] == min(entry["val_loss"] for entry in evaluations)
+    assert losses[0].keys() == {"step", "loss", "learning_rate", "tokens_per_second", "mfu"}
+
+
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    first = trainer.train(config)
+    again = trainer.train(dataclasses.replace(config, out=str(tmp_path / "again")))
+    other = trainer.train(dataclasses.replace(config, out=str(tmp_path / "other"), seed=2))
+    assert (again["val_loss"], again["train_loss"]) == (first["val_loss"], first["train_loss"])
+    assert other["val_loss"] != first["val_loss"]
+
+
+def test_the_saved_weights_are_those_of_the_best_evaluation(config, tmp_path, monkeypatch):
+    losses = iter([3.0, 3.1, 1.0, 1.1, 2.0, 2.1])  # validation, train at steps 8, 16 and 20
+    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: next(losses))
+    saved_at = []
+    monkeypatch.setattr(trainer.RunFolder, "save_weights", lambda self, model: saved_at.append(len(log(self.path))))
+    summary = trainer.train(config)
+    assert (summary["val_loss"], summary["train_loss"]) == (1.0, 1.1)
+    assert len(saved_at) == 2
+
+
+def test_an_interrupted_run_is_evaluated_and_saved(config, tmp_path, monkeypatch):
+    step = trainer._Training._step
+
+    def interrupted_step(self, number):
+        if number == 6:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(trainer._Training, "_step", interrupted_step)
+    summary = trainer.train(config)
+    assert (summary["interrupted"], summary["steps"]) == (True, 6)
+    model, _ = run.load(tmp_path / "run", torch.device("cpu"))
+    assert math.isfinite(summary["val_loss"])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
+    monkeypatch.setattr(trainer._Training, "_step", lambda self, number: torch.tensor(float("nan")))
+    with pytest.raises(RuntimeError, match="the loss is nan at step 1; lower --learning-rate"):
+        trainer.train(config)
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    rates = [trainer.learning_rate(config, step) for step in range(110)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1, abs=0.001)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_gradient_is_clipped(config, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
+    trainer.train(dataclasses.replace(config, grad_clip=0.5, steps=3))
+    assert norms == [0.5] * 3
+    trainer.train(dataclasses.replace(config, grad_clip=0.0, steps=3, out=config.out + "2"))
+    assert len(norms) == 3
+
+
+def test_evaluation_weighs_every_sequence_the_same(config, monkeypatch):
+    """The last batch may be smaller than the others."""
+    trained = []
+    evaluate = trainer._Training._evaluate
+    monkeypatch.setattr(
+        trainer._Training, "_evaluate", lambda self, step, bar: (trained.append(self), evaluate(self, step, bar))
+    )
+    trainer.train(dataclasses.replace(config, batch_size=3, eval_batches=3, steps=1, held_out=0.05))
+    loop = trained[-1]
+    batches = loop.val_split.even_batches(3, 3)
+    assert [len(idx) for idx, _ in batches] == [3, 2]
+    idx, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loop.model.eval()
+    assert loop._mean_loss(loop.val_split) == pytest.approx(loop.model(idx, targets)[1].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_recipes():
+    assert recipes.recipe("shakespeare-char", torch.device("cpu")) is recipes.RECIPES["shakespeare-char-cpu"]
+    assert recipes.recipe("shakespeare-char", torch.device("cuda")) is recipes.RECIPES["shakespeare-char-gpu"]
+    with pytest.raises(ValueError, match="unknown preset 'gpt5'; accepted: shakespeare-char, shakespeare-char-gpu"):
+        recipes.recipe("gpt5", torch.device("cpu"))
+
+
+def test_default_folders_are_numbered(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = dataclasses.replace(config, out=None, steps=1)
+    assert trainer.train(short, "name")["run"] == "runs/name"
+    assert trainer.train(short, "name")["run"] == "runs/name-2"
