@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -114,10 +114,11 @@ def _generate(arguments: list[str]) -> None:
 
 def _parse(settings: type[Settings], options: list[str], program: str, default: Settings | None = None) -> Settings:
     """The settings that `options` describe. Raises ValueError with one line where tyro would print a box of text."""
+    start: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(settings, args=options, prog=program, default=default, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(settings, args=options, prog=program, config=(tyro.conf.OmitArgPrefixes,), **start)
     except SystemExit as ended:
         if not ended.code:  # --help
             raise

@@ -18,7 +18,7 @@ class GPTConfig:
     block_size: int = 1024
     """Longest sequence, in tokens."""
     vocab_size: int = 50304
-    """Number of token ids: GPT-2's 50,257 rounded up to a multiple of 64, or what the tokenizer of a training run has."""
+    """Number of token ids: GPT-2's 50,257 rounded up to a multiple of 64; a training run takes its tokenizer's."""
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12

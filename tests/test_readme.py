@@ -1,0 +1,43 @@
+"""The README's code and commands work as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_training_script(tmp_path):
+    written = run([sys.executable, "-c", PYTHON[0]], tmp_path)
+    assert written.startswith("the quick brown fox jumps over the lazy")
+
+
+def test_the_switch(tmp_path):
+    assert run([sys.executable, "-c", PYTHON[1]], tmp_path).startswith("{'layer_norm': ")
+
+
+def test_every_example_is_run():
+    assert (len(PYTHON), len(COMMANDS)) == (2, 2)
+
+
+@pytest.mark.slow
+def test_the_commands(tmp_path):
+    """Trains for a minute and generates, word for word."""
+    outputs = [run([sys.executable, "-m", *command.replace('"', "").split()], tmp_path) for command in COMMANDS[:1]]
+    assert "validation loss" in outputs[0]
+    written = run([sys.executable, "-m", "gptfast", "generate", "runs/stdlib", "--prompt", "def "], tmp_path)
+    assert written.startswith("def ")
+    assert len(written) == len("def ") + 500 + len("\n")
