@@ -1,0 +1,1 @@
+"""What the kernels and the model are worth, measured. Run by `pytest benchmarks --benchmark-only`."""
