@@ -284,20 +284,30 @@ def _attention_dq_kernel(
     _store_rows(dq_ptr, queries, stride_dq_row, n_queries, dq * scale, D, BD)
 
 
+# (BM, BN, num_warps, num_stages) for head sizes up to 64, 128 and 256: blocks whose programs keep everything in
+# registers on sm_80 and sm_90, with dropout too; `python -m kernels.codegen` tells
+_BLOCKS_HALF = {
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "dk_dv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
+    "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+}
+_BLOCKS_FLOAT32 = {
+    "forward": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "dk_dv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+
+
 def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int) -> dict[str, int | str]:
     """Blocks, warps and pipeline stages of the pass `forward`, `dk_dv` or `dq`."""
     padded = max(16, triton.next_power_of_2(head_size))
-    size = 0 if padded <= 64 else 1 if padded == 128 else 2
-    if dtype == torch.float32:
-        blocks = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))[size]
-    elif pass_name == "forward":
-        blocks = ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2))[size]
-    elif pass_name == "dk_dv":
-        blocks = ((32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1))[size]
-    else:
-        blocks = ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1))[size]
+    row = (_BLOCKS_FLOAT32 if dtype == torch.float32 else _BLOCKS_HALF)[pass_name]
+    block_m, block_n, warps, stages = row[0 if padded <= 64 else 1 if padded == 128 else 2]
     return {
-        **dict(zip(("BM", "BN", "num_warps", "num_stages"), blocks, strict=True)),
+        "BM": block_m,
+        "BN": block_n,
+        "num_warps": warps,
+        "num_stages": stages,
         "D": head_size,
         "BD": padded,
         "PRECISION": runtime.dot_precision(dtype),
