@@ -74,10 +74,7 @@ def parse(request: Request) -> dict[str, str]:
         request = {operator.strip(): word.strip() for operator, _, word in pairs}
     if isinstance(request, str):
         _require_word(request)
-        asked = dict.fromkeys(OPERATORS, request)
-        if request == "triton":
-            asked.update(dict.fromkeys(EAGER_ONLY, "eager"))
-        return asked
+        return dict.fromkeys(OPERATORS, request)
     if not isinstance(request, Mapping):
         raise ValueError(f"backend must be a word or a mapping from operator to word, got {type(request).__name__}")
     for operator, word in request.items():

@@ -149,8 +149,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     One read and one write of x; statistics and parameter gradients in float32; bitwise the same on every run. Where
-    Triton cannot run (CPU tensors), this is `kernels.reference.layer_norm`. Under `torch.autocast` the result is
-    float32, as PyTorch's is.
+    Triton cannot run (CPU tensors), this is `kernels.reference.layer_norm`. Under CUDA's `torch.autocast` the result
+    is float32, as PyTorch's is.
 
     Args:
         x: [..., C], C at most 65,536, float32, float16 or bfloat16, any strides.
@@ -171,7 +171,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     runtime.require_dtype("layer_norm", x)
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"layer_norm: the width of x must be at most {MAX_WIDTH}, got {x.shape[-1]}")
-    if runtime.autocast_dtype(x.device) is not None:
+    if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
         x = x.float()
     y, _, _ = _forward(x, weight, bias, float(eps))
     return y

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, runtime
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -32,7 +32,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
     checks.layer_norm(x, weight, bias, eps)
-    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+    one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    if one_dtype or runtime.autocast_dtype(x.device) is not None:  # autocast has a rule of its own
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     y = F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
     return y.to(x.dtype)

@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from gptfast import GPT, Backend, GPTConfig
-from gptfast.backend import parse
+from gptfast.backend import parse, resolve
 from kernels import reference
 
 TINY = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -39,6 +39,25 @@ def test_auto_is_eager_for_a_dtype_or_head_size_without_kernels():
     assert GPT(wide, backend="auto").backend["attention"] == "eager"
     model = GPT(GPTConfig(**TINY)).double()
     assert set(model.backend.values()) == {"eager"}
+
+
+def test_auto_on_a_gpu_is_triton_where_there_is_a_kernel():
+    """Decided without a GPU: only the device's kind matters."""
+
+    def choices(dtype: torch.dtype, head_size: int) -> dict[str, str]:
+        return dict(resolve(parse("auto"), torch.device("cuda"), dtype, head_size))
+
+    assert choices(torch.bfloat16, 64) == ALL_TRITON
+    assert choices(torch.bfloat16, 260) == ALL_TRITON | {"attention": "eager"}
+    assert set(choices(torch.float64, 64).values()) == {"eager"}
+
+
+def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
+    model = GPT(GPTConfig(**TINY))
+    seen = []
+    monkeypatch.setattr("gptfast.model.resolve", lambda *arguments: seen.append(arguments) or resolve(*arguments))
+    model.to("meta", torch.float64)
+    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

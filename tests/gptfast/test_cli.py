@@ -140,6 +140,18 @@ def test_a_loss_that_is_no_number_is_one_line(text, capsys):
     )
 
 
+def test_an_interrupted_run_says_so_by_its_exit_status(text, monkeypatch, capsys):
+    def interrupted_step(self, number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptfast.trainer._Training._step", interrupted_step)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
+    assert ended.value.code == 130
+    assert "after 0 steps" in capsys.readouterr().out
+    assert Path("run/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train"], ["train", "--help"]])
 def test_usage(capsys, arguments):
     cli.main(arguments)

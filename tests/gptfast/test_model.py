@@ -177,6 +177,56 @@ def test_sinusoids_are_the_papers():
             assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "none"])
+def test_what_enters_the_blocks(position):
+    """Token embedding and positions; the embedding is scaled by sqrt(C) where sinusoids are added."""
+    from gptfast.model import sinusoids
+
+    model, idx = build(position=position), tokens(2, 16)
+    entered = []
+    model.transformer.drop.register_forward_hook(lambda module, args, output: entered.append(output))
+    model(idx)
+    embedding = model.transformer.wte(idx)
+    expected = {
+        "learned": lambda: embedding + model.transformer.wpe.weight,
+        "sinusoidal": lambda: embedding * math.sqrt(32) + sinusoids(16, 32, embedding),
+        "none": lambda: embedding,
+    }[position]()
+    torch.testing.assert_close(entered[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("gelu", torch.nn.functional.gelu),
+        ("relu", torch.relu),
+    ],
+)
+def test_the_activation_is_the_one_configured(activation, function):
+    mlp = build(activation=activation, init_std=1.0).transformer.h[0].mlp
+    x = torch.randn(3, 32, device=DEVICE)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(function(mlp.c_fc(x))))
+
+
+@pytest.mark.parametrize("site", ["embedding", "attention", "attention output", "feed-forward output"])
+def test_dropout_acts_in_four_places_in_training_alone(site):
+    model, idx = build(dropout=0.5), tokens(2, 16)
+    for name in {"embedding", "attention", "attention output", "feed-forward output"} - {site}:
+        for block in model.transformer.h:
+            if name == "embedding":
+                model.transformer.drop.p = 0.0
+            elif name == "attention":
+                block.attn.dropout = 0.0
+            elif name == "attention output":
+                block.attn.resid_dropout.p = 0.0
+            else:
+                block.mlp.dropout.p = 0.0
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
 def test_post_norm_normalises_after_the_addition():
     model = build(norm_position="post", n_layer=1)
     hidden = model.transformer(tokens(1, 16))

@@ -48,14 +48,15 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, call):
     folder = run.RunFolder(tmp_path / "run")
     folder.write_json("summary.json", {"steps": 1})
 
-    def full_disk(descriptor):
+    def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full_disk)
+    monkeypatch.setattr(call, full_disk)
     with pytest.raises(OSError, match="No space left"):
         folder.write_json("summary.json", {"steps": 2})
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}

@@ -1,11 +1,12 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
 
-from gptfast import GPTConfig, recipes, run, trainer
+from gptfast import GPT, GPTConfig, data, recipes, run, trainer
 from gptfast.trainer import TrainConfig
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
@@ -134,6 +135,51 @@ def test_evaluation_weighs_every_sequence_the_same(config, monkeypatch):
     idx, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loop.model.eval()
     assert loop._mean_loss(loop.val_split) == pytest.approx(loop.model(idx, targets)[1].item(), rel=1e-5)
+
+
+def test_every_step_uses_its_batch_and_learning_rate_and_fresh_gradients(config, monkeypatch):
+    batches, rates, cleared = [], [], []
+    draw, step, zero_grad = data.Split.random_batch, torch.optim.AdamW.step, torch.optim.AdamW.zero_grad
+
+    def recorded_step(self):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self)
+
+    monkeypatch.setattr(data.Split, "random_batch", lambda self, *args: batches.append(args) or draw(self, *args))
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    monkeypatch.setattr(
+        torch.optim.AdamW, "zero_grad", lambda self, **options: cleared.append(1) or zero_grad(self, **options)
+    )
+    config = dataclasses.replace(config, seed=5)
+    trainer.train(config)
+    assert batches == [(4, 5, number) for number in range(20)]
+    assert rates == [[trainer.learning_rate(config, number)] * 2 for number in range(20)]
+    assert len(cleared) == 20
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(config, monkeypatch):
+    modes = []
+    forward = GPT.forward
+    monkeypatch.setattr(
+        GPT,
+        "forward",
+        lambda self, *args: modes.append((torch.is_grad_enabled(), self.training)) or forward(self, *args),
+    )
+    trainer.train(dataclasses.replace(config, steps=4, eval_interval=1))
+    assert set(modes) == {(True, True), (False, False)}
+
+
+def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch):
+    def slow_first_step(self, number):
+        time.sleep(0.5 if number == 0 else 0.01)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(trainer._Training, "_step", slow_first_step)
+    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: time.sleep(0.3) or 1.0)
+    summary = trainer.train(config)
+    tokens_per_step = 4 * 16
+    assert tokens_per_step / 0.02 < summary["tokens_per_second"] <= tokens_per_step / 0.01
+    assert summary["seconds"] > 0.5 + 19 * 0.01 + 6 * 0.3
 
 
 @pytest.mark.parametrize(

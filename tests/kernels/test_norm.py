@@ -1,0 +1,25 @@
+"""What only layer norm promises."""
+
+import torch
+
+import kernels
+from kernels import reference
+from oracle import DEVICE
+
+
+def test_autocast_treats_half_precision_input_as_pytorch_does():
+    """CUDA's autocast makes layer norm float32, the CPU's leaves it alone."""
+    x, weight = torch.randn(3, 5, device=DEVICE, dtype=torch.bfloat16), torch.ones(5, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y, expected = kernels.layer_norm(x, weight, None), reference.layer_norm(x, weight, None)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+def test_parameters_may_be_float32_beside_half_precision_input():
+    x, weight, bias = (torch.randn(s, device=DEVICE) for s in ((7, 33), (33,), (33,)))
+    weight.requires_grad_()
+    y = kernels.layer_norm(x.bfloat16(), weight, bias)
+    y.float().sum().backward()
+    assert (y.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y, reference.layer_norm(x.bfloat16(), weight, bias), rtol=0.02, atol=0.02)
