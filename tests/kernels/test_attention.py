@@ -58,7 +58,7 @@ def test_dropout_equals_the_reference_with_the_same_mask(dtype: torch.dtype):
     p, length = 0.3, 80
     kept = dropout_mask(2, 2, length, p, seed=5)
     inputs = qkv(2, 2, length, length, dtype=dtype, seed=1)
-    do = torch.randn(2, 2, length, length, device=DEVICE, dtype=dtype)
+    do, _, _ = qkv(2, 2, length, length, dtype=dtype, seed=2)
 
     def run(function, precision):
         tensors = [x.detach().to(precision).requires_grad_() for x in inputs]
