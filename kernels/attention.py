@@ -460,6 +460,6 @@ def causal_attention(
     elif seed is None:
         seed = torch.randint(2**31, (1,), device=q.device)
     elif not isinstance(seed, torch.Tensor):
-        seed = torch.tensor([seed], device=q.device)
+        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)  # no copy from the host
     o, _ = _forward(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p), seed)
     return o

@@ -73,6 +73,10 @@ def causal_attention(
         raise ValueError(f"causal_attention: scale must be finite, got {scale}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"causal_attention: dropout_p must be in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor) and seed.device != q.device:
+        raise ValueError(f"causal_attention: seed is on {seed.device} and q on {q.device}; one device is needed")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"causal_attention: seed must fit in 64 bits, got {seed}")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ValueError(
             f"causal_attention: a tensor seed must hold one int64, got {seed.numel()} elements of {seed.dtype}"

@@ -118,12 +118,13 @@ def _backward(
             dy_rows, rows, weight.contiguous(), mean, rstd, dx, dweight, dbias,
             n_rows, width, dy_rows.stride(0), rows.stride(0), HAS_BIAS=has_bias, **blocks,
         )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+    return dx, dweight.sum(0), dbias.sum(0)
 
 
 @_backward.register_fake
 def _(dy, x, weight, mean, rstd, has_bias):
-    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+    dweight = x.new_empty(weight.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -139,7 +140,7 @@ def _gradients(ctx, dy, _dmean, _drstd):
         return None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, ctx.bias_dtype is not None)
-    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+    return dx, dweight.to(weight.dtype), None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)

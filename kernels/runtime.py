@@ -63,5 +63,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """What `tl.dot` is asked for: float32 follows `torch.get_float32_matmul_precision`, as cuBLAS does."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """What `tl.dot` is asked for: float32 follows PyTorch's setting for cuBLAS, by its older API or its newer one."""
+    # the getter of the older API raises once the newer one was used; this one knows both
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"

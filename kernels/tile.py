@@ -42,8 +42,9 @@ def matmul(
         a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
         b = tl.load(p_b, mask=inner[:, None] < n_inner - start, other=0.0)
         acc = dot(a, b, acc, PRECISION)
-        p_a += BK * stride_a_inner
-        p_b += BK * stride_b_inner
+        # strides that the compiler knows to be 1 are no tensors: cast takes both
+        p_a += BK * tl.cast(stride_a_inner, tl.int64)
+        p_b += BK * tl.cast(stride_b_inner, tl.int64)
     return acc
 
 

@@ -48,3 +48,10 @@ def test_peaks_by_device_name(monkeypatch):
 
 def test_the_cpus_peak_is_measured():
     assert 1e9 < flops.peak_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_measuring_the_peak_leaves_the_random_numbers_alone():
+    flops._measured_cpu_peak.cache_clear()
+    state = torch.get_rng_state()
+    flops.peak_flops(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)

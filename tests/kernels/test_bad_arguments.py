@@ -49,6 +49,8 @@ ATTENTION = [
     ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, "x"), TypeError, "seed must be an int.* got str"),
     ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, t(2)), ValueError, "must hold one int64, got 2 elements"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, 2**63), ValueError, "seed must fit in 64 bits, got 92"),
+    ((t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4), None, 0.1, t(1).to("meta")), ValueError, "seed is on meta and q on"),
     (
         (t(1, 1, 2, 4), t(1, 1, 2, 4), t(1, 1, 2, 4, dtype=torch.float16)),
         TypeError,

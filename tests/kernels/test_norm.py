@@ -23,3 +23,12 @@ def test_parameters_may_be_float32_beside_half_precision_input():
     y.float().sum().backward()
     assert (y.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(y, reference.layer_norm(x.bfloat16(), weight, bias), rtol=0.02, atol=0.02)
+
+
+def test_the_gradient_of_a_float32_bias_is_not_rounded_to_the_dtype_of_the_weight():
+    x = torch.randn(500, 16, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.zeros(16, device=DEVICE, requires_grad=True)
+    y = kernels.layer_norm(x, torch.ones(16, device=DEVICE, dtype=torch.bfloat16), bias)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    torch.testing.assert_close(bias.grad, dy.float().sum(0), rtol=1e-5, atol=1e-5)
