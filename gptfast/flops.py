@@ -44,6 +44,14 @@ def training_flops_per_token(config: GPTConfig, length: int | None = None, causa
     return 3 * forward_flops_per_token(config, length, causal)
 
 
+def utilisation(rate: float, peak: float | None) -> float | None:
+    """The share of `peak` that `rate` reached, both in the same unit; None where the peak is not known.
+
+    Of model FLOPs per second it is the MFU (Chowdhery et al. 2022), of bytes that had to be read per second the MBU.
+    """
+    return None if peak is None else rate / peak
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The dense matrix peak of `device` for `dtype` in FLOP/s; None where the table has none, never a guess.
 

@@ -1,0 +1,252 @@
+"""One operator on one set of shapes, by several providers: built, checked against the reference, then timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Call, Times, kernel_times, peak_bytes, percentiles
+from gptfast.costs import Cost, Passes
+
+MODES = ("forward", "backward", "both")
+# ours, and what defines correct: when these fail, something is broken; when a peer does, it is only missing
+OWN = ("eager", "triton", "triton compiled")
+
+# ||result - reference|| / ||reference||: several times what rounding leaves, far below what a wrong mask, scale or
+# missing block would. The tests hold the kernels to the stricter rule.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+Operator = Callable[..., Tensor]
+
+
+class Unavailable(Exception):
+    """A provider cannot run here; the message says why."""
+
+
+class WrongResult(Exception):
+    """A provider's result is not the reference's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and dtype of one comparison.
+
+    Args:
+        suite: name of the operator.
+        dims: the sizes that name it, in order.
+        dtype: of all tensors.
+        shapes: of the tensor arguments, by name and in order.
+        passes: FLOPs and bytes.
+        reference: the operator that defines correct.
+        strided: makes an argument's layout from a contiguous tensor that `shapes` describes.
+        part: the share of a result that is compared, for references that would not fit into memory whole; it must
+            depend on nothing but the same share of the inputs.
+    """
+
+    suite: str
+    dims: Mapping[str, int]
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]]
+    passes: Passes
+    reference: Operator
+    strided: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.dtype_name} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
+
+    def cost(self, mode: str) -> Cost:
+        return {"forward": self.passes.inference, "backward": self.passes.backward, "both": self.passes.training}[mode]
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """Random normal tensors that require gradients; weights are scaled so that products keep their size."""
+        generator = torch.Generator(device).manual_seed(0)
+        tensors = []
+        for name, shape in self.shapes.items():
+            scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
+            drawn = scale * torch.randn(shape, generator=generator, device=device)
+            tensors.append(self.strided(drawn.to(self.dtype)).requires_grad_())
+        return tensors
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of an operator: `build(case)` gives it, or raises `Unavailable`."""
+
+    name: str
+    build: Callable[[Case], Operator]
+    modes: tuple[str, ...] = MODES
+
+
+@dataclass
+class Comparison:
+    """Measures a case for `providers`; what cannot be measured says why and leaves the rest alone."""
+
+    case: Case
+    providers: list[Provider]
+    device: torch.device
+    limits: Mapping[str, Any]
+    failures: dict[str, Exception] = field(default_factory=dict)  # by provider
+    _ready: dict[str, Operator] = field(default_factory=dict)
+    _errors: dict[str, float] = field(default_factory=dict)
+    _measured: dict[str, dict[str, tuple[Times, int | None]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._inputs = self.case.inputs(self.device)
+        generator = torch.Generator(self.device).manual_seed(1)
+        with torch.no_grad():
+            shape = self.case.reference(*(tensor.to("meta") for tensor in self._inputs)).shape
+        self._dy = torch.randn(shape, generator=generator, device=self.device).to(self.case.dtype)
+        truth = self._truth()
+        for provider in self.providers:
+            with self._failing(provider.name):
+                operator = provider.build(self.case)
+                self._errors[provider.name] = self._check(operator, truth, "backward" in provider.modes)
+                self._ready[provider.name] = operator
+
+    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
+        """The times of one provider, and the row of the results.
+
+        Raises:
+            Unavailable: it has no such pass, or cannot run here, memory included.
+            WrongResult: its result is wrong, so that its speed means nothing.
+            Exception: what else broke it.
+        """
+        if mode not in next(provider.modes for provider in self.providers if provider.name == name):
+            raise Unavailable(f"{name} has no {mode} pass")
+        if mode not in self._measured and name not in self.failures:
+            self._measured[mode] = self._measure(mode)
+        if name in self.failures:
+            raise self.failures[name]
+        times, memory = self._measured[mode][name]
+        seconds = percentiles(times.device)
+        return times, {
+            "suite": self.case.suite,
+            "case": str(self.case),
+            "mode": mode,
+            "provider": name,
+            "dtype": self.case.dtype_name,
+            "dims": dict(self.case.dims),
+            "seconds": seconds,
+            "host_seconds": None if times.host is None else percentiles(times.host),
+            "error": self._errors[name],
+            "peak_bytes": memory,
+            **rates(self.case.cost(mode), seconds["median"], self.case.dtype_name, self.limits),
+        }
+
+    def close(self) -> None:
+        """Give the memory back, and forget compiled code: the compiler keeps eight versions of a function at most."""
+        self._inputs, self._ready, self._dy = [], {}, torch.empty(0)
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measure(self, mode: str) -> dict[str, tuple[Times, int | None]]:
+        calls, memory = {}, {}
+        for provider in self.providers:
+            name = provider.name
+            if mode in provider.modes and name not in self.failures:
+                with self._failing(name):
+                    call = self._call(self._ready[name], mode)
+                    call.run(call.prepare())  # what a first call allocates for good is not the operator's need
+                    memory[name] = peak_bytes(call, self.device)
+                    calls[name] = call
+        times = kernel_times(calls, self.device) if calls else {}
+        return {name: (times[name], memory[name]) for name in calls}
+
+    def _call(self, operator: Operator, mode: str) -> Call:
+        inputs, dy = self._inputs, self._dy
+
+        def forward(_: None) -> Tensor:
+            with torch.no_grad():
+                return operator(*inputs)
+
+        def backward(y: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(y, inputs, dy)
+
+        def both(_: None) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(operator(*inputs), inputs, dy)
+
+        if mode == "backward":
+            return Call(backward, prepare=lambda: operator(*inputs))
+        return Call(forward if mode == "forward" else both)
+
+    def _results(self, operator: Operator, inputs: list[Tensor], dy: Tensor, gradients: bool) -> list[Tensor]:
+        if not gradients:
+            with torch.no_grad():
+                return [operator(*inputs)]
+        y = operator(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    def _truth(self) -> list[Tensor]:
+        """The reference's results in a wider dtype, of the part that is compared."""
+        part = self.case.part
+        wider = torch.float64 if self.case.dtype == torch.float32 else torch.float32
+        inputs = [part(tensor.detach()).to(wider).requires_grad_() for tensor in self._inputs]
+        return self._results(self.case.reference, inputs, part(self._dy).to(wider), gradients=True)
+
+    def _check(self, operator: Operator, truth: list[Tensor], gradients: bool) -> float:
+        """The largest relative error among result and gradients."""
+        results = self._results(operator, self._inputs, self._dy, gradients)
+        names = ["the result", *(f"the gradient of {name}" for name in self.case.shapes)]
+        worst = 0.0
+        # the second list is longer where a provider has no gradients
+        for name, result, expected in zip(names, results, truth, strict=False):
+            error = relative_error(self.case.part(result), expected)
+            if not error <= TOLERANCES[self.case.dtype]:
+                raise WrongResult(
+                    f"{name} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.case.dtype]:.0e}"
+                )
+            worst = max(worst, error)
+        return worst
+
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """Note what a provider raises, so that the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[name] = classify(name, error)
+
+
+def classify(provider: str, error: Exception) -> Exception:
+    """What a failure means: out of memory and a peer that does not work are reasons, the rest stays an error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Unavailable(f"out of memory: {first_line(error)}")
+    if isinstance(error, (Unavailable, WrongResult)) or provider in OWN:
+        return error
+    return Unavailable(f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, within reason."""
+    line = str(error).strip().splitlines()
+    return line[0][:200] if line else ""
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected|| in the dtype of `expected`; nan where a result is."""
+    return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
+
+
+def rates(cost: Cost, seconds: float, dtype: str, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """What was done per second, and its share of what the same run found the machine to be able to."""
+    copy, matrix = limits["copy_bytes_per_second"], limits["matrix_flops_per_second"].get(dtype)
+    return {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "flops_per_second": cost.flops / seconds,
+        "bytes_per_second": cost.bytes / seconds,
+        "copy_share": cost.bytes / seconds / copy,
+        "matrix_share": None if matrix is None else cost.flops / seconds / matrix,
+        "roofline_seconds": None if matrix is None else cost.seconds(matrix, copy),
+    }

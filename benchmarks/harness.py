@@ -1,0 +1,56 @@
+"""Between our measurements and pytest-benchmark, whose tables, statistics and files hold the results."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import pytest
+
+from benchmarks.comparison import Unavailable
+from benchmarks.timing import Times
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that stands still but for what it is told, so that its statistics, tables and
+    files hold the times measured here: pytest-benchmark itself can neither interleave nor ask the GPU for its time.
+    """
+
+    __name__ = "measured"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, benchmark: Any, seconds: list[float]) -> None:
+        """Give the measured `seconds` to the fixture of pytest-benchmark, one round each."""
+        following = iter(seconds)
+
+        def advance() -> None:
+            self.now = next(following)
+
+        def rewind() -> None:
+            self.now = 0.0
+
+        benchmark.pedantic(advance, setup=rewind, rounds=len(seconds))
+
+
+CLOCK = ReplayClock()
+
+
+class Comparable(Protocol):
+    """A case whose providers are measured in turn."""
+
+    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]: ...
+
+
+def report(benchmark: Any, comparison: Comparable, provider: str, mode: str) -> None:
+    """Hand one row to pytest-benchmark. What cannot run here is skipped with its reason, what is wrong fails."""
+    try:
+        times, row = comparison.row(provider, mode)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    benchmark.group = f"{row['suite']} {row['case']} {mode}"
+    benchmark.extra_info |= row
+    CLOCK.replay(benchmark, times.device)

@@ -1,0 +1,103 @@
+"""What the figures were measured on, and what that machine can do at best."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from typing import Any
+
+import torch
+
+import gptfast
+from benchmarks.timing import Call, kernel_times, percentiles
+from gptfast import peaks
+
+PEERS = ("flash-attn", "liger-kernel", "transformers")
+MATRIX_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def default_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def slug(device: torch.device) -> str:
+    """The name of the device's folder of results: "cpu", or "h200", "rtx-4090", "a100-sxm4-80gb"."""
+    if device.type != "cuda":
+        return device.type
+    name = torch.cuda.get_device_name(device).lower()
+    name = re.sub(r"\b(nvidia|geforce|amd|instinct|tesla)\b", " ", name)
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver and versions, as the results hold them."""
+    on_gpu = device.type == "cuda"
+    gpu = peaks.find(torch.cuda.get_device_name(device)) if on_gpu else None
+    peak: dict[str, Any] | None = None
+    if gpu is not None:
+        peak = {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "slug": slug(device),
+        "kind": device.type,
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gptfast": gptfast.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "peers": {name: _version(name) for name in PEERS},
+        "peak": peak,
+    }
+
+
+def measure_limits(device: torch.device) -> dict[str, Any]:
+    """The best that this machine does: bytes per second of a copy (read and written), FLOP/s of a matrix product.
+
+    Random normal data: on zeros a GPU draws less power and clocks higher. Medians, by dtype for the products.
+    """
+    on_gpu = device.type == "cuda"
+    elements, size = (2**29, 8192) if on_gpu else (2**25, 1024)
+    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = kernel_times({"copy": Call(lambda _: target.copy_(source))}, device)["copy"]
+    limits: dict[str, Any] = {
+        "copy_bytes_per_second": 2 * source.nbytes / percentiles(copy.device)["median"],
+        "matrix_flops_per_second": {},
+    }
+    del source, target
+    for dtype in MATRIX_DTYPES:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = kernel_times({"product": Call(lambda _, a=a, b=b: a @ b)}, device)["product"]
+        rate = 2 * size**3 / percentiles(product.device)["median"]
+        limits["matrix_flops_per_second"][str(dtype).removeprefix("torch.")] = rate
+    return limits
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return listed.splitlines()[0].strip() if listed.strip() else None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,268 @@
+"""One model by several providers with the same weights: built, checked against the reference, then timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.comparison import TOLERANCES, WrongResult, classify, relative_error
+from benchmarks.models import ModelCase, ModelProvider
+from benchmarks.timing import Call, Times, peak_bytes, percentiles, step_times
+from gptfast import costs, flops, peaks
+
+TRAINING_SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
+
+
+@dataclass
+class ModelComparison:
+    """What training and generation share. Subclasses say what is checked, what is timed and what the row holds."""
+
+    case: ModelCase
+    providers: list[ModelProvider]
+    device: torch.device
+    limits: Mapping[str, Any]
+    failures: dict[str, Exception] = field(default_factory=dict)  # by provider
+    _errors: dict[str, float] = field(default_factory=dict)
+    _models: dict[str, nn.Module] = field(default_factory=dict)
+    _measured: dict[str, dict[str, Any]] | None = None
+
+    weights_on_gpu = torch.float32
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32  # of the products
+        weights = self.weights_on_gpu if on_gpu else torch.float32
+        self._reference = models.reference_model(self.case, self.device, weights)
+        self._tokens = models.tokens(self.case, self.device)
+        self.prepare()
+        truth = self.truth()
+        for provider in self.providers:
+            with self._failing(provider.name):
+                model = provider.build(self._reference)
+                error = self.error(provider, model, truth)
+                if not error <= TOLERANCES[self.dtype]:
+                    raise WrongResult(
+                        f"{self.checked} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.dtype]:.0e}"
+                    )
+                self._errors[provider.name], self._models[provider.name] = error, model
+
+    checked = "the result"
+
+    def prepare(self) -> None: ...
+
+    def truth(self) -> Any:
+        raise NotImplementedError
+
+    def error(self, provider: ModelProvider, model: nn.Module, truth: Any) -> float:
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        """By provider: "times", and what else the row needs."""
+        raise NotImplementedError
+
+    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """The fields of the row that are the suite's own."""
+        raise NotImplementedError
+
+    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
+        """The times of one provider, and the row of the results. Raises what `Comparison.row` raises."""
+        if self._measured is None:
+            self._measured = self.measure()
+        if name in self.failures:
+            raise self.failures[name]
+        measured = self._measured[name]
+        return measured["times"], {
+            "suite": self.case.suite,
+            "case": str(self.case),
+            "mode": mode,
+            "provider": name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dims": dict(self.case.dims),
+            "seconds": percentiles(measured["times"].device),
+            "host_seconds": None,
+            "error": self._errors[name],
+            **self.figures(measured),
+        }
+
+    def close(self) -> None:
+        """Give the memory back and forget compiled code."""
+        self._models.clear()
+        del self._reference
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
+
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """Note what a provider raises, so that the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[name] = classify(name, error)
+
+
+class TrainingComparison(ModelComparison):
+    """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
+
+    checked = "the loss or the norm of its gradient"
+
+    def prepare(self) -> None:
+        self._idx, self._targets = self._tokens[:, :-1].contiguous(), self._tokens[:, 1:].contiguous()
+        self._optimizer = self._optimizer_of(self._reference)
+
+    def _optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        decayed = [p for p in model.parameters() if p.dim() >= 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        # every provider trains with the same optimizer, the fastest that PyTorch has; at this rate weights stay put
+        return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
+
+    def _loss_and_norm(self, provider: ModelProvider, model: nn.Module) -> Tensor:
+        with self.autocast():
+            loss = provider.loss(model, self._idx, self._targets)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+        return torch.stack((loss.detach().float(), norm.float()))
+
+    def truth(self) -> Tensor:
+        """Loss and norm of the gradient, by eager PyTorch in float32."""
+        loss = self._reference(self._idx, self._targets)[1]
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self._reference.parameters()])
+        self._reference.zero_grad(set_to_none=True)
+        return torch.stack((loss.detach(), norm))
+
+    def error(self, provider: ModelProvider, model: nn.Module, truth: Tensor) -> float:
+        result = self._loss_and_norm(provider, model)
+        return ((result - truth) / truth).abs().max().item()
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        calls, memory = {}, {}
+        for provider in self.providers:
+            name = provider.name
+            if name not in self.failures:
+                with self._failing(name):
+                    step, persistent = self._step(provider, self._models[name])
+                    step.run(None)  # the optimizer's moments come with the first step
+                    peak = peak_bytes(step, self.device)
+                    memory[name] = None if peak is None else peak + persistent()
+                    calls[name] = step
+        times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
+        return {name: {"times": times[name], "peak_bytes": memory[name]} for name in calls}
+
+    def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, Any]:
+        shared = next(model.parameters()) is next(self._reference.parameters())
+        optimizer = self._optimizer if shared else self._optimizer_of(model)
+
+        def step(_: None) -> None:
+            with self.autocast():
+                loss = provider.loss(model, self._idx, self._targets)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def persistent() -> int:
+            """Bytes of the weights and the optimizer's state, of this provider alone."""
+            state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+            return sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
+
+        return Call(step), persistent
+
+    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
+        case, seconds = self.case, percentiles(measured["times"].device)["median"]
+        speed = case.batch * case.length / seconds
+        per_token = flops.training_flops_per_token(case.config, case.length)
+        causal = flops.training_flops_per_token(case.config, case.length, causal=True)
+        peak = peaks.peak_flops(self.device, self.dtype)
+        moved = costs.training_step(case.config, case.batch, case.length, self.dtype.itemsize).values()
+        matrix = self.limits["matrix_flops_per_second"][str(self.dtype).removeprefix("torch.")]
+        copy = self.limits["copy_bytes_per_second"]
+        return {
+            "peak_bytes": measured["peak_bytes"],
+            "tokens_per_second": speed,
+            "flops_per_token": per_token,
+            "flops_per_token_causal": causal,
+            "mfu": flops.utilisation(per_token * speed, peak),
+            "mfu_causal": flops.utilisation(causal * speed, peak),
+            "flops": per_token * case.batch * case.length,
+            "bytes": sum(cost.bytes for cost in moved),
+            "flops_per_second": per_token * speed,
+            "roofline_seconds": sum(cost.seconds(matrix, copy) for cost in moved),
+        }
+
+
+class GenerationComparison(ModelComparison):
+    """Greedy continuation of a prompt: bf16 weights on a GPU, float32 on a CPU."""
+
+    weights_on_gpu = torch.bfloat16
+    checked = "the logits of the prompt"
+
+    def prepare(self) -> None:
+        self._reference.eval()
+        self._idx = self._tokens[:, :-1].contiguous()
+
+    @torch.no_grad()
+    def truth(self) -> Tensor:
+        """Logits of the next token, by eager PyTorch in float32."""
+        wider = models.reference_model(self.case, self.device, torch.float32).eval()
+        wider.load_state_dict(self._reference.state_dict())
+        return wider(self._idx)[0][:, -1]
+
+    @torch.no_grad()
+    def error(self, provider: ModelProvider, model: nn.Module, truth: Tensor) -> float:
+        return relative_error(provider.logits(model, self._idx)[:, -1], truth)
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        calls, memory = {}, {}
+        for provider in self.providers:
+            name = provider.name
+            if name not in self.failures:
+                with self._failing(name):
+                    first, whole = self._call(provider, 1), self._call(provider, self.case.new_tokens)
+                    peak = peak_bytes(whole, self.device)
+                    weights = sum(parameter.nbytes for parameter in self._models[name].parameters())
+                    memory[name] = None if peak is None else peak + weights
+                    calls |= {(name, "first"): first, (name, "whole"): whole}
+        times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
+        return {
+            name: {"times": times[name, "whole"], "first": times[name, "first"], "peak_bytes": memory[name]}
+            for name in memory
+        }
+
+    def _call(self, provider: ModelProvider, count: int) -> Call:
+        model = self._models[provider.name]
+
+        def generate(_: None) -> None:
+            written = provider.generate(model, self._idx, count).shape[1] - self._idx.shape[1]
+            if written != count:
+                raise WrongResult(f"{written} tokens were written, {count} were asked for")
+
+        return Call(generate)
+
+    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
+        case = self.case
+        whole = percentiles(measured["times"].device)["median"]
+        first = percentiles(measured["first"].device)["median"]
+        per_token = (whole - first) / (case.new_tokens - 1)
+        # the context grows from the prompt to the last token but one
+        context = case.length + case.new_tokens // 2
+        read = costs.decode_bytes(case.config, case.batch, context, self.dtype.itemsize)
+        return {
+            "peak_bytes": measured["peak_bytes"],
+            "tokens_per_second": case.batch * case.new_tokens / whole,
+            "seconds_to_first_token": first,
+            "seconds_per_token": per_token,
+            "bytes_per_token": read,
+            "mbu": flops.utilisation(read / per_token, peaks.peak_bandwidth(self.device)),
+        }

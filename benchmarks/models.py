@@ -1,0 +1,197 @@
+"""Whole models with the same weights from several providers, for the suites of training and generation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import gptfast
+from benchmarks.comparison import Unavailable
+from gptfast import GPT, GPTConfig
+from kernels import runtime
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model's shape and its batch.
+
+    Args:
+        suite: "training" or "generation".
+        model: the shape's name.
+        config: the shape, without dropout: it draws other numbers in every implementation.
+        batch: sequences.
+        length: tokens of each; of the prompt, when generating.
+        new_tokens: tokens to generate.
+        providers: names in `PROVIDERS` that are measured; compiling large models takes minutes.
+    """
+
+    suite: str
+    model: str
+    config: GPTConfig
+    batch: int
+    length: int
+    new_tokens: int = 0
+    providers: tuple[str, ...] = field(default=("triton", "eager"))
+
+    @property
+    def dims(self) -> dict[str, str | int]:
+        dims: dict[str, str | int] = {"model": self.model, "B": self.batch, "T": self.length}
+        return dims | ({"new": self.new_tokens} if self.new_tokens else {})
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" if name != "model" else str(value) for name, value in self.dims.items())
+
+
+@dataclass(frozen=True)
+class ModelProvider:
+    """An implementation of GPT: `build(reference)` gives a model with the weights of `reference`.
+
+    `loss(model, idx, targets)` and `logits(model, idx)` speak its language.
+    """
+
+    name: str
+    build: Callable[[GPT], nn.Module]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
+    logits: Callable[[nn.Module, Tensor], Tensor] = lambda model, idx: model(idx)[0]
+    generate: Callable[[nn.Module, Tensor, int], Tensor] = lambda model, idx, count: model.generate(
+        idx, count, temperature=0
+    )
+
+
+def twin(reference: GPT, backend: str) -> GPT:
+    """A model with another backend on the very same parameters: weights, gradients and optimizer are shared."""
+    with torch.device("meta"):
+        model = GPT(reference.config)
+    model.load_state_dict(reference.state_dict(keep_vars=True), assign=True)
+    model.set_backend(backend)
+    return model.train(reference.training)
+
+
+def _eager(reference: GPT) -> nn.Module:
+    return twin(reference, "eager")
+
+
+def _triton(reference: GPT) -> nn.Module:
+    device = reference.lm_head.weight.device
+    if device.type != "cuda":
+        raise Unavailable("Triton kernels are measured on a CUDA GPU, and none was found")
+    reason = runtime.why_not(device)
+    if reason is not None:
+        raise Unavailable(reason)
+    return twin(reference, "triton")
+
+
+def _compiled(build: Callable[[GPT], nn.Module]) -> Callable[[GPT], nn.Module]:
+    def compiled(reference: GPT) -> nn.Module:
+        model = build(reference)
+        model.compile()
+        return model
+
+    return compiled
+
+
+def _hugging_face(reference: GPT) -> nn.Module:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise Unavailable(f"transformers cannot be imported: {error}") from error
+    config = reference.config
+    if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
+        raise Unavailable("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        # the fused form: GPT-2's own "gelu_new" is the same function in five passes over memory
+        activation_function={"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    weight = reference.lm_head.weight
+    with torch.device(weight.device):
+        model = GPT2LMHeadModel(theirs).to(weight.dtype)
+    ours = reference.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # its projections hold their matrices as [in, out]
+            transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            parameter.copy_(ours[name].t() if transposed else ours[name])
+    return model.train(reference.training)
+
+
+def _nanogpt(checkout: str | None) -> Callable[[GPT], nn.Module]:
+    def build(reference: GPT) -> nn.Module:
+        if checkout is None:
+            raise Unavailable("nanoGPT is no package: give the folder of a checkout with --nanogpt")
+        path = Path(checkout, "model.py")
+        if not path.is_file():
+            raise Unavailable(f"{checkout} has no model.py; --nanogpt takes a checkout of nanoGPT")
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+        assert spec is not None and spec.loader is not None  # it ends in .py
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = reference.config
+        if config.activation != "gelu":
+            raise Unavailable("nanoGPT's activation is GELU by erf")
+        settings = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
+        with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
+            model = module.GPT(module.GPTConfig(**settings))
+        model.load_state_dict(reference.state_dict(), strict=False)  # without the mask that old PyTorch needs
+        weight = reference.lm_head.weight
+        return model.to(weight.device, weight.dtype).train(reference.training)
+
+    return build
+
+
+def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
+    """All providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
+    built = [
+        ModelProvider("triton", _triton),
+        ModelProvider("triton compiled", _compiled(_triton)),
+        ModelProvider("eager", _eager),
+        ModelProvider("eager compiled", _compiled(_eager)),
+        ModelProvider(
+            "Hugging Face",
+            _hugging_face,
+            loss=lambda model, idx, targets: nn.functional.cross_entropy(
+                model(idx, use_cache=False).logits.view(-1, model.config.vocab_size), targets.view(-1)
+            ),
+            logits=lambda model, idx: model(idx).logits,
+            generate=lambda model, idx, count: model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=count, do_sample=False
+            ),
+        ),
+        ModelProvider(
+            "nanoGPT",
+            _nanogpt(nanogpt),
+            generate=lambda model, idx, count: model.generate(idx, count, top_k=1),  # it has no greedy mode
+        ),
+    ]
+    return {provider.name: provider for provider in built}
+
+
+def reference_model(case: ModelCase, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Random weights, the same on every run."""
+    torch.manual_seed(0)
+    with device:
+        return gptfast.GPT(case.config, backend="eager").to(dtype)
+
+
+def tokens(case: ModelCase, device: torch.device) -> Tensor:
+    """Random ids [B, T + 1]: inputs and, one later, targets."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.batch, case.length + 1)
+    return torch.randint(case.config.vocab_size, shape, generator=generator, device=device)

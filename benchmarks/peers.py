@@ -1,0 +1,91 @@
+"""The implementations that ours are measured against. Each is imported when it is built: none has to be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from benchmarks.comparison import Case, Operator, Provider, Unavailable
+from kernels import runtime
+
+
+def eager(case: Case) -> Operator:
+    return case.reference
+
+
+def compiled(case: Case) -> Operator:
+    return torch.compile(case.reference, fullgraph=True, dynamic=False)
+
+
+def triton(case: Case) -> Operator:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = runtime.why_not(device)
+    if reason is not None:
+        raise Unavailable(reason)
+    return getattr(kernels, case.suite)
+
+
+OWN_PROVIDERS = [Provider("triton", triton), Provider("eager", eager), Provider("eager compiled", compiled)]
+
+
+def _liger_layer_norm(case: Case) -> Operator:
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
+    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+
+def _addmm_activation(case: Case) -> Operator:
+    """cuBLASLt's own GELU epilogue, by tanh; it keeps nothing for a backward."""
+    if not torch.cuda.is_available():
+        raise Unavailable("torch._addmm_activation computes GELU by tanh on CUDA alone")
+
+    def ffn(x: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
+        hidden = torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True)
+        return torch.addmm(b_down, hidden, w_down.t())
+
+    return ffn
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Case], Operator]:
+    """PyTorch's attention by one backend: left to itself it takes the first that fits, not the fastest."""
+
+    def build(case: Case) -> Operator:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return attention
+
+    return build
+
+
+def _flex_attention(case: Case) -> Operator:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not torch.cuda.is_available():
+        raise Unavailable("FlexAttention has no backward on the CPU")
+    length = case.dims["T"]
+    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
+    return partial(torch.compile(flex_attention, fullgraph=True, dynamic=False), block_mask=mask)
+
+
+PROVIDERS = {
+    suite: {provider.name: provider for provider in [*OWN_PROVIDERS, *others]}
+    for suite, others in {
+        "causal_attention": [
+            Provider("SDPA FlashAttention-2", _sdpa(SDPBackend.FLASH_ATTENTION)),
+            Provider("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+            Provider("FlexAttention", _flex_attention),
+        ],
+        "gelu_ffn": [Provider("_addmm_activation", _addmm_activation, modes=("forward",))],
+        "layer_norm": [Provider("Liger-Kernel", _liger_layer_norm)],
+    }.items()
+}

@@ -1,0 +1,95 @@
+"""The cases of the kernel suites, most telling first: a run whose time is short loses the last ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.comparison import Case
+from gptfast import costs
+from kernels import reference
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def layer_norm(rows: int, width: int, dtype: torch.dtype) -> Case:
+    return Case(
+        suite="layer_norm",
+        dims={"N": rows, "C": width},
+        dtype=dtype,
+        shapes={"x": (rows, width), "weight": (width,), "bias": (width,)},
+        passes=costs.layer_norm(rows, width, dtype.itemsize),
+        reference=reference.layer_norm,
+    )
+
+
+def gelu_ffn(rows: int, width: int, dtype: torch.dtype) -> Case:
+    hidden = 4 * width
+    return Case(
+        suite="gelu_ffn",
+        dims={"N": rows, "C": width, "F": hidden},
+        dtype=dtype,
+        shapes={
+            "x": (rows, width),
+            "w_up": (hidden, width),
+            "b_up": (hidden,),
+            "w_down": (width, hidden),
+            "b_down": (width,),
+        },
+        passes=costs.gelu_ffn(rows, width, hidden, dtype.itemsize),
+        reference=reference.gelu_ffn,
+    )
+
+
+def causal_attention(batch: int, heads: int, length: int, head_size: int, dtype: torch.dtype) -> Case:
+    def model_layout(tensor: Tensor) -> Tensor:
+        """[B, T, H, D] as the model's projection writes it, seen as [B, H, T, D]."""
+        return tensor.transpose(1, 2)
+
+    def last_head(tensor: Tensor) -> Tensor:
+        """Scores of all heads in float32 would not fit: 64 GiB at 16 heads and 32k tokens."""
+        return tensor[-1:, -1:]
+
+    shape = (batch, length, heads, head_size)
+    return Case(
+        suite="causal_attention",
+        dims={"B": batch, "H": heads, "T": length, "D": head_size},
+        dtype=dtype,
+        shapes={"q": shape, "k": shape, "v": shape},
+        passes=costs.causal_attention(batch, heads, length, length, head_size, dtype.itemsize),
+        reference=reference.causal_attention,
+        strided=model_layout,
+        part=last_head,
+    )
+
+
+# every x is well past the L2 cache of the GPUs at hand (50 MB on an H100)
+LAYER_NORM = [
+    layer_norm(131_072, 768, BF16),
+    layer_norm(32_768, 4096, BF16),
+    layer_norm(65_536, 1600, BF16),
+    layer_norm(16_384, 8192, BF16),
+    layer_norm(65_536, 1024, BF16),
+    layer_norm(65_536, 2048, BF16),
+    layer_norm(65_536, 768, FP32),
+    layer_norm(16_384, 4096, FP32),
+]
+FFN = [
+    gelu_ffn(32_768, 768, BF16),
+    gelu_ffn(32_768, 1600, BF16),
+    gelu_ffn(16_384, 4096, BF16),
+    gelu_ffn(32_768, 1024, BF16),
+    gelu_ffn(8192, 8192, BF16),
+    gelu_ffn(16_384, 2048, BF16),
+    gelu_ffn(8192, 768, FP32),
+]
+# after GPT-2's own shape, 16k tokens of width 2048, as FlashAttention's authors measure
+ATTENTION = [
+    causal_attention(32, 12, 1024, 64, BF16),
+    *(
+        causal_attention(16_384 // length, 2048 // head_size, length, head_size, BF16)
+        for length in (4096, 1024, 16_384, 2048, 8192)
+        for head_size in (64, 128)
+    ),
+    causal_attention(4, 12, 1024, 64, FP32),
+]

@@ -1,0 +1,19 @@
+"""`gelu_ffn` against eager PyTorch and the peers, forward, backward and both."""
+
+import pytest
+
+from benchmarks import peers, shapes
+from benchmarks.comparison import MODES
+from benchmarks.harness import CLOCK, report
+
+
+@pytest.fixture(scope="module", params=shapes.FFN, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", peers.PROVIDERS["gelu_ffn"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gelu_ffn(benchmark, comparison, mode, provider):
+    report(benchmark, comparison, provider, mode)

@@ -1,0 +1,41 @@
+"""Tokens per second of greedy generation, time to the first token and time for each one after it."""
+
+import pytest
+
+from benchmarks.harness import CLOCK, report
+from benchmarks.machine import default_device
+from benchmarks.models import ModelCase, providers
+from gptfast import GPTConfig
+
+NAMES = ("triton", "eager", "Hugging Face")
+
+
+def gpt2(model: str, batch: int, prompt: int, new_tokens: int) -> ModelCase:
+    return ModelCase("generation", model, GPTConfig.preset(model), batch, prompt, new_tokens, NAMES)
+
+
+NANO = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128, activation="gelu")
+ON_GPU = [
+    gpt2("gpt2", 1, 32, 128),
+    gpt2("gpt2", 64, 32, 128),
+    gpt2("gpt2-medium", 1, 32, 128),
+    gpt2("gpt2-large", 1, 32, 128),
+    gpt2("gpt2-xl", 1, 32, 128),
+]
+ON_CPU = [
+    ModelCase("generation", "nano", NANO, 1, 32, 64, (*NAMES, "nanoGPT")),
+    ModelCase("generation", "nano", NANO, 16, 32, 64, (*NAMES, "nanoGPT")),
+    gpt2("gpt2", 1, 16, 8),
+]
+
+
+@pytest.fixture(scope="module", params=ON_GPU if default_device().type == "cuda" else ON_CPU, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", providers(nanogpt=None))
+@pytest.mark.parametrize("mode", ["generate"])
+def test_generation(benchmark, comparison, mode, provider):
+    report(benchmark, comparison, provider, mode)

@@ -1,0 +1,19 @@
+"""`layer_norm` against eager PyTorch and the peers, forward, backward and both."""
+
+import pytest
+
+from benchmarks import peers, shapes
+from benchmarks.comparison import MODES
+from benchmarks.harness import CLOCK, report
+
+
+@pytest.fixture(scope="module", params=shapes.LAYER_NORM, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", peers.PROVIDERS["layer_norm"])
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_norm(benchmark, comparison, mode, provider):
+    report(benchmark, comparison, provider, mode)

@@ -1,0 +1,55 @@
+"""Tokens per second of a training step: forward, backward, clipping and AdamW."""
+
+import pytest
+
+from benchmarks.harness import CLOCK, report
+from benchmarks.machine import default_device
+from benchmarks.models import ModelCase, providers
+from gptfast import GPTConfig
+
+OURS = ("triton", "eager")
+PEERS = ("Hugging Face", "nanoGPT")
+COMPILED = ("triton compiled", "eager compiled")
+
+
+def gpt2(model: str, batch: int, length: int, names: tuple[str, ...]) -> ModelCase:
+    """A size of GPT-2, its vocabulary rounded up as everyone does who trains it."""
+    config = GPTConfig.preset(model, vocab_size=50304, block_size=max(length, 1024))
+    return ModelCase("training", model, config, batch, length, providers=names)
+
+
+def small(model: str, batch: int, length: int, names: tuple[str, ...], **shape: int) -> ModelCase:
+    """Character models with nanoGPT's GELU by erf, which all the peers have."""
+    config = GPTConfig(vocab_size=65, block_size=length, activation="gelu", **shape)
+    return ModelCase("training", model, config, batch, length, providers=names)
+
+
+# most telling first: a run whose time is short loses the last ones. 32k tokens a step where they fit.
+ON_GPU = [
+    gpt2("gpt2", 32, 1024, (*OURS, *COMPILED, "Hugging Face")),
+    gpt2("gpt2-medium", 16, 1024, (*OURS, *COMPILED, "Hugging Face")),
+    *(gpt2("gpt2", batch, 1024, OURS) for batch in (1, 4, 8, 16)),
+    *(gpt2("gpt2", 32_768 // length, length, OURS) for length in (256, 4096)),
+    gpt2("gpt2-large", 8, 1024, (*OURS, "Hugging Face")),
+    gpt2("gpt2-xl", 4, 1024, (*OURS, "Hugging Face")),
+]
+NANO = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # nanoGPT's recipe for a laptop
+BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384}  # its character model
+ON_CPU = [
+    small("nano", 12, 64, (*OURS, *COMPILED, *PEERS), **NANO),
+    small("baby", 4, 256, ("eager", *PEERS), **BABY),
+    *(small("nano", batch, 64, ("eager", "Hugging Face"), **NANO) for batch in (1, 4, 48)),
+    *(small("nano", 768 // length, length, ("eager", "Hugging Face"), **NANO) for length in (16, 256)),
+]
+
+
+@pytest.fixture(scope="module", params=ON_GPU if default_device().type == "cuda" else ON_CPU, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", providers(nanogpt=None))
+@pytest.mark.parametrize("mode", ["step"])
+def test_training(benchmark, comparison, mode, provider):
+    report(benchmark, comparison, provider, mode)
