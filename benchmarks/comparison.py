@@ -98,7 +98,7 @@ class Comparison:
     failures: dict[str, Exception] = field(default_factory=dict)  # by provider
     _ready: dict[str, Operator] = field(default_factory=dict)
     _errors: dict[str, float] = field(default_factory=dict)
-    _measured: dict[str, dict[str, tuple[Times, int | None]]] = field(default_factory=dict)
+    _measured: dict[str, dict[str, tuple[Times, int | None] | Exception]] = field(default_factory=dict)  # by mode
 
     def __post_init__(self) -> None:
         self._inputs = self.case.inputs(self.device)
@@ -108,7 +108,7 @@ class Comparison:
         self._dy = torch.randn(shape, generator=generator, device=self.device).to(self.case.dtype)
         truth = self._truth()
         for provider in self.providers:
-            with self._failing(provider.name):
+            with noting(self.failures, provider.name):
                 operator = provider.build(self.case)
                 self._errors[provider.name] = self._check(operator, truth, "backward" in provider.modes)
                 self._ready[provider.name] = operator
@@ -123,11 +123,14 @@ class Comparison:
         """
         if mode not in next(provider.modes for provider in self.providers if provider.name == name):
             raise Unavailable(f"{name} has no {mode} pass")
-        if mode not in self._measured and name not in self.failures:
-            self._measured[mode] = self._measure(mode)
         if name in self.failures:
             raise self.failures[name]
-        times, memory = self._measured[mode][name]
+        if mode not in self._measured:
+            self._measured[mode] = self._measure(mode)
+        measured = self._measured[mode][name]
+        if isinstance(measured, Exception):
+            raise measured
+        times, memory = measured
         seconds = percentiles(times.device)
         return times, {
             "suite": self.case.suite,
@@ -150,18 +153,19 @@ class Comparison:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _measure(self, mode: str) -> dict[str, tuple[Times, int | None]]:
+    def _measure(self, mode: str) -> dict[str, tuple[Times, int | None] | Exception]:
         calls, memory = {}, {}
+        failures: dict[str, Exception] = {}
         for provider in self.providers:
             name = provider.name
             if mode in provider.modes and name not in self.failures:
-                with self._failing(name):
+                with noting(failures, name):
                     call = self._call(self._ready[name], mode)
                     call.run(call.prepare())  # what a first call allocates for good is not the operator's need
                     memory[name] = peak_bytes(call, self.device)
                     calls[name] = call
         times = kernel_times(calls, self.device) if calls else {}
-        return {name: (times[name], memory[name]) for name in calls}
+        return failures | {name: (times[name], memory[name]) for name in calls}
 
     def _call(self, operator: Operator, mode: str) -> Call:
         inputs, dy = self._inputs, self._dy
@@ -209,13 +213,14 @@ class Comparison:
             worst = max(worst, error)
         return worst
 
-    @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
-        """Note what a provider raises, so that the others go on."""
-        try:
-            yield
-        except Exception as error:
-            self.failures[name] = classify(name, error)
+
+@contextmanager
+def noting(failures: dict[str, Exception], provider: str) -> Iterator[None]:
+    """Note what a provider raises, so that the others go on."""
+    try:
+        yield
+    except Exception as error:
+        failures[provider] = classify(provider, error)
 
 
 def classify(provider: str, error: Exception) -> Exception:

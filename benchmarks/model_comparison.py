@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.comparison import TOLERANCES, WrongResult, classify, relative_error
+from benchmarks.comparison import TOLERANCES, WrongResult, noting, relative_error
 from benchmarks.models import ModelCase, ModelProvider
 from benchmarks.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import costs, flops, peaks
@@ -43,7 +42,7 @@ class ModelComparison:
         self.prepare()
         truth = self.truth()
         for provider in self.providers:
-            with self._failing(provider.name):
+            with noting(self.failures, provider.name):
                 model = provider.build(self._reference)
                 error = self.error(provider, model, truth)
                 if not error <= TOLERANCES[self.dtype]:
@@ -101,14 +100,6 @@ class ModelComparison:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
 
-    @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
-        """Note what a provider raises, so that the others go on."""
-        try:
-            yield
-        except Exception as error:
-            self.failures[name] = classify(name, error)
-
 
 class TrainingComparison(ModelComparison):
     """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
@@ -151,7 +142,7 @@ class TrainingComparison(ModelComparison):
         for provider in self.providers:
             name = provider.name
             if name not in self.failures:
-                with self._failing(name):
+                with noting(self.failures, name):
                     step, persistent = self._step(provider, self._models[name])
                     step.run(None)  # the optimizer's moments come with the first step
                     peak = peak_bytes(step, self.device)
@@ -228,7 +219,7 @@ class GenerationComparison(ModelComparison):
         for provider in self.providers:
             name = provider.name
             if name not in self.failures:
-                with self._failing(name):
+                with noting(self.failures, name):
                     first, whole = self._call(provider, 1), self._call(provider, self.case.new_tokens)
                     peak = peak_bytes(whole, self.device)
                     weights = sum(parameter.nbytes for parameter in self._models[name].parameters())

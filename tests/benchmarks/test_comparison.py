@@ -1,0 +1,148 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.comparison import MODES, Comparison, Provider, Unavailable, WrongResult
+from benchmarks.peers import PROVIDERS
+from kernels import reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 1e13}}
+SMALL = [
+    shapes.layer_norm(40, 48, torch.float32),
+    shapes.gelu_ffn(40, 16, torch.float32),
+    shapes.causal_attention(2, 3, 40, 16, torch.float32),
+    shapes.causal_attention(1, 2, 40, 16, torch.float16),
+]
+NORM = SMALL[0]
+
+
+def compare(case, **operators):
+    providers = [Provider(name, lambda case, operator=operator: operator) for name, operator in operators.items()]
+    return Comparison(case, providers, DEVICE, LIMITS)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_our_kernels_and_eager_are_measured_in_every_mode(case):
+    comparison = Comparison(case, [PROVIDERS[case.suite][name] for name in ("triton", "eager")], DEVICE, LIMITS)
+    for mode in MODES:
+        for name in ("triton", "eager"):
+            times, row = comparison.row(name, mode)
+            assert len(times.device) >= 7
+            assert row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
+            assert row["error"] < 1e-2
+            assert (row["provider"], row["mode"], row["suite"]) == (name, mode, case.suite)
+            assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
+            assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
+            assert row["copy_share"] == pytest.approx(row["bytes_per_second"] / 1e12)
+
+
+def test_the_compiled_reference_is_measured_too():
+    comparison = Comparison(NORM, [PROVIDERS["layer_norm"]["eager compiled"]], DEVICE, LIMITS)
+    _, row = comparison.row("eager compiled", "both")
+    assert row["error"] < 1e-5
+
+
+def test_a_wrong_result_has_no_speed():
+    def off_by_a_percent(x, weight, bias):
+        return 1.01 * reference.layer_norm(x, weight, bias)
+
+    comparison = compare(NORM, peer=off_by_a_percent, eager=reference.layer_norm)
+    with pytest.raises(WrongResult, match="the result is wrong: relative error 1.00e-02, accepted 1e-04"):
+        comparison.row("peer", "forward")
+    with pytest.raises(WrongResult):
+        comparison.row("peer", "both")
+    assert comparison.row("eager", "forward")[1]["provider"] == "eager"
+
+
+def test_a_wrong_gradient_has_no_speed_in_any_mode():
+    def detached_mean(x, weight, bias):
+        mean = x.mean(-1, keepdim=True).detach()
+        return (x - mean) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * weight + bias
+
+    with pytest.raises(WrongResult, match="the gradient of x is wrong"):
+        compare(NORM, peer=detached_mean).row("peer", "forward")
+
+
+def test_not_a_number_is_wrong():
+    def nan(x, weight, bias):
+        return reference.layer_norm(x, weight, bias) * math.nan
+
+    with pytest.raises(WrongResult, match="relative error nan"):
+        compare(NORM, peer=nan).row("peer", "forward")
+
+
+def test_a_wrong_row_is_seen_in_the_compared_part_of_attention():
+    """Only the last head is compared; an operator that forgets the mask is wrong in every head."""
+
+    def see_everything(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with pytest.raises(WrongResult, match="the result is wrong"):
+        compare(SMALL[2], peer=see_everything).row("peer", "forward")
+
+
+def test_a_peer_that_breaks_is_a_reason_and_our_own_an_error():
+    def broken(*_):
+        raise RuntimeError("no kernel\nfor this")
+
+    comparison = compare(NORM, peer=broken, triton=broken, eager=reference.layer_norm)
+    with pytest.raises(Unavailable, match=r"^RuntimeError: no kernel$"):
+        comparison.row("peer", "forward")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        comparison.row("triton", "forward")
+    assert comparison.row("eager", "both")[1]["mode"] == "both"
+
+
+def test_out_of_memory_is_a_reason_for_anyone():
+    def greedy(*_):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    comparison = compare(NORM, eager=greedy)
+    with pytest.raises(Unavailable, match="out of memory: tried to allocate too much"):
+        comparison.row("eager", "forward")
+
+
+def test_memory_that_runs_out_in_the_backward_leaves_the_forward():
+    class Greedy(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            Greedy.calls += 1
+            if Greedy.calls > 1:  # the check passes
+                raise torch.OutOfMemoryError("tried to allocate too much")
+            return dy
+
+    comparison = compare(NORM, peer=lambda *tensors: Greedy.apply(reference.layer_norm(*tensors)))
+    with pytest.raises(Unavailable, match="out of memory"):
+        comparison.row("peer", "backward")
+    assert comparison.row("peer", "forward")[1]["mode"] == "forward"
+
+
+def test_a_pass_that_a_provider_does_not_have():
+    forward_only = Provider("peer", lambda case: reference.layer_norm, modes=("forward",))
+    comparison = Comparison(NORM, [forward_only], DEVICE, LIMITS)
+    comparison.row("peer", "forward")
+    with pytest.raises(Unavailable, match="peer has no backward pass"):
+        comparison.row("peer", "backward")
+
+
+def test_without_a_matrix_rate_there_is_no_share():
+    case = replace(NORM, dtype=torch.float16)
+    _, row = Comparison(case, [PROVIDERS["layer_norm"]["eager"]], DEVICE, LIMITS).row("eager", "forward")
+    assert row["matrix_share"] is None
+    assert row["copy_share"] > 0
+
+
+def test_attention_is_measured_in_the_models_layout():
+    q, *_ = SMALL[2].inputs(DEVICE)
+    assert q.shape == (2, 3, 40, 16)
+    assert q.transpose(1, 2).is_contiguous()
