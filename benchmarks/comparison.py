@@ -24,11 +24,11 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 Operator = Callable[..., Tensor]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A provider cannot run here; the message says why."""
 
 
-class WrongResult(Exception):
+class WrongResultError(Exception):
     """A provider's result is not the reference's."""
 
 
@@ -80,7 +80,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of an operator: `build(case)` gives it, or raises `Unavailable`."""
+    """An implementation of an operator: `build(case)` gives it, or raises `UnavailableError`."""
 
     name: str
     build: Callable[[Case], Operator]
@@ -117,12 +117,12 @@ class Comparison:
         """The times of one provider, and the row of the results.
 
         Raises:
-            Unavailable: it has no such pass, or cannot run here, memory included.
-            WrongResult: its result is wrong, so that its speed means nothing.
+            UnavailableError: it has no such pass, or cannot run here, memory included.
+            WrongResultError: its result is wrong, so that its speed means nothing.
             Exception: what else broke it.
         """
         if mode not in next(provider.modes for provider in self.providers if provider.name == name):
-            raise Unavailable(f"{name} has no {mode} pass")
+            raise UnavailableError(f"{name} has no {mode} pass")
         if name in self.failures:
             raise self.failures[name]
         if mode not in self._measured:
@@ -207,7 +207,7 @@ class Comparison:
         for name, result, expected in zip(names, results, truth, strict=False):
             error = relative_error(self.case.part(result), expected)
             if not error <= TOLERANCES[self.case.dtype]:
-                raise WrongResult(
+                raise WrongResultError(
                     f"{name} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.case.dtype]:.0e}"
                 )
             worst = max(worst, error)
@@ -226,10 +226,10 @@ def noting(failures: dict[str, Exception], provider: str) -> Iterator[None]:
 def classify(provider: str, error: Exception) -> Exception:
     """What a failure means: out of memory and a peer that does not work are reasons, the rest stays an error."""
     if isinstance(error, torch.OutOfMemoryError):
-        return Unavailable(f"out of memory: {first_line(error)}")
-    if isinstance(error, (Unavailable, WrongResult)) or provider in OWN:
+        return UnavailableError(f"out of memory: {first_line(error)}")
+    if isinstance(error, (UnavailableError, WrongResultError)) or provider in OWN:
         return error
-    return Unavailable(f"{type(error).__name__}: {first_line(error)}")
+    return UnavailableError(f"{type(error).__name__}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import machine, models
 from benchmarks.comparison import Case, Comparison, first_line
-from benchmarks.harness import Comparable
-from benchmarks.model_comparison import GenerationComparison, ModelComparison, TrainingComparison
+from benchmarks.harness import Comparable, NoGPU
+from benchmarks.model_comparison import GenerationComparison, TrainingComparison
 from benchmarks.models import ModelCase
 from benchmarks.peers import PROVIDERS
 
@@ -36,10 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     budget = config.getoption("time_budget")
     config.stash[DEADLINE] = float("inf") if budget is None else time.monotonic() + budget
-    if config.getoption("results") is not None:
+    if config.getoption("results") is not None and not config.option.collectonly:
         folder = Path(config.getoption("results"), machine.slug(machine.default_device()))
         folder.mkdir(parents=True, exist_ok=True)
         config.option.benchmark_json = str(folder / f"{config.getoption('results_name')}.json")
+    if config.option.benchmark_columns is None:
+        config.option.benchmark_columns = ["median", "iqr", "rounds"]
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # a speed that is missing is a result: say why
 
@@ -117,10 +119,11 @@ def _selected(request: pytest.FixtureRequest, case: Case | ModelCase) -> list[st
 def comparison(request: pytest.FixtureRequest, case: Case | ModelCase, device: torch.device) -> Iterator[Comparable]:
     names = _selected(request, case)
     if isinstance(case, Case) and device.type != "cuda":
-        pytest.skip("operators are measured on a CUDA GPU, and none was found")
+        yield NoGPU()
+        return
     limits = request.getfixturevalue("limits")
     try:
-        compared: Comparison | ModelComparison
+        compared: Comparable
         if isinstance(case, Case):
             compared = Comparison(case, [PROVIDERS[case.suite][name] for name in names], device, limits)
         else:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from benchmarks.comparison import Unavailable
+from benchmarks.comparison import UnavailableError
 from benchmarks.timing import Times
 
 
@@ -44,12 +44,28 @@ class Comparable(Protocol):
 
     def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]: ...
 
+    def close(self) -> None: ...
+
+
+class NoGPU:
+    """Stands for a comparison of operators where they are not measured."""
+
+    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
+        raise UnavailableError("operators are measured on a CUDA GPU, and none was found")
+
+    def close(self) -> None: ...
+
+
+def case_id(case: object) -> str:
+    """The name of a case in pytest's words: one that `-k` can select."""
+    return str(case).replace("=", "").replace(" ", "-")
+
 
 def report(benchmark: Any, comparison: Comparable, provider: str, mode: str) -> None:
     """Hand one row to pytest-benchmark. What cannot run here is skipped with its reason, what is wrong fails."""
     try:
         times, row = comparison.row(provider, mode)
-    except Unavailable as reason:
+    except UnavailableError as reason:
         pytest.skip(str(reason))
     benchmark.group = f"{row['suite']} {row['case']} {mode}"
     benchmark.extra_info |= row

@@ -61,22 +61,26 @@ def measure_limits(device: torch.device) -> dict[str, Any]:
 
     Random normal data: on zeros a GPU draws less power and clocks higher. Medians, by dtype for the products.
     """
-    on_gpu = device.type == "cuda"
-    elements, size = (2**29, 8192) if on_gpu else (2**25, 1024)
-    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    copy = kernel_times({"copy": Call(lambda _: target.copy_(source))}, device)["copy"]
-    limits: dict[str, Any] = {
-        "copy_bytes_per_second": 2 * source.nbytes / percentiles(copy.device)["median"],
-        "matrix_flops_per_second": {},
+    return {
+        "copy_bytes_per_second": _copy_rate(device),
+        "matrix_flops_per_second": {
+            str(dtype).removeprefix("torch."): _product_rate(device, dtype) for dtype in MATRIX_DTYPES
+        },
     }
-    del source, target
-    for dtype in MATRIX_DTYPES:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        product = kernel_times({"product": Call(lambda _, a=a, b=b: a @ b)}, device)["product"]
-        rate = 2 * size**3 / percentiles(product.device)["median"]
-        limits["matrix_flops_per_second"][str(dtype).removeprefix("torch.")] = rate
-    return limits
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.randn(2**29 if device.type == "cuda" else 2**25, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    times = kernel_times({"copy": Call(lambda _: target.copy_(source))}, device)["copy"]
+    return 2 * source.nbytes / percentiles(times.device)["median"]
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = kernel_times({"product": Call(lambda _: a @ b)}, device)["product"]
+    return 2 * size**3 / percentiles(times.device)["median"]
 
 
 def _version(package: str) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models
-from benchmarks.comparison import TOLERANCES, WrongResult, noting, relative_error
+from benchmarks import models, thop_rules
+from benchmarks.comparison import TOLERANCES, WrongResultError, noting, relative_error
 from benchmarks.models import ModelCase, ModelProvider
 from benchmarks.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import costs, flops, peaks
@@ -46,7 +46,7 @@ class ModelComparison:
                 model = provider.build(self._reference)
                 error = self.error(provider, model, truth)
                 if not error <= TOLERANCES[self.dtype]:
-                    raise WrongResult(
+                    raise WrongResultError(
                         f"{self.checked} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.dtype]:.0e}"
                     )
                 self._errors[provider.name], self._models[provider.name] = error, model
@@ -170,6 +170,16 @@ class TrainingComparison(ModelComparison):
 
         return Call(step), persistent
 
+    def _by_thop(self) -> int | None:
+        """FLOPs per token as thop counts the forward, three times; None where thop is not installed."""
+        case = self.case
+        try:
+            return (
+                3 * thop_rules.count(self._reference, case.batch, case.length).matrix_flops // case.batch // case.length
+            )
+        except ImportError:
+            return None
+
     def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
         case, seconds = self.case, percentiles(measured["times"].device)["median"]
         speed = case.batch * case.length / seconds
@@ -184,6 +194,7 @@ class TrainingComparison(ModelComparison):
             "tokens_per_second": speed,
             "flops_per_token": per_token,
             "flops_per_token_causal": causal,
+            "flops_per_token_thop": self._by_thop(),
             "mfu": flops.utilisation(per_token * speed, peak),
             "mfu_causal": flops.utilisation(causal * speed, peak),
             "flops": per_token * case.batch * case.length,
@@ -237,7 +248,7 @@ class GenerationComparison(ModelComparison):
         def generate(_: None) -> None:
             written = provider.generate(model, self._idx, count).shape[1] - self._idx.shape[1]
             if written != count:
-                raise WrongResult(f"{written} tokens were written, {count} were asked for")
+                raise WrongResultError(f"{written} tokens were written, {count} were asked for")
 
         return Call(generate)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gptfast
-from benchmarks.comparison import Unavailable
+from benchmarks.comparison import UnavailableError
 from gptfast import GPT, GPTConfig
 from kernels import runtime
 
@@ -81,10 +81,10 @@ def _eager(reference: GPT) -> nn.Module:
 def _triton(reference: GPT) -> nn.Module:
     device = reference.lm_head.weight.device
     if device.type != "cuda":
-        raise Unavailable("Triton kernels are measured on a CUDA GPU, and none was found")
+        raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
     reason = runtime.why_not(device)
     if reason is not None:
-        raise Unavailable(reason)
+        raise UnavailableError(reason)
     return twin(reference, "triton")
 
 
@@ -101,10 +101,10 @@ def _hugging_face(reference: GPT) -> nn.Module:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
-        raise Unavailable(f"transformers cannot be imported: {error}") from error
+        raise UnavailableError(f"transformers cannot be imported: {error}") from error
     config = reference.config
     if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
-        raise Unavailable("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
+        raise UnavailableError("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
     theirs = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
@@ -135,17 +135,18 @@ def _hugging_face(reference: GPT) -> nn.Module:
 def _nanogpt(checkout: str | None) -> Callable[[GPT], nn.Module]:
     def build(reference: GPT) -> nn.Module:
         if checkout is None:
-            raise Unavailable("nanoGPT is no package: give the folder of a checkout with --nanogpt")
+            raise UnavailableError("nanoGPT is no package: give the folder of a checkout with --nanogpt")
         path = Path(checkout, "model.py")
         if not path.is_file():
-            raise Unavailable(f"{checkout} has no model.py; --nanogpt takes a checkout of nanoGPT")
+            raise UnavailableError(f"{checkout} has no model.py; --nanogpt takes a checkout of nanoGPT")
         spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-        assert spec is not None and spec.loader is not None  # it ends in .py
+        if spec is None or spec.loader is None:
+            raise UnavailableError(f"{path} cannot be imported")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = reference.config
         if config.activation != "gelu":
-            raise Unavailable("nanoGPT's activation is GELU by erf")
+            raise UnavailableError("nanoGPT's activation is GELU by erf")
         settings = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
         with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
             model = module.GPT(module.GPTConfig(**settings))

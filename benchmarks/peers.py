@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from benchmarks.comparison import Case, Operator, Provider, Unavailable
+from benchmarks.comparison import Case, Operator, Provider, UnavailableError
 from kernels import runtime
 
 
@@ -27,7 +27,7 @@ def triton(case: Case) -> Operator:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = runtime.why_not(device)
     if reason is not None:
-        raise Unavailable(reason)
+        raise UnavailableError(reason)
     return getattr(kernels, case.suite)
 
 
@@ -38,14 +38,14 @@ def _liger_layer_norm(case: Case) -> Operator:
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except ImportError as error:
-        raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
+        raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
 def _addmm_activation(case: Case) -> Operator:
-    """cuBLASLt's own GELU epilogue, by tanh; it keeps nothing for a backward."""
+    """CuBLASLt's own GELU epilogue, by tanh; it keeps nothing for a backward."""
     if not torch.cuda.is_available():
-        raise Unavailable("torch._addmm_activation computes GELU by tanh on CUDA alone")
+        raise UnavailableError("torch._addmm_activation computes GELU by tanh on CUDA alone")
 
     def ffn(x: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
         hidden = torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True)
@@ -71,7 +71,7 @@ def _flex_attention(case: Case) -> Operator:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not torch.cuda.is_available():
-        raise Unavailable("FlexAttention has no backward on the CPU")
+        raise UnavailableError("FlexAttention has no backward on the CPU")
     length = case.dims["T"]
     mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
     return partial(torch.compile(flex_attention, fullgraph=True, dynamic=False), block_mask=mask)

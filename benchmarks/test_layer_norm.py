@@ -4,10 +4,10 @@ import pytest
 
 from benchmarks import peers, shapes
 from benchmarks.comparison import MODES
-from benchmarks.harness import CLOCK, report
+from benchmarks.harness import CLOCK, case_id, report
 
 
-@pytest.fixture(scope="module", params=shapes.LAYER_NORM, ids=str)
+@pytest.fixture(scope="module", params=shapes.LAYER_NORM, ids=case_id)
 def case(request):
     return request.param
 

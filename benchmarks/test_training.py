@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.harness import CLOCK, report
+from benchmarks.harness import CLOCK, case_id, report
 from benchmarks.machine import default_device
 from benchmarks.models import ModelCase, providers
 from gptfast import GPTConfig
@@ -43,7 +43,7 @@ ON_CPU = [
 ]
 
 
-@pytest.fixture(scope="module", params=ON_GPU if default_device().type == "cuda" else ON_CPU, ids=str)
+@pytest.fixture(scope="module", params=ON_GPU if default_device().type == "cuda" else ON_CPU, ids=case_id)
 def case(request):
     return request.param
 

@@ -54,9 +54,7 @@ def layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passe
     # mean 1, centre 1, square and sum 2, scale 1, weight 1, bias 1
     inference = Cost((7 if bias else 6) * rows * width, 2 * elements + parameters)
     # normalise again 2, times weight 1, two row sums 3, dx 4, dweight 2, dbias 1
-    backward = Cost(
-        (13 if bias else 12) * rows * width, 3 * elements + statistics + width * itemsize + parameters
-    )
+    backward = Cost((13 if bias else 12) * rows * width, 3 * elements + statistics + width * itemsize + parameters)
     return Passes(inference, inference + Cost(0, statistics), backward)
 
 

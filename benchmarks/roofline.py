@@ -1,0 +1,124 @@
+"""What the data sheets allow: the least time of every operator and of a training step on the GPUs of the table.
+
+`python -m benchmarks.roofline --gpu "H200 SXM"`. Each operation takes at least the time of its bytes at the memory's
+bandwidth and of its FLOPs at the matrix peak, whichever is longer (Williams et al. 2009, "Roofline"). Measured times
+are held against these; machines reach some 80 to 90% of either.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from benchmarks import shapes
+from benchmarks.comparison import MODES
+from gptfast import GPTConfig, costs, peaks
+from gptfast.costs import Cost
+from gptfast.peaks import GPU
+
+
+@dataclass
+class Options:
+    """Predict the least time of every operator and of a training step."""
+
+    gpu: str | None = None
+    """Name of a GPU in the table; all of them if not given, without the operators."""
+    model: str = "gpt2"
+    """Preset of the training step."""
+    batch: int = 32
+    """Sequences of the training step."""
+    length: int = 1024
+    """Tokens of each."""
+
+
+def matrix_peak(gpu: GPU, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s for products of `dtype`; None where the chip has none or the data sheet is silent."""
+    return gpu.flops.get(str(dtype).removeprefix("torch."))
+
+
+def step_seconds(config: GPTConfig, batch: int, length: int, gpu: GPU) -> dict[str, float] | None:
+    """Least seconds of a training step in bf16 by kind of operation, or in fp16 where the chip has no bf16.
+
+    None where it has neither. Operations follow one another: the sum is the step's.
+    """
+    peak = matrix_peak(gpu, torch.bfloat16) or matrix_peak(gpu, torch.float16)
+    if peak is None:
+        return None
+    step = costs.training_step(config, batch, length, itemsize=2)
+    return {kind: cost.seconds(peak, gpu.bandwidth) for kind, cost in step.items()}
+
+
+def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
+    """Suite, case, mode, cost and least seconds of every case of the operators' suites that `gpu` can compute."""
+    rows = []
+    for case in (*shapes.ATTENTION, *shapes.FFN, *shapes.LAYER_NORM):
+        peak = matrix_peak(gpu, case.dtype)
+        if peak is not None:
+            for mode in MODES:
+                cost = case.cost(mode)
+                rows.append((case.suite, str(case), mode, cost, cost.seconds(peak, gpu.bandwidth)))
+    return rows
+
+
+def main() -> None:
+    """Print the predictions; exit status 2 for an unknown GPU or model."""
+    options = tyro.cli(Options)
+    known = {gpu.name: gpu for gpu in peaks.GPUS}
+    try:
+        if options.gpu is not None and options.gpu not in known:
+            raise ValueError(f"unknown GPU {options.gpu!r}; accepted: {', '.join(known)}")
+        config = GPTConfig.preset(options.model, vocab_size=50304, block_size=max(options.length, 1024))
+        if options.batch < 1 or options.length < 1:
+            raise ValueError(f"batch and length must be at least 1, got {options.batch} and {options.length}")
+    except ValueError as error:
+        print(f"benchmarks.roofline: {error}", file=sys.stderr)
+        sys.exit(2)
+    if options.gpu is None:
+        print_gpus(config, options, known)
+    else:
+        print_operators(known[options.gpu])
+        print_step(config, options, known[options.gpu])
+
+
+def print_gpus(config: GPTConfig, options: Options, known: Mapping[str, GPU]) -> None:
+    print(f"Training step of {options.model}, {options.batch} x {options.length} tokens, at the roofline")
+    print(f"{'GPU':16} {'ms':>9} {'tokens/s':>11}  bound by")
+    for name, gpu in known.items():
+        seconds = step_seconds(config, options.batch, options.length, gpu)
+        if seconds is None:
+            print(f"{name:16} {'':9} {'':11}  no matrix peak in 16 bits is known")
+            continue
+        total = sum(seconds.values())
+        tokens = options.batch * options.length / total
+        print(f"{name:16} {1e3 * total:9.1f} {tokens:11,.0f}  {max(seconds, key=seconds.__getitem__)}")
+
+
+def print_operators(gpu: GPU) -> None:
+    print(f"{gpu.name}: {gpu.bandwidth / 1e12:.2f} TB/s; {gpu.source}")
+    print(f"{'operator':17} {'case':33} {'mode':9} {'us':>10} {'TFLOP/s':>8} {'GB/s':>6}  bound by")
+    for suite, case, mode, cost, seconds in operator_seconds(gpu):
+        memory = cost.bytes / gpu.bandwidth >= seconds
+        print(
+            f"{suite:17} {case:33} {mode:9} {1e6 * seconds:10.1f} {cost.flops / seconds / 1e12:8.1f} "
+            f"{cost.bytes / seconds / 1e9:6.0f}  {'memory' if memory else 'arithmetic'}"
+        )
+
+
+def print_step(config: GPTConfig, options: Options, gpu: GPU) -> None:
+    seconds = step_seconds(config, options.batch, options.length, gpu)
+    print(f"\nTraining step of {options.model}, {options.batch} x {options.length} tokens")
+    if seconds is None:
+        print("no matrix peak in 16 bits is known")
+        return
+    total = sum(seconds.values())
+    for kind, part in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"{kind:22} {1e3 * part:8.2f} ms {part / total:6.1%}")
+    print(f"{'all':22} {1e3 * total:8.2f} ms        {options.batch * options.length / total:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

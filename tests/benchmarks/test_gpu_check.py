@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Options, run_stage, stages
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_passes_or_fails_and_leaves_its_output(tmp_path):
+    passed = run_stage("fine", python("print('hello')"), 60, tmp_path / "fine.log")
+    assert passed.status == "passed"
+    assert (tmp_path / "fine.log").read_text() == "hello\n"
+    failed = run_stage("bad", python("raise SystemExit(3)"), 60, tmp_path / "bad.log")
+    assert failed.status == "failed with exit status 3, see bad.log"
+
+
+def test_a_stage_without_time_is_interrupted_and_writes_what_it_has(tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('what there is')"
+    start = time.monotonic()
+    outcome = run_stage("slow", python(code), 1.0, tmp_path / "slow.log")
+    assert outcome.status == "interrupted: out of time"
+    assert (tmp_path / "slow.log").read_text() == "what there is\n"
+    assert time.monotonic() - start < 20
+
+
+def test_a_stage_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    assert run_stage("deaf", python(code), 1.0, tmp_path / "deaf.log").status.startswith("killed")
+
+
+def test_tests_come_first_and_no_stage_has_more_than_is_left():
+    planned = list(stages(Options(out="out", time_budget=400), time.monotonic() + 400))
+    assert [stage for stage, _, _ in planned] == ["tests", "operators", "models", "report"]
+    assert [round(seconds) for _, seconds, _ in planned] == [152, 190, 380, 400]
+    untested = stages(Options(out="out", skip_tests=True), time.monotonic() + 400)
+    assert next(untested)[0] == "operators"
+
+
+@pytest.mark.parametrize("budget", [400, 1])
+def test_the_commands_are_pytests_own(budget):
+    """Every command can be parsed, whatever is left of the time: pytest collects, with the suites' options."""
+    for stage, _, command in stages(Options(out="out", time_budget=budget), time.monotonic() + budget):
+        if stage in ("operators", "models"):
+            done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=gpu_check.ROOT)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ("benchmarks.gpu_check: no CUDA GPU was found; `make bench` measures a CPU\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_stages_run_in_turn_and_one_that_fails_is_told(tmp_path, monkeypatch, capsys):
+    def planned(options, deadline):
+        yield "tests", 60, python("raise SystemExit(1)")
+        yield "report", 60, python("print('written')")
+
+    monkeypatch.setattr(gpu_check, "stages", planned)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main()
+    assert stopped.value.code == 1
+    statuses = [(row["stage"], row["status"]) for row in json.loads((tmp_path / "stages.json").read_text())]
+    assert statuses == [("tests", "failed with exit status 1, see tests.log"), ("report", "passed")]
+    assert "report: passed after" in capsys.readouterr().out

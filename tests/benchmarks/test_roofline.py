@@ -1,0 +1,65 @@
+import sys
+
+import pytest
+import torch
+
+from benchmarks import roofline, shapes
+from gptfast import GPTConfig, costs, peaks
+
+H200 = next(gpu for gpu in peaks.GPUS if gpu.name == "H200 SXM")
+
+
+def run(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["roofline", *arguments])
+    roofline.main()
+    return capsys.readouterr().out
+
+
+def test_a_memory_bound_operator_takes_the_time_of_its_bytes():
+    rows = {(suite, case, mode): seconds for suite, case, mode, _, seconds in roofline.operator_seconds(H200)}
+    case = shapes.layer_norm(65_536, 1024, torch.bfloat16)
+    read_and_written = 2 * 65_536 * 1024 * 2 + 2 * 1024 * 2
+    assert rows["layer_norm", str(case), "forward"] == pytest.approx(read_and_written / 4.8e12)
+
+
+def test_an_arithmetic_bound_operator_takes_the_time_of_its_flops():
+    rows = {(suite, case, mode): seconds for suite, case, mode, _, seconds in roofline.operator_seconds(H200)}
+    case = shapes.gelu_ffn(32_768, 768, torch.bfloat16)
+    assert rows["gelu_ffn", str(case), "backward"] == pytest.approx(8 * 32_768 * 768 * 3072 / 989.4e12, rel=1e-3)
+
+
+def test_the_step_is_the_sum_of_its_operations():
+    config = GPTConfig.preset("gpt2")
+    seconds = roofline.step_seconds(config, 2, 1024, H200)
+    step = costs.training_step(config, 2, 1024)
+    assert set(seconds) == set(step)
+    assert seconds["optimizer"] == pytest.approx(28 * 124_439_808 / 4.8e12)
+    # no machine is faster than its peak allows for the products alone
+    assert sum(seconds.values()) > sum(cost.flops for kind, cost in step.items() if "projection" in kind) / 989.4e12
+
+
+def test_every_gpu_of_the_table_is_predicted(monkeypatch, capsys):
+    table = run(monkeypatch, capsys)
+    assert all(f"\n{gpu.name} " in table for gpu in peaks.GPUS)
+
+
+def test_one_gpu_with_all_operators_and_the_step(monkeypatch, capsys):
+    printed = run(monkeypatch, capsys, "--gpu", "H200 SXM", "--batch", "4")
+    assert all(f"\n{suite} " in printed for suite in ("causal_attention", "gelu_ffn", "layer_norm"))
+    assert "Training step of gpt2, 4 x 1024 tokens" in printed
+    assert printed.splitlines()[-1].endswith("tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "H2000"], "unknown GPU 'H2000'; accepted: "),
+        (["--model", "gpt5"], "unknown model preset 'gpt5'"),
+        (["--batch", "0"], "batch and length must be at least 1, got 0 and 1024"),
+    ],
+)
+def test_bad_arguments(monkeypatch, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, capsys, *arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"benchmarks.roofline: {said}")

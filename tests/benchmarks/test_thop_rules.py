@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import thop_rules
+from gptfast import GPT, GPTConfig, flops
+from gptfast.config import PRESETS
+
+BATCH, LENGTH = 2, 64
+
+
+def on_meta(config: GPTConfig, backend: str) -> GPT:
+    with torch.device("meta"):
+        return GPT(config, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_three_counts_agree_exactly(name, backend):
+    """thop, PyTorch's counter and the closed form, on a forward pass with all logits; and on the backward."""
+    model = on_meta(GPTConfig.preset(name), backend)
+    config = model.config
+    expected = BATCH * LENGTH * flops.forward_flops_per_token(config, LENGTH)
+    assert thop_rules.count(model, BATCH, LENGTH).matrix_flops == expected
+
+    idx = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as forward:
+        _, loss = model(idx, idx)
+    assert forward.get_total_flops() == expected
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    # by definition: the Triton backward computes the scores a second time, the model's count does not
+    scores = config.n_layer * 2 * BATCH * LENGTH * LENGTH * config.n_embd
+    recomputed = scores if backend == "triton" else 0
+    trained = BATCH * LENGTH * flops.training_flops_per_token(config, LENGTH)
+    assert forward.get_total_flops() + backward.get_total_flops() - recomputed == trained
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": False},
+        {"norm_position": "post", "activation": "relu"},
+        {"position": "sinusoidal", "tie_weights": False},
+    ],
+    ids=str,
+)
+def test_other_shapes_agree_too(changes):
+    config = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=2, n_embd=32, **changes)
+    count = thop_rules.count(on_meta(config, "eager"), BATCH, 32)
+    assert count.matrix_flops == BATCH * 32 * flops.forward_flops_per_token(config)
+    norms = 2 * config.n_layer + (config.norm_position == "pre")
+    assert count.norm_operations == 4 * norms * BATCH * 32 * config.n_embd
+
+
+def test_norms_are_what_thop_counts_for_pytorchs_own():
+    from thop import profile
+
+    counted, _ = profile(torch.nn.LayerNorm(32), (torch.zeros(2, 7, 32),), verbose=False)
+    assert counted == thop_rules.NORM_OPERATIONS_PER_ELEMENT * 2 * 7 * 32
+
+
+def test_the_model_is_left_as_it_was():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    thop_rules.count(model, 1, 8)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) and after[name].device.type == "cpu" for name in before)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert next(model.parameters()).requires_grad
+
+
+def test_a_length_that_the_model_does_not_take():
+    with pytest.raises(ValueError, match="longer than block_size=8"):
+        thop_rules.count(GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4)), 1, 9)

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from gptfast import GPT, GPTConfig, costs, flops
+from gptfast.config import PRESETS
+from gptfast.costs import Cost
+
+
+def test_costs_add_and_multiply():
+    assert Cost(1, 2) + Cost(10, 20) * 3 == Cost(31, 62)
+    passes = costs.layer_norm(5, 7, 2)
+    assert passes.training == passes.forward + passes.backward
+
+
+def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
+    assert Cost(flops=100, bytes=10).seconds(flops_per_second=50.0, bytes_per_second=10.0) == 2.0
+    assert Cost(flops=100, bytes=40).seconds(flops_per_second=50.0, bytes_per_second=10.0) == 4.0
+
+
+def test_layer_norm_reads_and_writes_each_tensor_once():
+    """Against the sizes of real tensors: inputs and outputs of the operator, forward and backward."""
+    x, weight, bias = torch.empty(6, 10, dtype=torch.bfloat16), *torch.empty(2, 10, dtype=torch.bfloat16)
+    statistics = 2 * torch.empty(6).nbytes
+    passes = costs.layer_norm(6, 10, 2)
+    assert passes.inference.bytes == 2 * x.nbytes + weight.nbytes + bias.nbytes
+    assert passes.forward.bytes == passes.inference.bytes + statistics
+    assert passes.backward.bytes == 3 * x.nbytes + statistics + weight.nbytes + weight.nbytes + bias.nbytes
+    assert costs.layer_norm(6, 10, 2, bias=False).inference.bytes == passes.inference.bytes - bias.nbytes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_by_the_tensors_of_its_three_products(bias):
+    x, weight, y = 6 * 10 * 4, 10 * 14 * 4, 6 * 14 * 4
+    b = 14 * 4 if bias else 0
+    passes = costs.linear(6, 10, 14, 4, bias)
+    assert passes.forward == Cost(2 * 6 * 10 * 14, x + weight + b + y)
+    dx, dweight = y + weight + x, y + x + weight
+    assert passes.backward == Cost(2 * 2 * 6 * 10 * 14, dx + dweight + b)
+
+
+def test_feed_forward_by_the_tensors_of_its_six_products():
+    x, h, weight, biases = 6 * 10 * 2, 6 * 40 * 2, 10 * 40 * 2, (10 + 40) * 2
+    passes = costs.gelu_ffn(6, 10, 40, 2)
+    up, down = x + weight + h, h + weight + x
+    assert passes.inference.bytes == up + down + biases
+    assert passes.forward.bytes == passes.inference.bytes + h  # the pre-activation
+    dh = x + weight + h + h + h  # reads dy, w_down and the pre-activation; writes its gradient and the activation
+    dw_down, dx, dw_up = x + h + weight, h + weight + x, h + x + weight
+    assert passes.backward.bytes == dh + dw_down + dx + dw_up + biases
+
+
+def test_attention_counts_the_pairs_under_the_mask():
+    queries, keys = 5, 8
+    seen = sum(key <= query + keys - queries for query in range(queries) for key in range(keys))
+    passes = costs.causal_attention(2, 3, queries, keys, 16, 2)
+    assert passes.inference.flops == 4 * 2 * 3 * seen * 16
+    assert passes.backward.flops == 10 * 2 * 3 * seen * 16
+    q, k = 2 * 3 * queries * 16 * 2, 2 * 3 * keys * 16 * 2
+    assert passes.inference.bytes == 2 * q + 2 * k
+    lse = 2 * 3 * queries * 4
+    assert passes.backward.bytes == (3 * q + 2 * k + lse) + (q + 2 * k)
+
+
+def test_products_agree_with_the_operators_own_formulas():
+    with torch.device("meta"):
+        x, w_up, w_down = torch.empty(6, 10), torch.empty(40, 10), torch.empty(10, 40)
+    gelu_ffn = kernels.gelu_ffn  # imported now: the counter sees the formulas that are registered when it starts
+    with FlopCounterMode(display=False) as counted:
+        gelu_ffn(x, w_up, None, w_down, None)
+    assert counted.get_total_flops() == costs.gelu_ffn(6, 10, 40, 4, bias=False).inference.flops
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_the_presets(name):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    assert costs.parameters(model.config) == model.get_num_params(non_embedding=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": False},
+        {"qkv_bias": False},
+        {"bias": False, "qkv_bias": True},
+        {"tie_weights": False},
+        {"norm_position": "post"},
+        {"position": "sinusoidal"},
+        {"position": "none", "bias": False, "norm_position": "post", "tie_weights": False},
+    ],
+    ids=str,
+)
+def test_parameters_of_every_shape(changes):
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=6, **changes)
+    assert costs.parameters(config) == sum(p.numel() for p in GPT(config).parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_products_of_a_step_are_those_of_the_model_count(name):
+    """The model's count gives attention's backward two products fewer per product of the forward: 4, not 5 of 2."""
+    config, batch, length = GPTConfig.preset(name), 2, 1024
+    step = costs.training_step(config, batch, length)
+    attention = costs.causal_attention(batch, config.n_head, length, length, config.head_size, 2)
+    recomputed = config.n_layer * attention.inference.flops // 2  # one of the five products
+    products = sum(step[kind].flops for kind in ("attention projections", "attention", "feed-forward", "head"))
+    per_token = flops.training_flops_per_token(config, length, causal=True)
+    assert products - recomputed == batch * length * per_token
+
+
+def test_decoding_reads_the_weights_once_and_the_cache_of_every_sequence():
+    config = GPTConfig.preset("gpt2")
+    one, two = (costs.decode_bytes(config, batch, context=100, itemsize=2) for batch in (1, 2))
+    cache = 2 * config.n_layer * 100 * config.n_embd * 2
+    assert two - one == cache
+    assert one - cache == 2 * (124_439_808 - 1024 * 768)
