@@ -5,7 +5,7 @@ import torch
 
 import gptfast
 from benchmarks.steps import TrainingStep, machine
-from gptfast import flops
+from gptfast import flops, peaks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -18,10 +18,11 @@ def test_training_step(benchmark, backend):
     step = TrainingStep(gptfast, DEVICE, {}, backend=backend)
     benchmark.pedantic(step, rounds=50, warmup_rounds=10)
     speed = step.tokens / benchmark.stats.stats.median
-    peak = flops.peak_flops(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
+    peak = peaks.peak_flops(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
     reached = flops.training_flops_per_token(step.model.config) * speed
     benchmark.extra_info |= machine(DEVICE) | {
         "tokens_per_second": speed,
         "flops_per_second": reached,
         "mfu": None if peak is None else reached / peak,
+        "peak": peaks.describe(DEVICE),
     }
