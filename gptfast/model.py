@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast import flops, generation
+from gptfast import flops, generation, peaks
 from gptfast.backend import Backend, Request, parse, resolve
 from gptfast.config import GPTConfig
 from kernels import runtime
@@ -276,11 +276,11 @@ class GPT(nn.Module):
             dt: the seconds that took.
 
         Returns:
-            A fraction of the dense matrix peak (PaLM's count: full attention, see `gptfast.flops`), on a GPU that
-            for bfloat16, as nanoGPT counts; nan where the peak of the device is not known.
+            A fraction of the dense matrix peak (see `gptfast.peaks`; the work by PaLM's count, full attention, see
+            `gptfast.flops`), on a GPU that for bfloat16, as nanoGPT counts; nan where that peak is not known.
         """
         device, dtype = self._placement()
-        peak = flops.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
+        peak = peaks.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
         if peak is None:
             return math.nan
         tokens = fwdbwd_per_iter * self.config.block_size

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gptfast import corpus, data, devices, flops, tokenizer
+from gptfast import corpus, data, devices, flops, peaks, tokenizer
 from gptfast.backend import parse
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
@@ -107,7 +107,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
         of the whole run, `device`, `backend` per operator, `interrupted`, and the folder as `run`.
 
     Raises:
-        ValueError: a setting or the data is wrong.
+        ValueError: a setting, the data or an override of the device's peak is wrong.
         RuntimeError: the loss is no longer a number.
     """
     device = devices.resolve(config.device)
@@ -117,6 +117,9 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     tokens = tokenizer.for_text(config.tokenizer, text)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokens.vocab_size))
     train_split, val_split = data.split(_compact(tokens.encode(text)), config.model.block_size, config.held_out)
+    peak = peaks.peak_flops(device, dtype)
+    if peak is None:
+        print(f"no peak for {str(dtype)[6:]}, so no MFU: {peaks.describe(device)}", flush=True)
     torch.manual_seed(config.seed)
     model = GPT(config.model, asked).to(device)
     run = RunFolder(Path(config.out) if config.out else _unused_folder(name))
@@ -128,7 +131,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
         f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
         flush=True,
     )
-    summary = _Training(config, model, device, dtype, train_split, val_split, run).run()
+    summary = _Training(config, model, device, dtype, peak, train_split, val_split, run).run()
     run.write_json("summary.json", summary)
     return summary | {"run": str(run.path)}
 
@@ -142,16 +145,17 @@ class _Training:
         model: GPT,
         device: torch.device,
         dtype: torch.dtype,
+        peak: float | None,
         train_split: data.Split,
         val_split: data.Split,
         folder: RunFolder,
     ) -> None:
         self.config, self.model, self.device, self.dtype, self.folder = config, model, device, dtype, folder
+        self.peak = peak
         self.train_split, self.val_split = train_split, val_split
         self.optimizer = model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
         )
-        self.peak = flops.peak_flops(device, dtype)
         self.best = {"val_loss": math.inf, "train_loss": math.inf}
         self.timed_tokens, self.timed_seconds = 0, 0.0
 

@@ -30,28 +30,3 @@ def test_closed_form_equals_what_pytorch_counts(backend):
     scores = config.n_layer * 2 * batch * length * length * config.n_embd
     recomputed = scores if backend == "triton" else 0
     assert backward.get_total_flops() == 2 * forward.get_total_flops() + recomputed
-
-
-def test_peaks_by_device_name(monkeypatch):
-    def peak(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        return flops.peak_flops(torch.device("cuda"), dtype)
-
-    assert peak("NVIDIA H200") == 989.5e12
-    assert peak("NVIDIA H100 PCIe") == 756e12
-    assert peak("NVIDIA H100 80GB HBM3") == 989.5e12
-    assert peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak("NVIDIA H20") is None
-    assert peak("NVIDIA H200", torch.float64) is None
-    assert flops.peak_flops(torch.device("meta"), torch.float32) is None
-
-
-def test_the_cpus_peak_is_measured():
-    assert 1e9 < flops.peak_flops(torch.device("cpu"), torch.float32) < 1e14
-
-
-def test_measuring_the_peak_leaves_the_random_numbers_alone():
-    flops._measured_cpu_peak.cache_clear()
-    state = torch.get_rng_state()
-    flops.peak_flops(torch.device("cpu"), torch.float32)
-    assert torch.equal(torch.get_rng_state(), state)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig, data, recipes, run, trainer
+from gptfast import GPT, GPTConfig, data, peaks, recipes, run, trainer
 from gptfast.trainer import TrainConfig
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
@@ -98,6 +98,20 @@ def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
     monkeypatch.setattr(trainer._Training, "_step", lambda self, number: torch.tensor(float("nan")))
     with pytest.raises(RuntimeError, match="the loss is nan at step 1; lower --learning-rate"):
         trainer.train(config)
+
+
+def test_without_a_peak_there_is_no_mfu(config, monkeypatch, capsys):
+    monkeypatch.setattr(peaks, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(peaks, "describe", lambda device: f"unknown GPU {device}")
+    assert trainer.train(config)["mfu"] is None
+    assert "no peak for float32, so no MFU: unknown GPU cpu\n" in capsys.readouterr().out
+
+
+def test_a_bad_peak_is_found_before_the_folder_is_made(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", "fast")
+    with pytest.raises(ValueError, match="GPTFAST_PEAK_FLOPS is 'fast'"):
+        trainer.train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_rate_rises_and_falls():
