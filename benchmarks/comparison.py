@@ -232,7 +232,7 @@ def classify(provider: str, error: Exception) -> Exception:
     return UnavailableError(f"{type(error).__name__}: {first_line(error)}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of its message, within reason."""
     line = str(error).strip().splitlines()
     return line[0][:200] if line else ""

@@ -129,7 +129,7 @@ class TrainingComparison(ModelComparison):
         """Loss and norm of the gradient, by eager PyTorch in float32."""
         loss = self._reference(self._idx, self._targets)[1]
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self._reference.parameters()])
+        norm = nn.utils.get_total_norm([p.grad for p in self._reference.parameters() if p.grad is not None])
         self._reference.zero_grad(set_to_none=True)
         return torch.stack((loss.detach(), norm))
 
@@ -226,7 +226,8 @@ class GenerationComparison(ModelComparison):
         return relative_error(provider.logits(model, self._idx)[:, -1], truth)
 
     def measure(self) -> dict[str, dict[str, Any]]:
-        calls, memory = {}, {}
+        calls: dict[tuple[str, str], Call] = {}
+        memory = {}
         for provider in self.providers:
             name = provider.name
             if name not in self.failures:

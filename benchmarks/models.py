@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,9 @@ class ModelProvider:
 
     name: str
     build: Callable[[GPT], nn.Module]
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
-    logits: Callable[[nn.Module, Tensor], Tensor] = lambda model, idx: model(idx)[0]
-    generate: Callable[[nn.Module, Tensor, int], Tensor] = lambda model, idx, count: model.generate(
-        idx, count, temperature=0
-    )
+    loss: Callable[[Any, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
+    logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
+    generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
 
 
 def twin(reference: GPT, backend: str) -> GPT:
@@ -105,24 +104,25 @@ def _hugging_face(reference: GPT) -> nn.Module:
     config = reference.config
     if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
         raise UnavailableError("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
         # the fused form: GPT-2's own "gelu_new" is the same function in five passes over memory
-        activation_function={"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+        "activation_function": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
     weight = reference.lm_head.weight
     with torch.device(weight.device):
-        model = GPT2LMHeadModel(theirs).to(weight.dtype)
+        model: Any = GPT2LMHeadModel(GPT2Config(**settings))
+    model.to(weight.dtype)
     ours = reference.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

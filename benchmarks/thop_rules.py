@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from gptfast.model import MLP, CausalSelfAttention, LayerNorm
 # thop's own count for nn.LayerNorm: mean, variance, normalise, scale; the closed form leaves norms out, as PaLM does
 NORM_OPERATIONS_PER_ELEMENT = 4
 
-Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+Rule = Callable[[Any, tuple[Tensor, ...], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _meta_copy(model: GPT) -> GPT:
     return copy.deepcopy(model, memo={id(tensor): tensor.to("meta") for tensor in tensors})
 
 
-def _add(module: nn.Module, operations: int) -> None:
+def _add(module: Any, operations: int) -> None:
     module.total_ops += torch.DoubleTensor([operations])
 
 

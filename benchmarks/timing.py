@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,12 +30,12 @@ class Call:
     prepare: Callable[[], Any] = lambda: None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Times:
     """Seconds of each round; `host` is None where it is the same thing."""
 
-    device: list[float] = field(default_factory=list)
-    host: list[float] | None = None
+    device: list[float]
+    host: list[float] | None
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -136,20 +136,20 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
     Returns:
         The times of each call, in the order in which they were taken.
     """
-    times = {name: Times(host=[] if host else None) for name in calls}
     warm = {}
     for name, call in calls.items():
         for _ in range(WARMUP_CALLS):
             begin = time.perf_counter()
             clock(call)
             warm[name] = time.perf_counter() - begin
+    taken: dict[Key, list[tuple[float, float]]] = {name: [] for name in calls}
     for order in _orders(list(calls), rounds=_rounds(seconds, sum(warm.values()))):
         for name in order:
-            device_seconds, host_seconds = clock(calls[name])
-            times[name].device.append(device_seconds)
-            if times[name].host is not None:
-                times[name].host.append(host_seconds)
-    return times
+            taken[name].append(clock(calls[name]))
+    return {
+        name: Times([device for device, _ in pairs], [on_host for _, on_host in pairs] if host else None)
+        for name, pairs in taken.items()
+    }
 
 
 def _rounds(seconds: float, one_round: float) -> int:

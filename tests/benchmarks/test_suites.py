@@ -51,9 +51,9 @@ def test_models_are_measured_and_the_file_says_on_what(tmp_path):
     written = rows["generation", "eager"]["extra_info"]
     assert written["seconds_to_first_token"] < written["seconds"]["median"]
     assert 0 < written["mbu"] < 2
-    reasons = {(row["suite"], row["provider"]): row["reason"] for row in results["not_measured"]}
-    assert "CUDA GPU" in reasons["training", "triton"]
-    assert "--nanogpt" in reasons["generation", "nanoGPT"]
+    reasons = {(row["suite"], row["mode"], row["provider"]): row["reason"] for row in results["not_measured"]}
+    assert "CUDA GPU" in reasons["generation", "generate", "triton"]
+    assert "--nanogpt" in reasons["generation", "generate", "nanoGPT"]
 
 
 @needs_no_cuda
