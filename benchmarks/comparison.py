@@ -44,6 +44,7 @@ class Case:
         passes: FLOPs and bytes.
         reference: the operator that defines correct.
         strided: makes an argument's layout from a contiguous tensor that `shapes` describes.
+        without: providers that are left out: those that compile take longer than all the others together.
         part: the share of a result that is compared, for references that would not fit into memory whole; it must
             depend on nothing but the same share of the inputs.
     """
@@ -55,6 +56,7 @@ class Case:
     passes: Passes
     reference: Operator
     strided: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    without: tuple[str, ...] = ()
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @property

@@ -105,7 +105,7 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 def _exists(case: Any = None, provider: str = "", mode: str = "", **_: Any) -> bool:
     if isinstance(case, Case):
-        return mode in PROVIDERS[case.suite][provider].modes
+        return provider not in case.without and mode in PROVIDERS[case.suite][provider].modes
     return not isinstance(case, ModelCase) or provider in case.providers
 
 

@@ -20,8 +20,12 @@ import torch
 import tyro
 
 ROOT = Path(__file__).parents[1]
-KERNEL_SUITES = ("test_causal_attention.py", "test_gelu_ffn.py", "test_layer_norm.py")
-MODEL_SUITES = ("test_training.py", "test_generation.py")
+# stage, files and the share of what is left of the time
+SUITES = (
+    ("operators", ("test_causal_attention.py", "test_gelu_ffn.py", "test_layer_norm.py"), 0.5),
+    ("training", ("test_training.py",), 0.7),
+    ("generation", ("test_generation.py",), 1.0),
+)
 REPORT_SECONDS = 20.0
 GRACE_SECONDS = 30.0  # to write down what there is, once interrupted
 
@@ -78,7 +82,7 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
 
     if not options.skip_tests:
         yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow"]
-    for stage, suites, share in (("operators", KERNEL_SUITES, 0.5), ("models", MODEL_SUITES, 1.0)):
+    for stage, suites, share in SUITES:
         seconds = left(share)
         files = [str(ROOT / "benchmarks" / suite) for suite in suites]
         # the suite itself starts nothing new after its time, and needs some to end what it has begun

@@ -18,9 +18,7 @@ NANO = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128,
 ON_GPU = [
     gpt2("gpt2", 1, 32, 128),
     gpt2("gpt2", 64, 32, 128),
-    gpt2("gpt2-medium", 1, 32, 128),
-    gpt2("gpt2-large", 1, 32, 128),
-    gpt2("gpt2-xl", 1, 32, 128),
+    *(gpt2(model, 1, 32, 32) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
 ]
 ON_CPU = [
     ModelCase("generation", "nano", NANO, 1, 32, 64, (*NAMES, "nanoGPT")),

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-WARMUP_CALLS = 3
-MIN_ROUNDS, MAX_ROUNDS = 7, 50
+WARMUP_CALLS, WARMUP_SECONDS = 3, 1.0
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -111,7 +111,7 @@ class EventClock:
         return start.elapsed_time(end) / 1e3, host
 
 
-def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float = 0.5) -> dict[Key, Times]:
+def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float = 0.3) -> dict[Key, Times]:
     """Time operators against each other; see `interleave`."""
     if device.type == "cuda":
         return interleave(calls, EventClock(device), seconds, host=True)
@@ -129,7 +129,7 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
     Args:
         calls: by name. Each is warmed up before any of them is measured.
         clock: runs and times one call.
-        seconds: about how long the measured rounds of all calls may take together; there are at least 7 rounds of
+        seconds: about how long the measured rounds of all calls may take together; there are at least 5 rounds of
             each and at most 50.
         host: keep the time of the host as well.
 
@@ -142,6 +142,8 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
             begin = time.perf_counter()
             clock(call)
             warm[name] = time.perf_counter() - begin
+            if warm[name] > WARMUP_SECONDS:
+                break
     taken: dict[Key, list[tuple[float, float]]] = {name: [] for name in calls}
     for order in _orders(list(calls), rounds=_rounds(seconds, sum(warm.values()))):
         for name in order:
