@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/ready
 	rm -rf runs/demo
@@ -20,6 +20,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# every suite that this machine can run, then a report: $(RESULTS)/<device>/report.html
+RESULTS ?= benchmarks/results
+bench: .venv/ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results $(RESULTS)
+	$(BIN)/python -m benchmarks.report $(RESULTS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+# thop imports distutils, which setuptools brings since Python 3.12
+BENCH = ["jinja2", "matplotlib", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
 
 setup(
     name="gptfast",
@@ -28,9 +30,8 @@ setup(
         "tyro",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "pytest-benchmark", "ruff", "transformers"],
-        "bench": ["pytest", "pytest-benchmark"],
-        "plots": ["pytest-benchmark[histogram]"],
+        "dev": ["mypy", "ruff", *BENCH],
+        "bench": BENCH,
     },
     entry_points={"console_scripts": ["gptfast = gptfast.cli:main"]},
 )

@@ -16,6 +16,7 @@ from benchmarks.harness import Comparable, NoGPU
 from benchmarks.model_comparison import GenerationComparison, TrainingComparison
 from benchmarks.models import ModelCase
 from benchmarks.peers import PROVIDERS
+from gptfast import peaks
 
 RESULTS_FORMAT = 1
 LIMITS = pytest.StashKey[dict[str, Any]]()
@@ -34,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
+    try:
+        peaks.describe(torch.device("meta"))
+    except ValueError as error:  # an override that is no number: say so before hours of measuring, not after
+        raise pytest.UsageError(str(error)) from error
     budget = config.getoption("time_budget")
     config.stash[DEADLINE] = float("inf") if budget is None else time.monotonic() + budget
     if config.getoption("results") is not None and not config.option.collectonly:

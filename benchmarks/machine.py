@@ -35,10 +35,6 @@ def slug(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver and versions, as the results hold them."""
     on_gpu = device.type == "cuda"
-    gpu = peaks.find(torch.cuda.get_device_name(device)) if on_gpu else None
-    peak: dict[str, Any] | None = None
-    if gpu is not None:
-        peak = {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "slug": slug(device),
@@ -52,8 +48,27 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "peers": {name: _version(name) for name in PEERS},
-        "peak": peak,
+        "peak": _peak(device),
     }
+
+
+def _peak(device: torch.device) -> dict[str, Any] | None:
+    """What MFU and MBU are shares of; None for a GPU that the table does not know."""
+    if device.type == "cpu":
+        return {
+            "name": "this CPU",
+            "flops": {_name(dtype): peaks.peak_flops(device, dtype) for dtype in MATRIX_DTYPES},
+            "bandwidth": peaks.peak_bandwidth(device),
+            "source": "measured: the best of several matrix products and copies",
+        }
+    gpu = peaks.find(torch.cuda.get_device_name(device))
+    if gpu is None:
+        return None
+    return {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def measure_limits(device: torch.device) -> dict[str, Any]:
@@ -63,9 +78,7 @@ def measure_limits(device: torch.device) -> dict[str, Any]:
     """
     return {
         "copy_bytes_per_second": _copy_rate(device),
-        "matrix_flops_per_second": {
-            str(dtype).removeprefix("torch."): _product_rate(device, dtype) for dtype in MATRIX_DTYPES
-        },
+        "matrix_flops_per_second": {_name(dtype): _product_rate(device, dtype) for dtype in MATRIX_DTYPES},
     }
 
 
