@@ -52,8 +52,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _peak(device: torch.device) -> dict[str, Any] | None:
-    """What MFU and MBU are shares of; None for a GPU that the table does not know."""
+def _peak(device: torch.device) -> dict[str, Any]:
+    """What MFU and MBU are shares of; without a name for a GPU that the table does not know."""
     if device.type == "cpu":
         return {
             "name": "this CPU",
@@ -63,7 +63,7 @@ def _peak(device: torch.device) -> dict[str, Any] | None:
         }
     gpu = peaks.find(torch.cuda.get_device_name(device))
     if gpu is None:
-        return None
+        return {"name": None, "flops": {}, "bandwidth": None, "source": None}
     return {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}
 
 

@@ -58,6 +58,9 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case], Operator]:
     """PyTorch's attention by one backend: left to itself it takes the first that fits, not the fastest."""
 
     def build(case: Case) -> Operator:
+        if case.dtype == torch.float32:
+            raise UnavailableError("takes float16 and bfloat16 alone")
+
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
