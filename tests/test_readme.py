@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def words(command: str) -> list[str]:
+    """The command for this interpreter, wherever scripts are installed."""
+    first, *rest = shlex.split(command)
+    return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", first, *rest]
 
 
 def run(command: list[str], folder: Path) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -31,13 +38,21 @@ def test_the_switch(tmp_path):
 
 
 def test_every_example_is_run():
-    assert (len(PYTHON), len(COMMANDS)) == (2, 2)
+    assert (len(PYTHON), len(COMMANDS)) == (2, 4)
+
+
+def test_the_prediction():
+    assert "tokens/s" in run(words(COMMANDS[2]), ROOT)
+
+
+def test_the_benchmark():
+    assert " passed" in run(words(COMMANDS[3]), ROOT)
 
 
 @pytest.mark.slow
 def test_the_commands(tmp_path):
     """Trains for a minute and generates, word for word."""
-    train, generate = ([sys.executable, "-m", *shlex.split(command)] for command in COMMANDS)
+    train, generate = (words(command) for command in COMMANDS[:2])
     assert "validation loss" in run(train, tmp_path)
     written = run(generate, tmp_path)
     assert written.startswith("def ")
