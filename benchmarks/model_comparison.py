@@ -47,11 +47,11 @@ class ModelComparison:
                 error = self.error(provider, model, truth)
                 if not error <= TOLERANCES[self.dtype]:
                     raise WrongResultError(
-                        f"{self.checked} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.dtype]:.0e}"
+                        f"wrong {self.checked}: relative error {error:.2e}, accepted {TOLERANCES[self.dtype]:.0e}"
                     )
                 self._errors[provider.name], self._models[provider.name] = error, model
 
-    checked = "the result"
+    checked = "result"
 
     def prepare(self) -> None: ...
 
@@ -104,7 +104,7 @@ class ModelComparison:
 class TrainingComparison(ModelComparison):
     """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
 
-    checked = "the loss or the norm of its gradient"
+    checked = "loss or norm of its gradient"
 
     def prepare(self) -> None:
         self._idx, self._targets = self._tokens[:, :-1].contiguous(), self._tokens[:, 1:].contiguous()
@@ -208,7 +208,7 @@ class GenerationComparison(ModelComparison):
     """Greedy continuation of a prompt: bf16 weights on a GPU, float32 on a CPU."""
 
     weights_on_gpu = torch.bfloat16
-    checked = "the logits of the prompt"
+    checked = "logits of the prompt"
 
     def prepare(self) -> None:
         self._reference.eval()
