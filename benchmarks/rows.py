@@ -87,7 +87,7 @@ class Row:
     mode: str
     provider: str
     dtype: str
-    dims: Mapping[str, int | str]
+    dims: dict[str, int | str]
     seconds: Spread
     source: Source
     host_seconds: Spread | None = None
@@ -149,8 +149,11 @@ class Run:
 
 
 def row_order(row: Row) -> tuple:
-    """Sorts rows as tables list them: by suite, mode, dtype, sizes, then gptfast, plain PyTorch and the peers."""
-    sizes = tuple((name, isinstance(size, str), size) for name, size in row.dims.items())
+    """Sorts rows as tables list them: by suite, mode, dtype, sizes, then gptfast, plain PyTorch and the peers.
+
+    Of the sizes the last one counts first: a head's or a model's, before the sequence length and the batch.
+    """
+    sizes = tuple((name, isinstance(size, str), size) for name, size in reversed(row.dims.items()))
     return (
         *(_position(row.suite, SUITES), _position(row.mode, MODES)),
         *(row.dtype, sizes, row.case, provider_order(row.provider)),
