@@ -39,13 +39,8 @@ class Lead:
     """A ratio that leads the report: over all cases, from the worst to the best."""
 
     label: str
-    value: str
+    values: list[str]
     detail: str
-
-    @property
-    def loss(self) -> bool:
-        """Whether it is a loss in any case."""
-        return units.LOSS in self.value
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
@@ -116,10 +111,9 @@ def leads(run: Run) -> list[Lead]:
     return found
 
 
-def span(values: list[float]) -> str:
+def span(values: list[float]) -> list[str]:
     """The worst and the best of ratios, or the one that there is."""
-    worst, best = units.ratio(min(values)), units.ratio(max(values))
-    return worst if worst == best else f"{worst} to {best}"
+    return list(dict.fromkeys((units.ratio(min(values)), units.ratio(max(values)))))
 
 
 def method(run: Run) -> list[str]:

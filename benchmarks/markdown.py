@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from benchmarks.content import MFU_NOTE, RATIO_NOTE, Content
 from benchmarks.rows import SUITES
@@ -16,7 +17,7 @@ def render(content: Content, device: str) -> str:
     parts += [f"> {escape(line)}" for line in content.warnings]
     parts += ["## Summary", RATIO_NOTE]
     if content.leads:
-        lines = [(lead.label, lead.value, lead.detail) for lead in content.leads]
+        lines = [(lead.label, " to ".join(lead.values), lead.detail) for lead in content.leads]
         parts.append(grid(("", "times as fast", ""), [tuple(map(escape, line)) for line in lines]))
     parts += [_table(table) for table in content.summary]
     if content.models:
@@ -34,7 +35,7 @@ def render(content: Content, device: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def grid(columns: Line, lines: list[Line]) -> str:
+def grid(columns: Line, lines: Sequence[Line]) -> str:
     """A table of cells that are already Markdown."""
     rule = tuple("---" for _ in columns)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *lines))

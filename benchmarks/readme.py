@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import ratios, results, units
-from benchmarks.content import commit, span, versions
+from benchmarks.content import commits, span, versions
 from benchmarks.markdown import escape, grid
 from benchmarks.results import ResultsError
 from benchmarks.rows import BASELINE, MODES, SUITES, Row, Run
@@ -63,7 +63,7 @@ def replace_figures(readme: Path, figures: str) -> str:
 def _training(run: Run) -> list[Line]:
     ours = ratios.champion(run)
     peers = [*ratios.model_peers(run, "training"), *([BASELINE] if ours != BASELINE else [])]
-    lines = []
+    lines: list[Line] = []
     for (_, case, _), providers in ratios.cases(row for row in run.rows if row.suite == "training").items():
         if ours not in providers:
             continue
@@ -72,14 +72,13 @@ def _training(run: Run) -> list[Line]:
             f"{units.ratio(ratios.Ratio(row, providers[other]).value)} {other}" for other in peers if other in providers
         ]
         mfu = "" if row.mfu is None else f", MFU {units.share(row.mfu)}"
-        lines.append(
-            (f"training step, {case}", f"{units.count(row.tokens_per_second)} tokens/s{mfu}", ", ".join(found))
-        )
+        speed = f"{units.count(row.tokens_per_second)} tokens/s{mfu}"
+        lines.append((f"training step, {case}", speed, ", ".join(found)))
     return lines
 
 
 def _operators(run: Run) -> list[Line]:
-    lines = []
+    lines: list[Line] = []
     for suite in suites(run.rows):
         rows = [row for row in run.rows if row.suite == suite]
         for mode in dict.fromkeys(row.mode for row in rows):
@@ -91,7 +90,7 @@ def _operators(run: Run) -> list[Line]:
 
 def _standings(rows: list[Row]) -> str:
     return ", ".join(
-        f"{span([ratio.value for ratio in standing.ratios])} {standing.against}"
+        f"{' to '.join(span([ratio.value for ratio in standing.ratios]))} {standing.against}"
         for standing in ratios.standings(rows, "triton")
     )
 
@@ -100,9 +99,8 @@ def _note(run: Run, folder: Path) -> str:
     machine = run.machine
     driver = f"driver {machine.driver}, " if machine.driver else ""
     peers = "".join(f", {name} {version}" for name, version in machine.peers.items() if version)
-    commits = " and ".join(dict.fromkeys(commit(row.source) for row in run.rows))
     where = f"{folder.parent.name}/{folder.name}/report.md"
     return (
         f"- {escape(machine.device)}: {driver}{versions(machine)}{peers}; measured {date(run.newest)} UTC at commit "
-        f"{commits}; all figures in `{where}`"
+        f"{commits(run)}; all figures in `{where}`"
     )

@@ -15,7 +15,7 @@ from benchmarks import figures, markdown, plotting, results
 from benchmarks.content import MFU_NOTE, RATIO_NOTE, content
 from benchmarks.readme import device_folders, readme_figures, replace_figures
 from benchmarks.results import ResultsError
-from benchmarks.rows import MODEL_SUITES, SUITES, Run
+from benchmarks.rows import MODEL_SUITES, OWN, SUITES, Run
 from benchmarks.units import LOSS
 
 __all__ = ["main", "readme_figures", "render_html", "write_report"]
@@ -77,6 +77,7 @@ def render_html(run: Run, folder: Path) -> str:
         figures={name: [figure for figure in drawn if figure.suite == name] for name in SUITES | _other(run)},
         suites=SUITES | _other(run),
         model_suites=MODEL_SUITES,
+        own=[name for name in OWN if name.startswith("triton")],
         palette=plotting.PALETTE,
         ratio_note=RATIO_NOTE,
         mfu_note=MFU_NOTE,

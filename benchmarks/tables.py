@@ -23,6 +23,7 @@ class Table:
     grouping: str
     columns: Line
     groups: dict[str, list[Line]]
+    texts: tuple[str, ...] = ()  # columns that are words, not numbers
 
 
 def model_summary(run: Run) -> list[Table]:
@@ -60,7 +61,7 @@ def operator_summary(run: Run) -> Table | None:
             for standing in ratios.standings(rows, name):
                 faster = sum(not units.is_loss(ratio.value) for ratio in standing.ratios)
                 line = (
-                    *(name, MODES.get(mode, mode), standing.against),
+                    f"{name}, {MODES.get(mode, mode)}, vs {standing.against}",
                     *(units.ratio(standing.worst.value), _where(standing, standing.worst)),
                     *(units.ratio(standing.best.value), _where(standing, standing.best)),
                     f"{faster} of {len(standing.ratios)}",
@@ -68,8 +69,10 @@ def operator_summary(run: Run) -> Table | None:
                 groups[SUITES.get(suite, suite)].append(line)
     if not groups:
         return None
-    columns = ("gptfast", "mode", "against", "worst", "in case", "best", "in case", "not slower in")
-    return Table("summary-operators", "Operators: times as fast as", "operator", columns, dict(groups))
+    columns = ("gptfast", "worst", "in case", "best", "in case", "not slower in")
+    return Table(
+        "summary-operators", "Operators: times as fast as", "operator", columns, dict(groups), texts=("in case",)
+    )
 
 
 def _where(standing: ratios.Standing, ratio: ratios.Ratio) -> str:
@@ -203,7 +206,7 @@ def sources(run: Run) -> Table:
         for source in reversed(run.sources)
     ]
     columns = ("file", "measured (UTC)", "commit", "uncommitted changes", "PyTorch", "Triton", "rows shown")
-    return Table("sources", "Files", "", columns, {"": lines})
+    return Table("sources", "Files", "", columns, {"": lines}, texts=columns[1:-1])
 
 
 def suites(rows: Iterable[Row]) -> list[str]:
