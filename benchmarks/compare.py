@@ -79,9 +79,7 @@ def compare(options: Options) -> int:
     before, after = ({row.key: row for row in run.rows} for run in (old, new))
     changes = [Change(row, after[key]) for key, row in before.items() if key in after]
     if not changes:
-        raise ResultsError(
-            f"{options.old} and {options.new} have no row in common; accepted: results of the same cases"
-        )
+        raise ResultsError(f"no row is in both {options.old} and {options.new}; accepted: results of the same cases")
     _print_table(changes, options.threshold)
     _print_only(options.old, before.keys() - after.keys())
     _print_only(options.new, after.keys() - before.keys())

@@ -139,6 +139,7 @@ class Content:
     """All tables and texts of a report, in the order in which they are shown."""
 
     headline: list[tuple[str, str]]
+    mfu_note: str | None
     warnings: list[str]
     leads: list[Lead]
     summary: list[Table]
@@ -154,6 +155,7 @@ def content(run: Run, folder: Path) -> Content:
     operators = tables.operator_summary(run)
     return Content(
         headline=headline(run),
+        mfu_note=MFU_NOTE if any(row.mfu is not None for row in run.rows) else None,
         warnings=warnings(run, folder),
         leads=leads(run),
         summary=tables.model_summary(run) + ([operators] if operators else []),

@@ -41,8 +41,8 @@ def figures(run: Run) -> list[Figure]:
             rows = [row for row in run.rows if row.suite == suite]
             for kind, title, caption, drawn in _figures(run, suite, rows):
                 name = f"{run.machine.slug}-{suite}-{kind}"
-                label = f"{SUITES.get(suite, suite)}: {title}"
-                found.append(Figure(name, suite, title, caption, svg(drawn, name, label)))
+                full = f"{SUITES.get(suite, suite)}: {title}"
+                found.append(Figure(name, suite, full, caption, svg(drawn, name, full)))
     return found
 
 
@@ -51,21 +51,21 @@ def _figures(run: Run, suite: str, rows: list[Row]) -> Iterator[tuple[str, str, 
     for mode in modes:
         of_mode = [row for row in rows if row.mode == mode]
         yield from _charts(
-            f"speed-up-{mode}", _title("Speed-up over eager", mode), SPEED_UP_CAPTION, of_mode, _speed_ups
+            f"speed-up-{mode}", _title("speed-up over eager", mode), SPEED_UP_CAPTION, of_mode, _speed_ups
         )
     for axis, name in (("T", "sequence length"), ("B", "batch size")):
         for mode in modes:
             drawn = sweeps.draw([row for row in rows if row.mode == mode], axis)
             if drawn is not None:
-                yield f"by-{axis}-{mode}", _title(f"Throughput by {name}", mode), sweeps.CAPTION, drawn
+                yield f"by-{axis}-{mode}", _title(f"throughput by {name}", mode), sweeps.CAPTION, drawn
     if suite not in MODEL_SUITES:
         drawn = rooflines.draw(rows, run.machine)
         if drawn is not None:
-            yield "roofline", "Roofline", rooflines.caption(run.machine), drawn
+            yield "roofline", "roofline", rooflines.caption(run.machine), drawn
     for mode in modes:
         of_mode = [row for row in rows if row.mode == mode]
         caption = MODEL_MEMORY_CAPTION if suite in MODEL_SUITES else MEMORY_CAPTION
-        yield from _charts(f"memory-{mode}", _title("Memory", mode), caption, of_mode, _memory)
+        yield from _charts(f"memory-{mode}", _title("memory", mode), caption, of_mode, _memory)
 
 
 def _title(what: str, mode: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from benchmarks.content import MFU_NOTE, RATIO_NOTE, Content
+from benchmarks.content import RATIO_NOTE, Content
 from benchmarks.rows import SUITES
 from benchmarks.tables import Line, Table
 
@@ -21,7 +21,11 @@ def render(content: Content, device: str) -> str:
         parts.append(grid(("", "times as fast", ""), [tuple(map(escape, line)) for line in lines]))
     parts += [_table(table) for table in content.summary]
     if content.models:
-        parts += ["## Models", MFU_NOTE, *(_table(table) for table in content.models)]
+        parts += [
+            "## Models",
+            *([content.mfu_note] if content.mfu_note else []),
+            *(_table(table) for table in content.models),
+        ]
     for suite, tables in content.kernels.items():
         parts += [f"## {escape(SUITES.get(suite, suite))}", *(_table(table) for table in tables)]
     parts.append("## What was not measured, and why")

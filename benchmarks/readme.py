@@ -73,7 +73,7 @@ def _training(run: Run) -> list[Line]:
         ]
         mfu = "" if row.mfu is None else f", MFU {units.share(row.mfu)}"
         speed = f"{units.count(row.tokens_per_second)} tokens/s{mfu}"
-        lines.append((f"training step, {case}", speed, ", ".join(found)))
+        lines.append((f"{SUITES[row.suite]}, {case}", speed, ", ".join(found)))
     return lines
 
 
@@ -84,7 +84,7 @@ def _operators(run: Run) -> list[Line]:
         for mode in dict.fromkeys(row.mode for row in rows):
             found = _standings([row for row in rows if row.mode == mode])
             if found:
-                lines.append((f"{SUITES.get(suite, suite).lower()}, {MODES.get(mode, mode)}", "", found))
+                lines.append((f"{SUITES.get(suite, suite)}, {MODES.get(mode, mode)}", "", found))
     return lines
 
 

@@ -12,7 +12,7 @@ import jinja2
 import tyro
 
 from benchmarks import figures, markdown, plotting, results
-from benchmarks.content import MFU_NOTE, RATIO_NOTE, content
+from benchmarks.content import RATIO_NOTE, content
 from benchmarks.readme import device_folders, readme_figures, replace_figures
 from benchmarks.results import ResultsError
 from benchmarks.rows import MODEL_SUITES, OWN, SUITES, Run
@@ -80,7 +80,6 @@ def render_html(run: Run, folder: Path) -> str:
         own=[name for name in OWN if name.startswith("triton")],
         palette=plotting.PALETTE,
         ratio_note=RATIO_NOTE,
-        mfu_note=MFU_NOTE,
         loss=LOSS,
     )
 

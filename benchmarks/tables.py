@@ -61,18 +61,17 @@ def operator_summary(run: Run) -> Table | None:
             for standing in ratios.standings(rows, name):
                 faster = sum(not units.is_loss(ratio.value) for ratio in standing.ratios)
                 line = (
-                    f"{name}, {MODES.get(mode, mode)}, vs {standing.against}",
+                    f"{MODES.get(mode, mode)} vs {standing.against}",
                     *(units.ratio(standing.worst.value), _where(standing, standing.worst)),
                     *(units.ratio(standing.best.value), _where(standing, standing.best)),
                     f"{faster} of {len(standing.ratios)}",
                 )
-                groups[SUITES.get(suite, suite)].append(line)
+                groups[f"{SUITES.get(suite, suite)}, {name}"].append(line)
     if not groups:
         return None
-    columns = ("gptfast", "worst", "in case", "best", "in case", "not slower in")
-    return Table(
-        "summary-operators", "Operators: times as fast as", "operator", columns, dict(groups), texts=("in case",)
-    )
+    columns = ("", "worst", "in case", "best", "in case", "not slower in")
+    title = "Operators: worst and best case"
+    return Table("summary-operators", title, "operator", columns, dict(groups), texts=("in case",))
 
 
 def _where(standing: ratios.Standing, ratio: ratios.Ratio) -> str:
