@@ -30,8 +30,8 @@ PALETTE = {
     "triton": ("#1261c7", "#5c9cff"),
     "triton-compiled": ("#7048c6", "#b191ff"),
     "eager": ("#69717a", "#a2abb5"),
-    "eager-compiled": ("#8b5a2b", "#d0995f"),
-    "series-1": ("#0a8a63", "#3fc795"),
+    "eager-compiled": ("#6b3f16", "#c98d5c"),
+    "series-1": ("#3a8c1e", "#7fce62"),
     "series-2": ("#d4570a", "#ff9a4d"),
     "series-3": ("#bf2a7a", "#ff7abf"),
     "series-4": ("#0b8091", "#45c4d6"),
@@ -75,7 +75,8 @@ def provider_styles(providers: Iterable[str]) -> dict[str, tuple[str, str]]:
         if provider in _STYLES:
             name, marker = _STYLES[provider]
         else:
-            name, marker = _FURTHER[further % len(_FURTHER)]
+            turn, number = divmod(further, len(_FURTHER))
+            name, marker = _FURTHER[number][0], _FURTHER[(number + turn) % len(_FURTHER)][1]
             further += 1
         styles[provider] = color(name), marker
     return styles

@@ -35,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the reports. What cannot be read is said on stderr; exit status 2 if nothing can, or on a bad README."""
     options = tyro.cli(Options, args=arguments)
     try:
-        written = sum(write_report(folder) for folder in device_folders(options.results_folder))
-        if not written:
+        folders = device_folders(options.results_folder)
+        text = None
+        if options.readme is not None:  # first, for it may fail
+            text = replace_figures(Path(options.readme), readme_figures(options.results_folder))
+        if not sum(write_report(folder) for folder in folders):
             raise ResultsError(f"{options.results_folder}: no device has results; accepted: FOLDER/<device>/*.json")
-        if options.readme is not None:
-            readme = Path(options.readme)
-            _write(readme, replace_figures(readme, readme_figures(options.results_folder)))
+        if options.readme is not None and text is not None:
+            _write(Path(options.readme), text)
     except ResultsError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         sys.exit(2)

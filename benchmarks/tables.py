@@ -69,7 +69,7 @@ def operator_summary(run: Run) -> Table | None:
                 groups[f"{SUITES.get(suite, suite)}, {name}"].append(line)
     if not groups:
         return None
-    columns = ("", "worst", "in case", "best", "in case", "not slower in")
+    columns = ("comparison", "worst", "in case", "best", "in case", "not slower in")
     title = "Operators: worst and best case"
     return Table("summary-operators", title, "operator", columns, dict(groups), texts=("in case",))
 
