@@ -64,8 +64,9 @@ def draw(groups: Sequence[Group], origin: float, log: bool, label: str) -> Canva
     lines = sum(len(group.bars) + 1.4 for group in groups)
     height = lines * _ROW + _TOP + _BOTTOM
     figure = canvas(height)
-    width = 1 - (_LEFT + _RIGHT) / WIDTH
-    axes = figure.add_axes((_LEFT / WIDTH, _BOTTOM / height, width, 1 - (_TOP + _BOTTOM) / height))
+    left = max(_LEFT, 0.2 + 0.072 * max((len(bar.name) for group in groups for bar in group.bars), default=0))
+    width = 1 - (left + _RIGHT) / WIDTH
+    axes = figure.add_axes((left / WIDTH, _BOTTOM / height, width, 1 - (_TOP + _BOTTOM) / height))
     if log:
         axes.set_xscale("log")
     ends = [
@@ -85,7 +86,7 @@ def draw(groups: Sequence[Group], origin: float, log: bool, label: str) -> Canva
             group.title,
             xy=(0, place + 0.85),
             xycoords=axes.get_yaxis_transform(),
-            xytext=(-_LEFT * 72 + 2, 0),
+            xytext=(-left * 72 + 2, 0),
             textcoords="offset points",
             va="center",
             fontweight="bold",
@@ -99,11 +100,11 @@ def draw(groups: Sequence[Group], origin: float, log: bool, label: str) -> Canva
 
 def _set_limits(axes, low: float, high: float, log: bool) -> None:
     """Leave room for the numbers at the ends of the bars."""
-    width = WIDTH - _LEFT - _RIGHT
+    width = axes.get_position().width * WIDTH
     if not log:
         axes.set_xlim(0, high * width / (width - _NUMBER) or 1)
         return
-    left, right = _LOSS_NUMBER if low < 1 else 0.1, _NUMBER
+    left, right = (_LOSS_NUMBER if low < 1 else 0.1), _NUMBER
     inch = math.log(max(high / low, 1.2)) / (width - left - right)
     low, high = low / math.exp(left * inch), high * math.exp(right * inch)
     axes.set_xlim(low, high)

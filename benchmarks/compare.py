@@ -58,7 +58,7 @@ class Change:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the comparison and exit with its status."""
-    options = tyro.cli(Options, args=arguments)
+    options = tyro.cli(Options, prog="python -m benchmarks.compare", args=arguments)
     try:
         sys.exit(1 if compare(options) else 0)
     except ResultsError as error:

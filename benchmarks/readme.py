@@ -99,8 +99,8 @@ def _note(run: Run, folder: Path) -> str:
     machine = run.machine
     driver = f"driver {machine.driver}, " if machine.driver else ""
     peers = "".join(f", {name} {version}" for name, version in machine.peers.items() if version)
-    where = f"{folder.parent.name}/{folder.name}/report.md"
+    where = "/".join((*folder.resolve().parts[-3:], "report.md"))  # from the repository's root, wherever that is
     return (
         f"- {escape(machine.device)}: {driver}{versions(machine)}{peers}; measured {date(run.newest)} UTC at commit "
-        f"{commits(run)}; all figures in `{where}`"
+        f"{commits(run)}; [all figures]({where})"
     )

@@ -33,7 +33,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the reports. What cannot be read is said on stderr; exit status 2 if nothing can, or on a bad README."""
-    options = tyro.cli(Options, args=arguments)
+    options = tyro.cli(Options, prog="python -m benchmarks.report", args=arguments)
     try:
         folders = device_folders(options.results_folder)
         text = None
