@@ -1,5 +1,6 @@
 """The page as a browser sees it."""
 
+import dataclasses
 import html
 import re
 import shutil
@@ -98,7 +99,9 @@ def test_hostile_text_is_escaped(fixtures, rewrite):
     assert "script" not in {tag for tag, _ in Reader(text).elements}
     assert "<script" not in text
     assert html.escape(evil, quote=False).replace('"', "&#34;") in text
-    assert "$a_b$ &amp; &lt;b&gt;" in text
+    drawn = [found for found in re.findall(r"<text[^>]*>(.*?)</text>", text) if "a_b" in found]
+    assert drawn
+    assert set(drawn) == {"$a_b$ &amp; &lt;b&gt;"}, "set as a formula"
 
 
 def test_losses_are_marked_by_more_than_a_color(page):
@@ -158,6 +161,17 @@ def test_the_page_does_not_scroll_sideways(tmp_path, page, width):
     assert (found["overflow"], found["out"]) == ("0", "0")
     if width == 390:
         assert int(found["scrolling"]) > 20
+
+
+@needs_browser
+def test_long_words_are_broken(tmp_path):
+    folder = FIXTURES / "fixture-cpu"
+    run = results.load(folder)
+    machine = dataclasses.replace(run.machine, device="x" * 200, torch="y" * 200)
+    missing = [dataclasses.replace(item, reason="z" * 200) for item in run.not_measured]
+    run = dataclasses.replace(run, machine=machine, not_measured=tuple(missing), problems=("w" * 200,))
+    found = measured(tmp_path, report.render_html(run, folder), 390)
+    assert (found["overflow"], found["out"]) == ("0", "0")
 
 
 @needs_browser

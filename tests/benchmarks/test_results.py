@@ -134,6 +134,10 @@ MACHINE = ("machine_info", "gptfast")
             "benchmarks[3].extra_info.seconds.median is nan; accepted: a finite number above 0",
         ),
         (
+            put(float("inf"), *ROW, "seconds", "p80"),
+            "benchmarks[3].extra_info.seconds.p80 is inf; accepted: a finite number above 0",
+        ),
+        (
             put(9, *ROW, "seconds", "p20"),
             "benchmarks[3].extra_info.seconds is not in order; accepted: p20 <= median <= p80",
         ),
