@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare
+
+FILE = Path(__file__).parent / "fixtures" / "fixture-gpu" / "operators.json"
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit status, what was printed and the errors of a comparison."""
+
+    def compared(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            compare.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return compared
+
+
+@pytest.fixture
+def slower(tmp_path, rewrite):
+    """The fixture's file with its first row slower by a factor."""
+
+    def write(factor: float) -> Path:
+        def edit(data):
+            seconds = data["benchmarks"][0]["extra_info"]["seconds"]
+            seconds.update({name: value * factor for name, value in seconds.items()})
+
+        return rewrite(FILE, edit, tmp_path / "new.json")
+
+    return write
+
+
+def verdict(printed: str) -> str:
+    """Ratio and verdict of the first row, the one that changed."""
+    line = next(line for line in printed.splitlines() if "bfloat16 32768x768" in line and " eager  " in line)
+    assert line.startswith("layer_norm")
+    return " ".join(line.split()[9:])
+
+
+def test_equal_results(run):
+    status, printed, _ = run(FILE, FILE)
+    assert status == 0
+    assert "Fixture GPU: 121 rows compared, 0 slower by more than 5 % and by more than noise" in printed
+    assert "only in" not in printed
+
+
+# the spread of a row is from 0.985 to 1.025 of its median: slowdowns of up to 4.06 % are within noise
+@pytest.mark.parametrize(
+    ("factor", "threshold", "status", "expected"),
+    [
+        (1.06, 0.05, 1, "1.06 REGRESSION"),
+        (1.045, 0.05, 0, "1.04"),
+        (1.045, 0.02, 1, "1.04 REGRESSION"),
+        (1.035, 0.02, 0, "1.03 slower, within noise"),
+        (1.06, 0.1, 0, "1.06"),
+        (0.5, 0.05, 0, "0.50 faster"),
+        (0.97, 0.02, 0, "0.97 faster, within noise"),
+    ],
+)
+def test_a_regression_exceeds_threshold_and_noise(run, slower, factor, threshold, status, expected):
+    got, printed, _ = run(FILE, slower(factor), "--threshold", threshold)
+    assert verdict(printed) == expected
+    assert got == status
+
+
+def test_the_default_threshold_is_five_percent(run, slower):
+    assert run(FILE, slower(1.055))[0] == 1
+    assert run(FILE, slower(1.045))[0] == 0
+
+
+def test_rows_of_one_side_are_listed(run, tmp_path, rewrite):
+    fewer = rewrite(FILE, lambda data: data["benchmarks"].pop(0), tmp_path / "new.json")
+    line = "  layer_norm, bfloat16 32768x768, forward, eager"
+    status, printed, _ = run(FILE, fewer)
+    assert status == 0
+    assert f"only in {FILE}:\n{line}\n" in printed
+    status, printed, _ = run(fewer, FILE)
+    assert status == 0
+    assert f"only in {FILE}:\n{line}\n" in printed
+
+
+def test_folders_are_merged(run):
+    status, printed, _ = run(FILE.parent, FILE)
+    assert status == 0
+    assert f"only in {FILE.parent}:" in printed
+
+
+def test_what_cannot_be_compared(run, fixtures, rewrite, tmp_path):
+    def fails(old, new, *options) -> str:
+        status, printed, error = run(old, new, *options)
+        assert (status, printed) == (2, "")
+        assert error.count("\n") == 1
+        return error
+
+    cpu, models = fixtures / "fixture-cpu", fixtures / "fixture-gpu" / "models.json"
+    error = fails(FILE, cpu)
+    assert f"different devices: {FILE} is of Fixture GPU, {cpu} of Fixture CPU" in error
+    assert f"{tmp_path / 'absent.json'}: cannot be read" in fails(FILE, tmp_path / "absent.json")
+    (cpu / "cut.json").write_text('{"a')
+    assert f"{cpu / 'cut.json'}: not JSON" in fails(cpu, cpu / "all.json")
+    rewrite(models, lambda data: data["benchmarks"].pop(0))  # its one row of layer norm
+    assert f"no row is in both {FILE} and {models}" in fails(FILE, models)
+    assert "--threshold is -0.1; accepted: a finite number of at least 0" in fails(FILE, FILE, "--threshold", "-0.1")
+    assert "--threshold is nan" in fails(FILE, FILE, "--threshold", "nan")
+
+
+def test_the_help_states_the_rule(run):
+    status, printed, _ = run("--help")
+    assert status == 0
+    assert "its new p20 lies above its old p80" in " ".join(printed.split())

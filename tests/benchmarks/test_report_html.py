@@ -1,0 +1,206 @@
+"""The page as a browser sees it."""
+
+import dataclasses
+import html
+import re
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, results
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    folder = FIXTURES / "fixture-gpu"
+    return report.render_html(results.load(folder), folder)
+
+
+class Reader(HTMLParser):
+    """Collects elements and complains where one is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(set(names)) == len(names), f"an attribute twice in <{tag}>"
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_it_is_well_formed(page):
+    assert page.startswith("<!DOCTYPE html>")
+    elements = Reader(page).elements
+    assert [tag for tag, _ in elements].count("h1") == 1
+    assert sum(tag == "svg" for tag, _ in elements) == 23
+    with pytest.raises(AssertionError):
+        Reader("<p><b></p>")
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page):
+    elements = Reader(page).elements
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 50
+    links = [attributes["href"] for _, attributes in elements if "href" in attributes]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+    labels = {attributes["aria-labelledby"] for _, attributes in elements if "aria-labelledby" in attributes}
+    assert labels <= set(ids)
+
+
+def test_it_needs_nothing_else(page):
+    elements = Reader(page).elements
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in elements}
+    for tag, attributes in elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "data", "action", "xlink:href"):
+                assert value.startswith("#"), (tag, name, value)
+    assert "@import" not in page
+    assert set(re.findall(r"url\((.)", page)) == {"#"}
+    assert "default-src 'none'" in page
+
+
+def test_hostile_text_is_escaped(fixtures, rewrite):
+    evil = '<script>alert("1")</script>'
+
+    def edit(data):
+        data["machine_info"]["gptfast"]["device"] = evil
+        data["not_measured"][0]["reason"] = evil
+        for item in data["benchmarks"]:
+            if item["extra_info"]["case"] == "bfloat16 512x4096":
+                item["extra_info"]["case"] = evil
+            if item["extra_info"]["provider"] == "Liger-Kernel":
+                item["extra_info"]["provider"] = "$a_b$ & <b>"
+
+    path = rewrite(fixtures / "fixture-gpu" / "operators.json", edit)
+    text = report.render_html(results.load(path), path.parent)
+    assert "script" not in {tag for tag, _ in Reader(text).elements}
+    assert "<script" not in text
+    assert html.escape(evil, quote=False).replace('"', "&#34;") in text
+    drawn = [found for found in re.findall(r"<text[^>]*>(.*?)</text>", text) if "a_b" in found]
+    assert drawn
+    assert set(drawn) == {"$a_b$ &amp; &lt;b&gt;"}, "set as a formula"
+
+
+def test_losses_are_marked_by_more_than_a_color(page):
+    cells = re.findall(r'<td class="loss">([^<]*)</td>', page)
+    assert cells
+    assert all(cell.endswith("▼") for cell in cells)
+    assert page.count("▼</td>") == len(cells)
+    assert "slower" in page
+
+
+def browse(folder: Path, page: str, *options: str) -> str:
+    """Open a page in the browser without a window."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000"]
+    command = [BROWSER, *fixed, f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def framed(page: str, width: int) -> str:
+    """The page in a frame of this width, for a window cannot be as narrow as a telephone; with what was measured.
+
+    Elements that stick out of the frame count, unless they lie in a container of their own that scrolls.
+    """
+    measure = """
+    const view = document.querySelector("iframe").contentDocument, root = view.documentElement;
+    const tables = [...view.querySelectorAll(".scroll")];
+    const out = [...view.body.querySelectorAll("*")].filter(e => !e.closest(".scroll"))
+        .filter(e => e.getBoundingClientRect().right > root.clientWidth + 0.5);
+    Object.assign(document.body.dataset, {
+        width: root.clientWidth, overflow: root.scrollWidth - root.clientWidth, out: out.length,
+        scrolling: tables.filter(t => t.scrollWidth > t.clientWidth).length,
+        color: view.defaultView.getComputedStyle(view.body).backgroundColor,
+        text: view.defaultView.getComputedStyle(view.querySelector("svg text")).fill,
+    });"""
+    return (
+        f'<!DOCTYPE html><body style="margin:0"><iframe style="border:0;width:{width}px;height:2000px" '
+        f"srcdoc=\"{html.escape(page)}\" onload='{measure}'></iframe></body>"
+    )
+
+
+def measured(folder: Path, page: str, width: int, *options: str) -> dict[str, str]:
+    body = re.search(r"<body[^>]*>", browse(folder, framed(page, width), "--dump-dom", *options))
+    assert body is not None
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', body[0]))
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="found neither chromium nor google-chrome")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_does_not_scroll_sideways(tmp_path, page, width):
+    """Its tables do, in containers of their own."""
+    found = measured(tmp_path, page, width)
+    assert found["width"] == str(width)
+    assert (found["overflow"], found["out"]) == ("0", "0")
+    if width == 390:
+        assert int(found["scrolling"]) > 20
+
+
+@needs_browser
+def test_long_words_are_broken(tmp_path):
+    folder = FIXTURES / "fixture-cpu"
+    run = results.load(folder)
+    machine = dataclasses.replace(run.machine, device="x" * 200, torch="y" * 200)
+    missing = [dataclasses.replace(item, reason="z" * 200) for item in run.not_measured]
+    run = dataclasses.replace(run, machine=machine, not_measured=tuple(missing), problems=("w" * 200,))
+    found = measured(tmp_path, report.render_html(run, folder), 390)
+    assert (found["overflow"], found["out"]) == ("0", "0")
+
+
+@needs_browser
+def test_sideways_scrolling_would_be_found(tmp_path, page):
+    broken = page.replace(".scroll { overflow-x: auto; }", "")
+    assert broken != page
+    assert int(measured(tmp_path, broken, 390)["overflow"]) > 100
+
+
+@needs_browser
+def test_it_turns_dark_with_the_text_of_its_figures(tmp_path, page):
+    """Blink's settings: 0 prefers dark, 1 light."""
+    dark, light = (measured(tmp_path, page, 1280, f"--blink-settings=preferredColorScheme={at}") for at in (0, 1))
+
+    def brightness(color: str) -> float:
+        return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
+
+    assert brightness(light["color"]) > 240 > 130 > brightness(light["text"])
+    assert brightness(dark["color"]) < 40 < 120 < brightness(dark["text"])
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_screenshot(tmp_path, page, width):
+    """Of the right size, and with something on it: a blank one is much smaller."""
+    image = tmp_path / "page.png"
+    content = framed(page, width) if width < 500 else page
+    browse(tmp_path, content, f"--window-size={width},2000", f"--screenshot={image}")
+    data = image.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert struct.unpack(">II", data[16:24]) == (width, 2000)
+    assert len(data) > 60_000
