@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from benchmarks import results, units
-from benchmarks.results import ResultsError
-from benchmarks.rows import Key, Row, Run
+from benchmarks.reporting import results, units
+from benchmarks.reporting.results import ResultsError
+from benchmarks.reporting.rows import Key, Row, Run
 
 
 @dataclass

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine, models
-from benchmarks.comparison import Case, Comparison, first_line
-from benchmarks.harness import Comparable, NoGPU
-from benchmarks.model_comparison import GenerationComparison, TrainingComparison
-from benchmarks.models import ModelCase
-from benchmarks.peers import PROVIDERS
+from benchmarks.measuring import machine, models
+from benchmarks.measuring.comparison import Case, Comparison, first_line
+from benchmarks.measuring.harness import Comparable, NoGPU
+from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
+from benchmarks.measuring.models import ModelCase
+from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.reporting import results
 from gptfast import peaks
 
-RESULTS_FORMAT = 1
 LIMITS = pytest.StashKey[dict[str, Any]]()
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
 DEADLINE = pytest.StashKey[float]()
@@ -80,7 +80,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["gptfast_results"] = RESULTS_FORMAT
+    output_json["gptfast_results"] = results.FORMAT
     output_json["not_measured"] = config.stash[NOT_MEASURED]
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)

@@ -11,12 +11,12 @@ from pathlib import Path
 import jinja2
 import tyro
 
-from benchmarks import figures, markdown, plotting, results
-from benchmarks.content import RATIO_NOTE, content
-from benchmarks.readme import device_folders, readme_figures, replace_figures
-from benchmarks.results import ResultsError
-from benchmarks.rows import MODEL_SUITES, OWN, SUITES, Run
-from benchmarks.units import LOSS
+from benchmarks.reporting import figures, markdown, plotting, results
+from benchmarks.reporting.content import RATIO_NOTE, content
+from benchmarks.reporting.readme import device_folders, readme_figures, replace_figures
+from benchmarks.reporting.results import ResultsError
+from benchmarks.reporting.rows import MODEL_SUITES, OWN, SUITES, Run
+from benchmarks.reporting.units import LOSS
 
 __all__ = ["main", "readme_figures", "render_html", "write_report"]
 
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> bool:
 def render_html(run: Run, folder: Path) -> str:
     """The whole report as one page that needs nothing else."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks import shapes
-from benchmarks.comparison import MODES
+from benchmarks.measuring import shapes
+from benchmarks.measuring.comparison import MODES
 from gptfast import GPTConfig, costs, peaks
 from gptfast.costs import Cost
 from gptfast.peaks import GPU

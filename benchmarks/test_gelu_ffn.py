@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import peers, shapes
-from benchmarks.comparison import MODES
-from benchmarks.harness import CLOCK, case_id, report
+from benchmarks.measuring import peers, shapes
+from benchmarks.measuring.comparison import MODES
+from benchmarks.measuring.harness import CLOCK, case_id, report
 
 
 @pytest.fixture(scope="module", params=shapes.FFN, ids=case_id)

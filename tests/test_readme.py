@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reporting.readme import readme_figures
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -57,3 +59,9 @@ def test_the_commands(tmp_path):
     written = run(generate, tmp_path)
     assert written.startswith("def ")
     assert len(written) == len("def ") + 500 + len("\n")
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    """`python -m benchmarks.report --readme README.md` writes them."""
+    written = README.partition("<!-- figures:start -->\n")[2].partition("<!-- figures:end -->")[0]
+    assert written == readme_figures(ROOT / "benchmarks" / "results")

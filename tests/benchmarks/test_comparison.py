@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks.comparison import MODES, Comparison, Provider, UnavailableError, WrongResultError
-from benchmarks.peers import PROVIDERS
+from benchmarks.measuring import shapes
+from benchmarks.measuring.comparison import MODES, Comparison, Provider, UnavailableError, WrongResultError
+from benchmarks.measuring.peers import PROVIDERS
 from kernels import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ def test_our_kernels_and_eager_are_measured_in_every_mode(case):
     for mode in MODES:
         for name in ("triton", "eager"):
             times, row = comparison.row(name, mode)
-            assert len(times.device) >= 7
+            assert len(times.device) >= 5
             assert row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
             assert row["error"] < 1e-2
             assert (row["provider"], row["mode"], row["suite"]) == (name, mode, case.suite)

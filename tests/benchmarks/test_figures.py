@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import bars, figures, plotting, results, sweeps
-from benchmarks.bars import Bar, Group
-from benchmarks.units import TIMES
+from benchmarks.reporting import bars, figures, plotting, results, sweeps
+from benchmarks.reporting.bars import Bar, Group
+from benchmarks.reporting.units import TIMES
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SVG = "{http://www.w3.org/2000/svg}"

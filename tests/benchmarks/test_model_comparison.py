@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import models
-from benchmarks.comparison import UnavailableError, WrongResultError
-from benchmarks.model_comparison import GenerationComparison, TrainingComparison
-from benchmarks.models import ModelCase, ModelProvider, twin
+from benchmarks.measuring import models
+from benchmarks.measuring.comparison import UnavailableError, WrongResultError
+from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
+from benchmarks.measuring.models import ModelCase, ModelProvider, twin
 from gptfast import GPTConfig, costs, flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,7 +20,7 @@ KNOWN = models.providers(nanogpt=None)
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch):
-    monkeypatch.setattr("benchmarks.model_comparison.TRAINING_SECONDS", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr("benchmarks.measuring.model_comparison.TRAINING_SECONDS", {"cpu": 0.0, "cuda": 0.0})
 
 
 def test_training_rows():

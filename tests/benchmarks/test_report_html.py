@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import report
+from benchmarks.reporting import results
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

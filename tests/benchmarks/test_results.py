@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
-from benchmarks.results import ResultsError
+from benchmarks.reporting import results
+from benchmarks.reporting.results import ResultsError
 
 GPU = Path(__file__).parent / "fixtures" / "fixture-gpu"
 

@@ -3,7 +3,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import roofline, shapes
+from benchmarks import roofline
+from benchmarks.measuring import shapes
 from gptfast import GPTConfig, costs, peaks
 
 H200 = next(gpu for gpu in peaks.GPUS if gpu.name == "H200 SXM")

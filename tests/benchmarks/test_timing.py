@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import timing
-from benchmarks.timing import Call, EventClock, WallClock, interleave, kernel_times, peak_bytes, percentiles
+from benchmarks.measuring import timing
+from benchmarks.measuring.timing import Call, EventClock, WallClock, interleave, kernel_times, peak_bytes, percentiles
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models, thop_rules
-from benchmarks.comparison import TOLERANCES, WrongResultError, noting, relative_error
-from benchmarks.models import ModelCase, ModelProvider
-from benchmarks.timing import Call, Times, peak_bytes, percentiles, step_times
+from benchmarks import thop_rules
+from benchmarks.measuring import models
+from benchmarks.measuring.comparison import TOLERANCES, WrongResultError, noting, relative_error
+from benchmarks.measuring.models import ModelCase, ModelProvider
+from benchmarks.measuring.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import costs, flops, peaks
 
 TRAINING_SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from benchmarks.comparison import UnavailableError
-from benchmarks.timing import Times
+from benchmarks.measuring.comparison import UnavailableError
+from benchmarks.measuring.timing import Times
 
 
 class ReplayClock:

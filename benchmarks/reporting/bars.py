@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.plotting import WIDTH, canvas, color
+from benchmarks.reporting.plotting import WIDTH, canvas, color
 
 LIMIT = 40
 _ROW = 0.21  # inches

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fields import FieldError, Fields
-from benchmarks.rows import Machine, NotMeasured, Peak, Row, Run, Source, Spread, row_order
+from benchmarks.reporting.fields import FieldError, Fields
+from benchmarks.reporting.rows import Machine, NotMeasured, Peak, Row, Run, Source, Spread, row_order
 
 FORMAT = 1
 _OPTIONAL_NUMBERS = [field.name for field in dataclasses.fields(Row) if field.type == "float | None"]

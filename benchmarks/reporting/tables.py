@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC
 
-from benchmarks import ratios, units
-from benchmarks.rows import BASELINE, MODEL_SUITES, MODES, SUITES, Row, Run, Source
+from benchmarks.reporting import ratios, units
+from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, MODES, SUITES, Row, Run, Source
 
 Line = tuple[str, ...]
 Column = tuple[str, Callable[[Row], object], Callable[[Row], str]]
@@ -36,7 +36,7 @@ def model_summary(run: Run) -> list[Table]:
             *ratios.model_peers(run, suite),
         ]
         groups: dict[str, list[Line]] = defaultdict(list)
-        for (_, case, _), providers in ratios.cases(rows).items():
+        for (_, case, _, _), providers in ratios.cases(rows).items():
             for name in ratios.own(suite):
                 found = [
                     ratios.Ratio(providers[name], providers[other]).value

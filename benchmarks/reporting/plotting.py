@@ -12,7 +12,7 @@ import matplotlib.style
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from benchmarks.rows import provider_order
+from benchmarks.reporting.rows import provider_order
 
 WIDTH = 9.0  # inches
 

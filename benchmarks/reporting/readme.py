@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import ratios, results, units
-from benchmarks.content import commits, span, versions
-from benchmarks.markdown import escape, grid
-from benchmarks.results import ResultsError
-from benchmarks.rows import BASELINE, MODES, SUITES, Row, Run
-from benchmarks.tables import Line, date, suites
+from benchmarks.reporting import ratios, results, units
+from benchmarks.reporting.content import commits, span, versions
+from benchmarks.reporting.markdown import escape, grid
+from benchmarks.reporting.results import ResultsError
+from benchmarks.reporting.rows import BASELINE, MODES, SUITES, Row, Run
+from benchmarks.reporting.tables import Line, date, suites
 
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
@@ -64,7 +64,7 @@ def _training(run: Run) -> list[Line]:
     ours = ratios.champion(run)
     peers = [*ratios.model_peers(run, "training"), *([BASELINE] if ours != BASELINE else [])]
     lines: list[Line] = []
-    for (_, case, _), providers in ratios.cases(row for row in run.rows if row.suite == "training").items():
+    for (_, case, _, _), providers in ratios.cases(row for row in run.rows if row.suite == "training").items():
         if ours not in providers:
             continue
         row = providers[ours]

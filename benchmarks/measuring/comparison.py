@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Call, Times, kernel_times, peak_bytes, percentiles
+from benchmarks.measuring.timing import Call, Times, kernel_times, peak_bytes, percentiles
 from gptfast.costs import Cost, Passes
 
 MODES = ("forward", "backward", "both")

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from benchmarks.plotting import legend, panels, provider_styles
-from benchmarks.rows import MODEL_SUITES, Row
+from benchmarks.reporting.plotting import legend, panels, provider_styles
+from benchmarks.reporting.rows import MODEL_SUITES, Row
 
 CAPTION = "Medians; bars at the points span p20 to p80. What is held fixed stands above each panel."
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import ratios, tables, units
-from benchmarks.rows import BASELINE, MODEL_SUITES, SUITES, Machine, Run, Source
-from benchmarks.tables import Table
+from benchmarks.reporting import ratios, tables, units
+from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, SUITES, Machine, Run, Source
+from benchmarks.reporting.tables import Table
 
 RATIO_NOTE = (
     f"Ratios are of median times of the same case: 2.00{units.TIMES} is half the other's time. {units.LOSS} marks what "
     f"is slower than the other. The best peer is the fastest of the others in each case, plain eager aside."
 )
 MFU_NOTE = (
-    "MFU is the share of the data sheet's matrix peak that the step's FLOPs make up: by PaLM's convention with the "
+    "MFU is the share of the matrix peak above that the step's FLOPs make up: by PaLM's convention with the "
     "full score matrix, and causal with only the scores that the mask lets through."
 )
 _METHOD = [
@@ -23,7 +23,9 @@ _METHOD = [
     "The median is shown, with the 20th and 80th percentile beside it.",
     "Shares of copy and matrix rate are of the limits measured at the beginning of the same run, not of the data "
     "sheet.",
-    "The error is relative, against the reference in higher precision.",
+    "A result is checked before it is timed: the error is relative, against the reference in higher precision; of a "
+    "training step it is that of the loss and of the norm of its gradient.",
+    "What was measured in different runs is not compared.",
 ]
 _CUDA_METHOD = [
     "Operators: time of the device between two CUDA events. The queue is filled beforehand, so that gaps between "
@@ -46,7 +48,7 @@ class Lead:
 def headline(run: Run) -> list[tuple[str, str]]:
     """Device, versions, commit, date and limits."""
     machine, source = run.machine, run.newest
-    peers = ", ".join(f"{name} {version or 'without a version'}" for name, version in machine.peers.items())
+    peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine.peers.items())
     lines = [
         ("Device", machine.device + (f", driver {machine.driver}" if machine.driver else "")),
         ("Versions", versions(machine)),
@@ -54,7 +56,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
         ("Commit", commits(run)),
         ("Measured", f"{tables.date(source)} UTC"),
         ("Limits measured", _limits(machine)),
-        ("Data sheet", _peak(machine)),
+        ("Data sheet" if machine.kind == "cuda" else "Peak", _peak(machine)),
     ]
     return [(name, text) for name, text in lines if text]
 
@@ -127,8 +129,6 @@ def warnings(run: Run, folder: Path) -> list[str]:
     dirty = sorted({Path(row.source.path).name for row in run.rows if row.source.dirty})
     if dirty:
         lines.append(f"Measured with uncommitted changes: {', '.join(dirty)}.")
-    if across := ratios.across_runs(run):
-        lines.append(f"{across} of the ratios over eager compare rows of different files, which were not interleaved.")
     if ratios.champion(run) != "triton":
         lines.append("Triton was not measured on this device: gptfast stands here with its eager backend.")
     return lines

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from benchmarks.content import RATIO_NOTE, Content
-from benchmarks.rows import SUITES
-from benchmarks.tables import Line, Table
+from benchmarks.reporting.content import RATIO_NOTE, Content
+from benchmarks.reporting.rows import SUITES
+from benchmarks.reporting.tables import Line, Table
 
 
 def render(content: Content, device: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gptfast
-from benchmarks.comparison import UnavailableError
+from benchmarks.measuring.comparison import UnavailableError
 from gptfast import GPT, GPTConfig
 from kernels import runtime
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gptfast
-from benchmarks.timing import Call, kernel_times, percentiles
+from benchmarks.measuring.timing import Call, kernel_times, percentiles
 from gptfast import peaks
 
 PEERS = ("flash-attn", "liger-kernel", "transformers")

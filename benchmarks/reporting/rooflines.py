@@ -10,8 +10,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from benchmarks.plotting import color, legend, panels, provider_styles
-from benchmarks.rows import MODES, Machine, Row
+from benchmarks.reporting.plotting import color, legend, panels, provider_styles
+from benchmarks.reporting.rows import MODES, Machine, Row
 
 
 def caption(machine: Machine) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from benchmarks.comparison import Case, Operator, Provider, UnavailableError
+from benchmarks.measuring.comparison import Case, Operator, Provider, UnavailableError
 from kernels import runtime
 
 

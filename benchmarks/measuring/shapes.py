@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from benchmarks.comparison import Case
+from benchmarks.measuring.comparison import Case
 from gptfast import costs
 from kernels import reference
 

@@ -1,4 +1,4 @@
-"""How providers stand to each other: ratios of median times, always of the same case and mode."""
+"""How providers stand to each other: ratios of median times, always of the same case, mode and run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.rows import BASELINE, MODEL_SUITES, OWN, Row, Run, provider_order
+from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, OWN, Row, Run, provider_order
 
 BEST_PEER = "best peer"
 
-Case = tuple[str, str, str]
+Case = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,6 @@ class Ratio:
         """The other at its p80 over this one at its p20: the most that the spread allows."""
         return self.other.seconds.p80 / self.row.seconds.p20
 
-    @property
-    def one_run(self) -> bool:
-        """Whether both were measured in the same run, interleaved."""
-        return self.row.source == self.other.source
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -60,10 +55,13 @@ class Standing:
 
 
 def cases(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
-    """Rows by suite, case and mode, then by provider; in the order of the rows."""
+    """Rows by suite, case, mode and file, then by provider; in the order of the rows.
+
+    By file, because what was not measured in turn is not compared: machines differ from one hour to the next.
+    """
     grouped: dict[Case, dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        grouped[row.suite, row.case, row.mode][row.provider] = row
+        grouped[row.suite, row.case, row.mode, row.source.path][row.provider] = row
     return dict(grouped)
 
 
@@ -113,8 +111,3 @@ def champion(run: Run) -> str:
 def model_peers(run: Run, suite: str) -> list[str]:
     """The providers of a model suite that are not gptfast's."""
     return sorted({row.provider for row in run.rows if row.suite == suite} - set(own(suite)), key=provider_order)
-
-
-def across_runs(run: Run) -> int:
-    """How many speed-ups over eager compare measurements of different runs, which were not interleaved."""
-    return sum(not ratio.one_run for ratio in speed_ups(run.rows).values())

@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks import bars, ratios, rooflines, sweeps, units
-from benchmarks.bars import Bar, Group
-from benchmarks.plotting import color, style, svg
-from benchmarks.rows import BASELINE, MODEL_SUITES, MODES, SUITES, Row, Run
+from benchmarks.reporting import bars, ratios, rooflines, sweeps, units
+from benchmarks.reporting.bars import Bar, Group
+from benchmarks.reporting.plotting import color, style, svg
+from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, MODES, SUITES, Row, Run
 
 SPEED_UP_CAPTION = (
     "Times as fast as eager PyTorch in the same case, by median time, on a logarithmic axis; bars to the left of "
@@ -85,7 +85,7 @@ def _charts(
 
 def _speed_ups(rows: list[Row]) -> tuple[list[Group], dict[str, Any]]:
     groups = []
-    for (_, case, _), providers in ratios.cases(rows).items():
+    for (_, case, _, _), providers in ratios.cases(rows).items():
         if BASELINE not in providers:
             continue
         drawn = []
@@ -111,7 +111,7 @@ def _memory(rows: list[Row]) -> tuple[list[Group], dict[str, Any]]:
                 if row.peak_bytes is not None
             ),
         )
-        for (_, case, _), providers in ratios.cases(rows).items()
+        for (_, case, _, _), providers in ratios.cases(rows).items()
     ]
     return groups, {"origin": 0.0, "log": False, "label": unit}
 

@@ -1,0 +1,1 @@
+"""Reads results files and draws, tabulates and compares what they hold."""
