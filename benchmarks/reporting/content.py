@@ -25,6 +25,8 @@ _METHOD = [
     "sheet.",
     "A result is checked before it is timed: the error is relative, against the reference in higher precision; of a "
     "training step it is that of the loss and of the norm of its gradient.",
+    "Of roofline: the least time that bytes and FLOPs of the operations take at the limits measured, as a share of the "
+    "time that they took.",
     "What was measured in different runs is not compared.",
 ]
 _CUDA_METHOD = [

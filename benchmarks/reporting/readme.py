@@ -8,7 +8,7 @@ from benchmarks.reporting import ratios, results, units
 from benchmarks.reporting.content import commits, span, versions
 from benchmarks.reporting.markdown import escape, grid
 from benchmarks.reporting.results import ResultsError
-from benchmarks.reporting.rows import BASELINE, MODES, SUITES, Row, Run
+from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, MODES, SUITES, Row, Run
 from benchmarks.reporting.tables import Line, date, suites
 
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
@@ -27,7 +27,7 @@ def readme_figures(results_folder: str | Path) -> str:
             run = results.load_folder(folder)
         except ResultsError:  # the report names it
             continue
-        lines += [(escape(run.machine.device), *map(escape, line)) for line in _training(run) + _operators(run)]
+        lines += [(escape(run.machine.device), *map(escape, line)) for line in _models(run) + _operators(run)]
         notes.append(_note(run, folder))
     if not notes:
         raise ResultsError(f"{results_folder}: no device folder with results; accepted: FOLDER/<device>/*.json")
@@ -60,20 +60,24 @@ def replace_figures(readme: Path, figures: str) -> str:
     return f"{before}{START}\n{figures}{END}{after}"
 
 
-def _training(run: Run) -> list[Line]:
+def _models(run: Run) -> list[Line]:
     ours = ratios.champion(run)
-    peers = [*ratios.model_peers(run, "training"), *([BASELINE] if ours != BASELINE else [])]
     lines: list[Line] = []
-    for (_, case, _, _), providers in ratios.cases(row for row in run.rows if row.suite == "training").items():
-        if ours not in providers:
-            continue
-        row = providers[ours]
-        found = [
-            f"{units.ratio(ratios.Ratio(row, providers[other]).value)} {other}" for other in peers if other in providers
-        ]
-        mfu = "" if row.mfu is None else f", MFU {units.share(row.mfu)}"
-        speed = f"{units.count(row.tokens_per_second)} tokens/s{mfu}"
-        lines.append((f"{SUITES[row.suite]}, {case}", speed, ", ".join(found)))
+    for suite in MODEL_SUITES:
+        peers = [*ratios.model_peers(run, suite), *([BASELINE] if ours != BASELINE else [])]
+        for (_, case, _, _), providers in ratios.cases(row for row in run.rows if row.suite == suite).items():
+            if ours not in providers:
+                continue
+            row = providers[ours]
+            found = [
+                f"{units.ratio(ratios.Ratio(row, providers[other]).value)} {other}"
+                for other in peers
+                if other in providers
+            ]
+            used = "" if row.mfu is None else f", MFU {units.share(row.mfu)}"
+            used += "" if row.mbu is None else f", MBU {units.share(row.mbu)}"
+            speed = f"{units.count(row.tokens_per_second)} tokens/s{used}"
+            lines.append((f"{SUITES[suite]}, {case}", speed, ", ".join(found)))
     return lines
 
 

@@ -98,6 +98,7 @@ def model_tables(run: Run) -> list[Table]:
             ("read per token", lambda row: row.bytes_per_token, lambda row: units.size(row.bytes_per_token)),
             ("MBU", lambda row: row.mbu, lambda row: units.share(row.mbu)),
             ("peak memory", lambda row: row.peak_bytes, lambda row: units.size(row.peak_bytes)),
+            ("of roofline", lambda row: row.roofline_seconds, _of_roofline),
             ("MFU (PaLM)", lambda row: row.mfu, lambda row: units.share(row.mfu)),
             ("MFU (causal)", lambda row: row.mfu_causal, lambda row: units.share(row.mfu_causal)),
             ("error", lambda row: row.error, lambda row: units.error(row.error)),
@@ -124,6 +125,11 @@ def kernel_tables(run: Run, suite: str) -> list[Table]:
         title = f"{SUITES.get(suite, suite)}, {MODES.get(mode, mode)}"
         tables.append(_table(f"{suite}-{mode}-table", title, rows, columns))
     return tables
+
+
+def _of_roofline(row: Row) -> str:
+    """The share of the measured time that the roofline leaves no way around."""
+    return units.share(None if row.roofline_seconds is None else row.roofline_seconds / row.seconds.median)
 
 
 def _host(row: Row) -> str:

@@ -296,3 +296,20 @@ def test_a_file_s_name_is_shown_without_its_folder():
     ]
     assert sum(int(cells[-1]) for cells in found) == 150
     assert all(isinstance(source, Source) for source in run.sources)
+
+
+def test_a_step_is_held_against_its_roofline(fixtures, rewrite):
+    folder = fixtures / "fixture-gpu"
+
+    def predicted(data):
+        for item in data["benchmarks"]:
+            row = item["extra_info"]
+            if row["provider"] == "triton" and row["suite"] == "training":
+                row["roofline_seconds"] = row["seconds"]["median"] / 4
+
+    rewrite(folder / "models.json", predicted)
+    run = results.load(folder)
+    steps = section(markdown.render(content.content(run, folder), run.machine.device), "Training step")
+    column = line(steps, "case").index("of roofline")
+    assert line(steps, "bfloat16 gpt2 16x1024", "triton")[column] == "25.0 %"
+    assert line(steps, "bfloat16 gpt2 16x1024", "eager")[column] == "—"
