@@ -8,10 +8,11 @@ from benchmarks.measuring.models import ModelCase, providers
 from gptfast import GPTConfig
 
 NAMES = ("triton", "eager", "Hugging Face")
+COMPILED = ("triton compiled", "eager compiled")
 
 
-def gpt2(model: str, batch: int, prompt: int, new_tokens: int) -> ModelCase:
-    return ModelCase("generation", model, GPTConfig.preset(model), batch, prompt, new_tokens, NAMES)
+def gpt2(model: str, batch: int, prompt: int, new_tokens: int, names: tuple[str, ...] = NAMES) -> ModelCase:
+    return ModelCase("generation", model, GPTConfig.preset(model), batch, prompt, new_tokens, names)
 
 
 NANO = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128, activation="gelu")
@@ -19,6 +20,7 @@ ON_GPU = [
     gpt2("gpt2", 1, 32, 128),
     gpt2("gpt2", 64, 32, 128),
     *(gpt2(model, 1, 32, 32) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
+    gpt2("gpt2", 1, 32, 64, (*NAMES, *COMPILED)),  # compiled for every length: last
 ]
 ON_CPU = [
     ModelCase("generation", "nano", NANO, 1, 32, 64, (*NAMES, "nanoGPT")),

@@ -40,6 +40,9 @@ ON_GPU = [
     gpt2("gpt2-xl", 4, 1024, (*OURS, "Hugging Face")),
     gpt2("gpt2-large", 8, 1024, (*OURS, "Hugging Face")),
     gpt2("gpt2-medium", 16, 1024, (*OURS, *COMPILED, "Hugging Face")),
+    # compiling these takes minutes
+    gpt2("gpt2-large", 4, 1024, (*OURS, *COMPILED)),
+    gpt2("gpt2-xl", 2, 1024, (*OURS, *COMPILED)),
 ]
 ON_CPU = [
     small("nano", 12, 64, (*OURS, *COMPILED, *PEERS)),
