@@ -145,7 +145,7 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
             if warm[name] > WARMUP_SECONDS:
                 break
     taken: dict[Key, list[tuple[float, float]]] = {name: [] for name in calls}
-    for order in _orders(list(calls), rounds=_rounds(seconds, sum(warm.values()))):
+    for order in _orders(list(calls), rounds=rounds_within(seconds, sum(warm.values()))):
         for name in order:
             taken[name].append(clock(calls[name]))
     return {
@@ -154,7 +154,8 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
     }
 
 
-def _rounds(seconds: float, one_round: float) -> int:
+def rounds_within(seconds: float, one_round: float) -> int:
+    """How many rounds of `one_round` seconds to measure in about `seconds`."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-9))))
 
 

@@ -16,9 +16,10 @@ def test_percentiles_interpolate_between_neighbours():
 
 
 def test_a_known_sleep_is_measured():
-    device, host = WallClock(CPU)(Call(lambda _: time.sleep(0.02)))
-    assert device == host
-    assert 0.02 <= device < 0.04
+    """The least of several: a busy machine may sleep longer, never shorter."""
+    taken = [WallClock(CPU)(Call(lambda _: time.sleep(0.02))) for _ in range(5)]
+    assert all(device == host for device, host in taken)
+    assert 0.02 <= min(device for device, _ in taken) < 0.03
 
 
 def test_preparation_is_not_measured_and_reaches_the_call():
@@ -28,9 +29,9 @@ def test_preparation_is_not_measured_and_reaches_the_call():
         time.sleep(0.05)
         return "prepared"
 
-    seconds, _ = WallClock(CPU)(Call(seen.append, prepare))
-    assert seen == ["prepared"]
-    assert seconds < 0.02
+    taken = [WallClock(CPU)(Call(seen.append, prepare))[0] for _ in range(3)]
+    assert seen == ["prepared"] * 3
+    assert min(taken) < 0.02
 
 
 def test_calls_are_warmed_up_before_any_is_measured_and_then_take_turns():
@@ -45,11 +46,12 @@ def test_calls_are_warmed_up_before_any_is_measured_and_then_take_turns():
 
 
 def test_rounds_follow_the_time_they_take():
+    assert timing.rounds_within(1.0, one_round=0.1) == 10
+    assert timing.rounds_within(1.0, one_round=0.9) == timing.MIN_ROUNDS
+    assert timing.rounds_within(1.0, one_round=0.0) == timing.MAX_ROUNDS
     quick = interleave({"quick": Call(lambda _: None)}, WallClock(CPU), seconds=1.0)["quick"]
-    assert len(quick.device) == timing.MAX_ROUNDS
+    assert timing.MIN_ROUNDS < len(quick.device) <= timing.MAX_ROUNDS
     assert quick.host is None
-    some = interleave({"some": Call(lambda _: time.sleep(0.01))}, WallClock(CPU), seconds=0.2)["some"]
-    assert timing.MIN_ROUNDS < len(some.device) <= 20
 
 
 def test_a_cpu_has_no_memory_figure():
