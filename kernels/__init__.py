@@ -13,11 +13,16 @@ from kernels import reference, runtime
 if TYPE_CHECKING:
     from kernels.attention import causal_attention
     from kernels.ffn import gelu_ffn
-    from kernels.norm import layer_norm
+    from kernels.norm import add_layer_norm, layer_norm
 
-__all__ = ["causal_attention", "gelu_ffn", "layer_norm", "reference"]
+__all__ = ["add_layer_norm", "causal_attention", "gelu_ffn", "layer_norm", "reference"]
 
-_MODULE_OF = {"causal_attention": "attention", "gelu_ffn": "ffn", "layer_norm": "norm"}
+_MODULE_OF = {
+    "add_layer_norm": "norm",
+    "causal_attention": "attention",
+    "gelu_ffn": "ffn",
+    "layer_norm": "norm",
+}
 
 
 def __getattr__(name: str) -> Any:

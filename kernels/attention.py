@@ -455,11 +455,6 @@ def causal_attention(
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**31, (1,), device=q.device)
-    elif not isinstance(seed, torch.Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)  # no copy from the host
+    seed = runtime.dropout_seed(dropout_p, seed, q.device)
     o, _ = _forward(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p), seed)
     return o

@@ -12,19 +12,36 @@ from kernels import runtime
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     _tensors("layer_norm", x=x, weight=weight, bias=bias)
+    _norm_parameters("layer_norm", x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
+    seed: int | Tensor | None,
+) -> None:  # fmt: skip
+    _tensors("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    _norm_parameters("add_layer_norm", x, weight, bias, eps)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"add_layer_norm: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
+        )
+    _dropout("add_layer_norm", dropout_p, seed, "x", x.device)
+
+
+def _norm_parameters(operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
     width = x.shape[-1]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != (width,):
             raise ValueError(
-                f"layer_norm: {name} must be [C] = [{width}] for x of shape {tuple(x.shape)}, "
+                f"{operator}: {name} must be [C] = [{width}] for x of shape {tuple(x.shape)}, "
                 f"got shape {tuple(tensor.shape)}"
             )
     if not eps >= 0:
-        raise ValueError(f"layer_norm: eps must be at least 0, got {eps}")
+        raise ValueError(f"{operator}: eps must be at least 0, got {eps}")
 
 
 def gelu_ffn(
@@ -71,25 +88,28 @@ def causal_attention(
         )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"causal_attention: scale must be finite, got {scale}")
+    _dropout("causal_attention", dropout_p, seed, "q", q.device)
+
+
+def _dropout(operator: str, dropout_p: float, seed: int | Tensor | None, beside: str, device: torch.device) -> None:
+    """The probability, and a seed on the `device` of the tensor named `beside`."""
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"causal_attention: dropout_p must be in [0, 1), got {dropout_p}")
-    if isinstance(seed, Tensor) and seed.device != q.device:
-        raise ValueError(f"causal_attention: seed is on {seed.device} and q on {q.device}; one device is needed")
+        raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor) and seed.device != device:
+        raise ValueError(f"{operator}: seed is on {seed.device} and {beside} on {device}; one device is needed")
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"causal_attention: seed must fit in 64 bits, got {seed}")
+        raise ValueError(f"{operator}: seed must fit in 64 bits, got {seed}")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
-        raise ValueError(
-            f"causal_attention: a tensor seed must hold one int64, got {seed.numel()} elements of {seed.dtype}"
-        )
+        raise ValueError(f"{operator}: a tensor seed must hold one int64, got {seed.numel()} elements of {seed.dtype}")
     if seed is not None and not isinstance(seed, (int, Tensor)):
-        raise TypeError(f"causal_attention: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+        raise TypeError(f"{operator}: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
 
 
 def _tensors(operator: str, **tensors: Tensor | None) -> None:
     """Every argument that is not None: a floating tensor, on the device of the first one."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None and name.startswith("b"):  # biases alone may be absent
+        if tensor is None and (name.startswith("b") or name == "weight"):  # biases and norms' weights may be absent
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")

@@ -1,75 +1,32 @@
-"""Layer normalisation: one read and one write of each row forward, persistent programs backward."""
+"""Layer norm, alone and with the residual addition before it: one read and one write of each row."""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import checks, reference, runtime, tile
+from kernels.norm_kernels import (
+    _layer_norm_backward_chunked_kernel,
+    _layer_norm_backward_kernel,
+    _layer_norm_forward_chunked_kernel,
+    _layer_norm_forward_kernel,
+    _layer_norm_parameters_kernel,
+)
 
-MAX_WIDTH = 65_536
-
-
-@triton.jit
-def _layer_norm_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, n_rows, width, x_row_stride, eps,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
-    mean = tl.sum(x, axis=1) / width  # [BM]
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)  # [BM]
-    y = centred * rstd[:, None] * tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * width + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
-
-
-@triton.jit
-def _layer_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    n_rows, width, dy_row_stride, x_row_stride,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BN)
-    weight = tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)  # [BN]
-    dweight = tl.zeros([BN], dtype=tl.float32)
-    dbias = tl.zeros([BN], dtype=tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, BM), tl.num_programs(0)):
-        rows = (block + tl.zeros([BM], dtype=tl.int64)) * BM + tl.arange(0, BM)
-        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        x_hat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)  # [BM, BN]
-        # dx is the gradient with respect to x_hat less its projections on 1 and on x_hat
-        dx_hat = dy * weight[None, :]
-        along_one = tl.sum(dx_hat, axis=1) / width  # [BM]
-        along_x_hat = tl.sum(dx_hat * x_hat, axis=1) / width  # [BM]
-        dx = (dx_hat - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]
-        tl.store(dx_ptr + rows[:, None] * width + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dweight += tl.sum(dy * x_hat, axis=0)
-        if HAS_BIAS:
-            dbias += tl.sum(dy, axis=0)
-    partial = tl.program_id(0).to(tl.int64) * width + cols
-    tl.store(dweight_ptr + partial, dweight, mask=cols < width)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + partial, dbias, mask=cols < width)
+# widest rows that the registers of a program hold; longer ones are read in chunks
+_WIDEST_FORWARD, _WIDEST_BACKWARD = 16_384, 8192
+_CHUNKED = {"BM": 1, "BN": 4096, "num_warps": 8}
+_PARAMETERS = {"BM": 32, "BN": 128, "num_warps": 4}
+_CHUNKED_SUMS = 32  # rows of partial sums; the columns make for enough programs
 
 
 def _blocks(width: int, elements: int) -> dict[str, int]:
     """Block shape and warps of a program that holds about `elements` numbers per tensor, whole rows always."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(32, elements // columns))
-    return {"BM": rows, "BN": columns, "num_warps": min(32, max(4, rows * columns // 512))}
+    return {"BM": rows, "BN": columns, "num_warps": min(16, max(4, rows * columns // 512))}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -78,53 +35,110 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("gptfast::layer_norm", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(x)
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    seed: Tensor | None, dropout_p: float, h: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean and 1 / standard deviation of each row of x, or of residual + dropout(x), which is written to h."""
+    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     n_rows, width = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype if h is None else h.dtype, device=x.device)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    blocks = _blocks(width, elements=4096)
+    whole = width <= _WIDEST_FORWARD
+    kernel = _layer_norm_forward_kernel if whole else _layer_norm_forward_chunked_kernel
+    blocks = _blocks(width, elements=4096) if whole else _CHUNKED
     if n_rows > 0:
         with runtime.on_device(x):
-            _layer_norm_forward_kernel[(triton.cdiv(n_rows, blocks["BM"]),)](
-                rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, mean, rstd,
-                n_rows, width, rows.stride(0), eps, HAS_BIAS=bias is not None, **blocks,
+            kernel[(triton.cdiv(n_rows, blocks["BM"]),)](
+                rows, residual_rows, _contiguous(weight), _contiguous(bias), seed, y, h, mean, rstd,
+                n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps, dropout_p,
+                ADD=residual is not None, DROPOUT=seed is not None, HAS_WEIGHT=weight is not None,
+                HAS_BIAS=bias is not None, **blocks,
             )  # fmt: skip
     return y, mean, rstd
 
 
+def _launch_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool,
+    seed: Tensor | None, dropout_p: float, dresidual: Tensor, dx: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write the gradients of the rows; return those of weight and bias in float32, empty where there is none."""
+    dy_rows, dh_rows, h_rows = _rows(dy), None if dh is None else _rows(dh), _rows(h)
+    n_rows, width = h_rows.shape
+    has_weight = weight is not None
+    whole = width <= _WIDEST_BACKWARD
+    blocks = _blocks(width, elements=2048) if whole else _CHUNKED
+    # partial sums, one row per program, added below in a fixed order: the same bits on every run
+    sums = runtime.program_count(h.device, per_processor=8) if whole else _CHUNKED_SUMS
+    sums = max(1, min(sums, triton.cdiv(n_rows, blocks["BM"] if whole else _PARAMETERS["BM"])))
+    dweight = torch.empty(sums if has_weight else 0, width, dtype=torch.float32, device=h.device)
+    dbias = torch.empty(sums if has_bias else 0, width, dtype=torch.float32, device=h.device)
+    tensors = (dy_rows, dh_rows, h_rows, _contiguous(weight), mean, rstd, seed, dresidual, dx)
+    sizes = (
+        n_rows, width, dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), dropout_p,
+    )  # fmt: skip
+    flags = {
+        "HAS_DH": dh is not None,
+        "DROPOUT": seed is not None,
+        "STORE_DX": dx is not None,
+        "HAS_WEIGHT": has_weight,
+    }
+    with runtime.on_device(h):
+        if whole:
+            _layer_norm_backward_kernel[(sums,)](*tensors, dweight, dbias, *sizes, **flags, HAS_BIAS=has_bias, **blocks)
+        elif n_rows > 0:
+            _layer_norm_backward_chunked_kernel[(n_rows,)](*tensors, *sizes, **flags, **blocks)
+            _launch_parameters(dy_rows, h_rows, mean, rstd, dweight, dbias, sums)
+    return dweight.sum(0), dbias.sum(0)
+
+
+def _launch_parameters(
+    dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, dweight: Tensor, dbias: Tensor, sums: int
+) -> None:
+    n_rows, width = h.shape
+    rows_per_program = triton.cdiv(triton.cdiv(n_rows, sums), _PARAMETERS["BM"]) * _PARAMETERS["BM"]
+    _layer_norm_parameters_kernel[(triton.cdiv(width, _PARAMETERS["BN"]), sums)](
+        dy, h, mean, rstd, dweight, dbias, n_rows, width, rows_per_program, dy.stride(0), h.stride(0),
+        HAS_WEIGHT=dweight.shape[0] > 0, HAS_BIAS=dbias.shape[0] > 0, **_PARAMETERS,
+    )  # fmt: skip
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+def _parameter_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    return x.new_empty(width, dtype=torch.float32), x.new_empty(width, dtype=torch.float32)
+
+
+@torch.library.custom_op("gptfast::layer_norm", mutates_args=())
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_forward(x, None, weight, bias, eps, None, 0.0, None)
+
+
 @_forward.register_fake
 def _(x, weight, bias, eps):
-    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape), *_statistics(x)
 
 
 @torch.library.custom_op("gptfast::layer_norm_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy_rows, rows = _rows(dy), _rows(x)
-    n_rows, width = rows.shape
-    blocks = _blocks(width, elements=2048)
-    programs = min(max(1, triton.cdiv(n_rows, blocks["BM"])), runtime.program_count(x.device, per_processor=8))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # one row per program, summed below in a fixed order: the same bits on every run
-    dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(programs if has_bias else 0, width, dtype=torch.float32, device=x.device)
-    with runtime.on_device(x):
-        _layer_norm_backward_kernel[(programs,)](
-            dy_rows, rows, weight.contiguous(), mean, rstd, dx, dweight, dbias,
-            n_rows, width, dy_rows.stride(0), rows.stride(0), HAS_BIAS=has_bias, **blocks,
-        )  # fmt: skip
-    return dx, dweight.sum(0), dbias.sum(0)
+    return dx, *_launch_backward(dy, None, x, weight, mean, rstd, has_bias, None, 0.0, dx, None)
 
 
 @_backward.register_fake
 def _(dy, x, weight, mean, rstd, has_bias):
-    dweight = x.new_empty(weight.shape, dtype=torch.float32)
-    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
+    return x.new_empty(x.shape), *_parameter_gradients(x)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -140,13 +154,82 @@ def _gradients(ctx, dy, _dmean, _drstd):
         return None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, ctx.bias_dtype is not None)
-    return dx, dweight.to(weight.dtype), None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+    return dx, *_in_dtypes(weight, ctx.bias_dtype, dweight, dbias), None
+
+
+def _in_dtypes(
+    weight: Tensor | None, bias_dtype: torch.dtype | None, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias in the dtypes of these, None for what was absent."""
+    return None if weight is None else dweight.to(weight.dtype), None if bias_dtype is None else dbias.to(bias_dtype)
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+@torch.library.custom_op("gptfast::add_layer_norm", mutates_args=())
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    y, mean, rstd = _launch_forward(x, residual, weight, bias, eps, seed, dropout_p, h)
+    return y, h, mean, rstd
+
+
+@_add_forward.register_fake
+def _(x, residual, weight, bias, seed, eps, dropout_p):
+    h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return torch.empty_like(h), h, *_statistics(x)
+
+
+@torch.library.custom_op("gptfast::add_layer_norm_backward", mutates_args=())
+def _add_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, seed: Tensor | None,
+    dropout_p: float, has_bias: bool, x_dtype: torch.dtype, residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of residual, x, weight and bias. That of x is empty where it is the residual's, bit for bit."""
+    dresidual = torch.empty(h.shape, dtype=residual_dtype, device=h.device)
+    dx = None if _one_gradient(seed, x_dtype, residual_dtype) else torch.empty_like(dresidual, dtype=x_dtype)
+    dweight, dbias = _launch_backward(dy, dh, h, weight, mean, rstd, has_bias, seed, dropout_p, dresidual, dx)
+    return dresidual, h.new_empty(0) if dx is None else dx, dweight, dbias
+
+
+@_add_backward.register_fake
+def _(dy, dh, h, weight, mean, rstd, seed, dropout_p, has_bias, x_dtype, residual_dtype):
+    dresidual = h.new_empty(h.shape, dtype=residual_dtype)
+    one = _one_gradient(seed, x_dtype, residual_dtype)
+    return dresidual, h.new_empty(0) if one else h.new_empty(h.shape, dtype=x_dtype), *_parameter_gradients(h)
+
+
+def _one_gradient(seed: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> bool:
+    return seed is None and x_dtype == residual_dtype
+
+
+def _add_save_for_backward(ctx, inputs, output):
+    x, residual, weight, bias, seed, _, ctx.dropout_p = inputs
+    _, h, mean, rstd = output
+    ctx.save_for_backward(h, weight, mean, rstd, seed)
+    ctx.dtypes = (x.dtype, residual.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _add_gradients(ctx, dy, dh, _dmean, _drstd):
+    h, weight, mean, rstd, seed = ctx.saved_tensors
+    if dy is None:  # the normalised rows were not used
+        dy = torch.zeros_like(h)
+    dresidual, dx, dweight, dbias = _add_backward(
+        dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p, ctx.bias_dtype is not None, *ctx.dtypes
+    )
+    dx = dresidual if _one_gradient(seed, *ctx.dtypes) else dx
+    return dx, dresidual, *_in_dtypes(weight, ctx.bias_dtype, dweight, dbias), None, None, None
+
+
+_add_forward.register_autograd(_add_gradients, setup_context=_add_save_for_backward)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     One read and one write of x; statistics and parameter gradients in float32; bitwise the same on every run. Where
@@ -154,9 +237,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     is float32, as PyTorch's is.
 
     Args:
-        x: [..., C], C at most 65,536, float32, float16 or bfloat16, any strides.
-        weight: [C].
-        bias: [C] or None.
+        x: [..., C], float32, float16 or bfloat16, any strides.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
         eps: added to the (biased) variance, inside the root.
 
     Returns:
@@ -170,9 +253,52 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     if not tile.launchable(x.device):
         return reference.layer_norm(x, weight, bias, eps)
     runtime.require_dtype("layer_norm", x)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"layer_norm: the width of x must be at most {MAX_WIDTH}, got {x.shape[-1]}")
     if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
         x = x.float()
     y, _, _ = _forward(x, weight, bias, float(eps))
     return y
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a sublayer's output to the residual stream and normalise the sum, in one pass over memory.
+
+    h = residual + dropout(x); y = layer_norm(h). The backward adds the gradient of h's other readers in its own pass.
+    Method as `layer_norm`; the dropout's mask is a function of the seed and an element's position (Philox, Salmon et
+    al. 2011), so that the backward computes it anew. Where Triton cannot run, this is
+    `kernels.reference.add_layer_norm`. Under CUDA's `torch.autocast` both results are float32, as PyTorch's are.
+
+    Args:
+        x: [..., C], float32, float16 or bfloat16, any strides.
+        residual: [..., C], the shape of x; also in another of these dtypes.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
+        eps: added to the (biased) variance, inside the root.
+        dropout_p: the share of x set to zero, in [0, 1); the rest grows by 1 / (1 - dropout_p).
+        seed: of the dropout, an int or a one-element int64 tensor on the device of x, which CUDA graphs and
+            checkpointing replay; None draws one from PyTorch's generator.
+
+    Returns:
+        y and h, both [..., C], contiguous, in the wider dtype of x and residual.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+        RuntimeError: a second derivative.
+    """
+    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    if not tile.launchable(x.device):
+        return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    runtime.require_dtype("add_layer_norm", x)
+    runtime.require_dtype("add_layer_norm", residual)
+    if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
+        residual = residual.float()
+    seed = runtime.dropout_seed(dropout_p, seed, x.device)
+    y, h, _, _ = _add_forward(x, residual, weight, bias, seed, float(eps), float(dropout_p))
+    return y, h

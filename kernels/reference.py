@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import checks, runtime
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     The variance is the biased one and eps stands inside the root. Parameters in another dtype than x are allowed, the
@@ -21,8 +21,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
     Args:
         x: [..., C].
-        weight: [C].
-        bias: [C] or None.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
         eps: added to the variance.
 
     Returns:
@@ -32,11 +32,60 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
     checks.layer_norm(x, weight, bias, eps)
-    one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    return _norm(x, weight, bias, eps)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+    one_dtype = all(parameter.dtype == x.dtype for parameter in parameters)
     if one_dtype or runtime.autocast_dtype(x.device) is not None:  # autocast has a rule of its own
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    y = F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
-    return y.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and layer norm: h = residual + dropout(x), y = layer_norm(h).
+
+    Args:
+        x: [..., C], the output of a sublayer.
+        residual: [..., C], the residual stream before it.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
+        eps: added to the variance.
+        dropout_p: the share of x set to zero, in [0, 1); the rest grows by 1 / (1 - dropout_p).
+        seed: makes the dropout repeatable; None draws from PyTorch's generator. The same seed gives another mask here
+            than in the Triton operator, whose random numbers are Philox's.
+
+    Returns:
+        y and h, both [..., C] in the wider dtype of x and residual.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    if dropout_p > 0.0 and seed is not None:
+        generator = torch.Generator(x.device).manual_seed(int(seed))
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
+        return add_layer_norm_with_mask(x, residual, weight, bias, eps, dropout_p, kept)
+    h = residual + F.dropout(x, dropout_p)
+    return _norm(h, weight, bias, eps), h
+
+
+def add_layer_norm_with_mask(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` whose dropout keeps the elements of x where `kept` [..., C] is true."""
+    h = residual + x * kept / (1.0 - dropout_p)
+    return _norm(h, weight, bias, eps), h
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

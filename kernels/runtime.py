@@ -67,3 +67,17 @@ def dot_precision(dtype: torch.dtype) -> str:
     # the getter of the older API raises once the newer one was used; this one knows both
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
+
+
+def dropout_seed(dropout_p: float, seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The seed as a tensor on `device`, drawn from PyTorch's generator if None; None without dropout.
+
+    A tensor, because CUDA graphs replay addresses, not numbers.
+    """
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**31, (1,), device=device)
+    if isinstance(seed, torch.Tensor):
+        return seed
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # no copy from the host

@@ -22,7 +22,7 @@ LAYER_NORM = [
     ((t(3, 4), t(4), None, -1.0), ValueError, "eps must be at least 0, got -1.0"),
     ((t(3, 4, dtype=torch.int64), t(4), None), TypeError, "x must have a floating dtype, got torch.int64"),
     (([[1.0]], t(1), None), TypeError, "x must be a tensor, got list"),
-    ((t(3, 4), None, None), TypeError, "weight must be a tensor, got NoneType"),
+    ((t(3, 4), [1.0], None), TypeError, "weight must be a tensor, got list"),
     ((t(3, 4), t(4).to("meta"), None), ValueError, "weight is on meta and x on"),
 ]
 GELU_FFN = [
@@ -74,10 +74,10 @@ def test_refused_with_the_name_of_the_argument(namespace, operator, arguments, e
 def test_the_kernels_say_what_they_cannot_hold():
     with pytest.raises(ValueError, match="head size D must be at most 256, got 257"):
         kernels.causal_attention(*(t(1, 1, 2, 257) for _ in range(3)))
-    with pytest.raises(ValueError, match="width of x must be at most 65536, got 65537"):
-        kernels.layer_norm(t(1, 65537), t(65537), None)
 
 
 def test_unknown_operator():
-    with pytest.raises(AttributeError, match="no attribute 'rms_norm'; its operators are causal_attention, gelu_ffn"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'rms_norm'; its operators are add_layer_norm, causal_attention"
+    ):
         kernels.rms_norm  # noqa: B018

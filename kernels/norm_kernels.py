@@ -1,0 +1,247 @@
+"""Device code of layer norm and of residual addition with layer norm, which is the same with one more input.
+
+Two forms of each pass. Rows that fit into registers are read once and stay there, several to a program where they are
+short. Longer rows are read in chunks, twice: the second time from the L2 cache, which holds the rows in progress.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kept(seed, rows, cols, width, dropout_p):
+    """Whether dropout keeps each element of [rows, cols]: a pure function of seed and position."""
+    return tl.rand(seed, rows[:, None] * width + cols[None, :]) >= dropout_p
+
+
+@triton.jit
+def _load_h(
+    x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
+    ADD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """The tile [BM, BN] that is normalised, in float32: x, or residual + dropout(x), which is stored as h."""
+    h = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        h = tl.where(_kept(seed, rows, cols, width, dropout_p), h / (1.0 - dropout_p), 0.0)
+    if ADD:
+        p_residual = residual_ptr + rows[:, None] * stride_residual_row + cols[None, :]
+        h += tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
+        stored = h.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + rows[:, None] * width + cols[None, :], stored, mask=mask)
+        h = stored.to(tl.float32)  # the norm is of what the next layer reads
+    return h
+
+
+@triton.jit
+def _scale_and_shift(x_hat, weight_ptr, bias_ptr, cols, width, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    y = x_hat
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_rows, width, stride_x_row, stride_residual_row, eps, dropout_p,
+    ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BM rows a program, held whole: BN >= width."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    h = _load_h(
+        x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
+        ADD, DROPOUT,
+    )  # fmt: skip  # [BM, BN]
+    mean = tl.sum(h, axis=1) / width  # [BM]
+    centred = tl.where(mask, h - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)  # [BM]
+    y = _scale_and_shift(centred * rstd[:, None], weight_ptr, bias_ptr, cols, width, HAS_WEIGHT, HAS_BIAS)
+    tl.store(y_ptr + rows[:, None] * width + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _layer_norm_forward_chunked_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_rows, width, stride_x_row, stride_residual_row, eps, dropout_p,
+    ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One row a program (BM = 1) in chunks of BN: statistics of all chunks, then the result."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, BM)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    mean = tl.zeros([BM], dtype=tl.float32)
+    squares = tl.zeros([BM], dtype=tl.float32)
+    for start in range(0, width, BN):
+        cols = start + tl.arange(0, BN)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        h = _load_h(
+            x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
+            ADD, DROPOUT,
+        )  # fmt: skip  # [1, BN]
+        # sums of centred squares, merged chunk by chunk (Chan et al. 1979): nothing cancels
+        count = tl.minimum(width - start, BN).to(tl.float32)
+        chunk_mean = tl.sum(h, axis=1) / count
+        centred = tl.where(mask, h - chunk_mean[:, None], 0.0)
+        delta = chunk_mean - mean
+        share = count / (start + count)
+        squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * share)
+        mean += delta * share
+    rstd = 1.0 / tl.sqrt(squares / width + eps)
+    for start in range(0, width, BN):
+        cols = start + tl.arange(0, BN)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        if ADD:
+            p_h = h_ptr + rows[:, None] * width + cols[None, :]
+        else:
+            p_h = x_ptr + rows[:, None] * stride_x_row + cols[None, :]
+        x_hat = (tl.load(p_h, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        y = _scale_and_shift(x_hat, weight_ptr, bias_ptr, cols, width, HAS_WEIGHT, HAS_BIAS)
+        tl.store(y_ptr + rows[:, None] * width + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _load_backward_tile(
+    dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row,
+    HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Upstream gradient, normalised row and gradient with respect to it: three tiles [BM, BN] in float32."""
+    h = tl.load(h_ptr + rows[:, None] * stride_h_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows[:, None] * stride_dy_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_hat = tl.where(mask, (h - mean[:, None]) * rstd[:, None], 0.0)
+    dx_hat = dy
+    if HAS_WEIGHT:
+        dx_hat *= tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+    return dy, x_hat, dx_hat
+
+
+@triton.jit
+def _store_gradients(
+    dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
+):  # fmt: skip
+    """The gradient of h, to which that of its other readers is added, and through the dropout that of x."""
+    if HAS_DH:
+        dh += tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * width + cols[None, :]
+    tl.store(dresidual_ptr + offsets, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    if STORE_DX:
+        if DROPOUT:
+            dh = tl.where(_kept(seed, rows, cols, width, dropout_p), dh / (1.0 - dropout_p), 0.0)
+        tl.store(dx_ptr + offsets, dh.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dresidual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A persistent program walks over blocks of BM whole rows; its sums for weight and bias go to a row of its own."""
+    cols = tl.arange(0, BN)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dweight = tl.zeros([BN], dtype=tl.float32)
+    dbias = tl.zeros([BN], dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BM), tl.num_programs(0)):
+        rows = (block + tl.zeros([BM], dtype=tl.int64)) * BM + tl.arange(0, BM)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        dy, x_hat, dx_hat = _load_backward_tile(
+            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
+        )
+        # the gradient with respect to x_hat less its projections on 1 and on x_hat
+        along_one = tl.sum(dx_hat, axis=1) / width  # [BM]
+        along_x_hat = tl.sum(dx_hat * x_hat, axis=1) / width  # [BM]
+        dh = (dx_hat - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]  # [BM, BN]
+        _store_gradients(
+            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
+            HAS_DH, DROPOUT, STORE_DX,
+        )  # fmt: skip
+        if HAS_WEIGHT:
+            dweight += tl.sum(dy * x_hat, axis=0)
+        if HAS_BIAS:
+            dbias += tl.sum(dy, axis=0)
+    partial = tl.program_id(0).to(tl.int64) * width + cols
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + partial, dweight, mask=cols < width)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + partial, dbias, mask=cols < width)
+
+
+@triton.jit
+def _layer_norm_backward_chunked_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dresidual_ptr, dx_ptr,
+    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One row a program (BM = 1) in chunks of BN: both projections, then the gradients."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, BM)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    mean = tl.load(mean_ptr + rows)
+    rstd = tl.load(rstd_ptr + rows)
+    along_one = tl.zeros([BM], dtype=tl.float32)
+    along_x_hat = tl.zeros([BM], dtype=tl.float32)
+    for start in range(0, width, BN):
+        cols = start + tl.arange(0, BN)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        _, x_hat, dx_hat = _load_backward_tile(
+            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
+        )
+        along_one += tl.sum(dx_hat, axis=1)
+        along_x_hat += tl.sum(dx_hat * x_hat, axis=1)
+    for start in range(0, width, BN):
+        cols = start + tl.arange(0, BN)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        _, x_hat, dx_hat = _load_backward_tile(
+            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
+        )
+        dh = (dx_hat - (along_one / width)[:, None] - x_hat * (along_x_hat / width)[:, None]) * rstd[:, None]
+        _store_gradients(
+            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
+            HAS_DH, DROPOUT, STORE_DX,
+        )  # fmt: skip
+
+
+@triton.jit
+def _layer_norm_parameters_kernel(
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, n_rows, width, rows_per_program,
+    stride_dy_row, stride_h_row, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of weight and bias for a block of BN columns, summed over `rows_per_program` rows."""
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(1).to(tl.int64) * rows_per_program
+    dweight = tl.zeros([BN], dtype=tl.float32)
+    dbias = tl.zeros([BN], dtype=tl.float32)
+    for start in range(0, rows_per_program, BM):
+        rows = first + start + tl.arange(0, BM)
+        mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        # without the weight there is nothing to load: the third tile is not used
+        dy, x_hat, _ = _load_backward_tile(
+            dy_ptr, h_ptr, None, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, False
+        )
+        if HAS_WEIGHT:
+            dweight += tl.sum(dy * x_hat, axis=0)
+        if HAS_BIAS:
+            dbias += tl.sum(dy, axis=0)
+    partial = tl.program_id(1).to(tl.int64) * width + cols
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + partial, dweight, mask=cols < width)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + partial, dbias, mask=cols < width)
