@@ -75,7 +75,7 @@ def _launch_backward(
     blocks = _blocks(width, elements=2048) if whole else _CHUNKED
     # partial sums, one row per program, added below in a fixed order: the same bits on every run
     sums = runtime.program_count(h.device, per_processor=8) if whole else _CHUNKED_SUMS
-    sums = max(1, min(sums, triton.cdiv(n_rows, blocks["BM"] if whole else _PARAMETERS["BM"])))
+    sums = min(sums, triton.cdiv(n_rows, blocks["BM"] if whole else _PARAMETERS["BM"]))  # none of no rows: zeros
     dweight = torch.empty(sums if has_weight else 0, width, dtype=torch.float32, device=h.device)
     dbias = torch.empty(sums if has_bias else 0, width, dtype=torch.float32, device=h.device)
     tensors = (dy_rows, dh_rows, h_rows, _contiguous(weight), mean, rstd, seed, dresidual, dx)
@@ -88,10 +88,12 @@ def _launch_backward(
         "STORE_DX": dx is not None,
         "HAS_WEIGHT": has_weight,
     }
+    if n_rows == 0:
+        return dweight.sum(0), dbias.sum(0)
     with runtime.on_device(h):
         if whole:
             _layer_norm_backward_kernel[(sums,)](*tensors, dweight, dbias, *sizes, **flags, HAS_BIAS=has_bias, **blocks)
-        elif n_rows > 0:
+        else:
             _layer_norm_backward_chunked_kernel[(n_rows,)](*tensors, *sizes, **flags, **blocks)
             _launch_parameters(dy_rows, h_rows, mean, rstd, dweight, dbias, sums)
     return dweight.sum(0), dbias.sum(0)

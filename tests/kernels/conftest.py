@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_written_to_the_working_tree(tmp_path_factory):
+    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))  # it caches there even without a database
 
 
 @pytest.fixture(autouse=True)

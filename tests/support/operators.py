@@ -1,17 +1,21 @@
-"""The table of operators under test: every row is run through every test of `tests/kernels/test_operators.py`."""
+"""The table of operators under test: one entry in OPERATORS puts an operator through every test of the bench."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
 from kernels import reference, runtime
-from oracle import DEVICE
+from oracle import DEVICE, assert_equal_to_oracle
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,44 @@ class Case:
     operator: str
     shapes: dict[str, tuple[int, ...] | None]
     options: dict[str, Any] = field(default_factory=dict)
+    in_float32: tuple[str, ...] = ()  # arguments that stay in float32 when the others are in half precision
+    in_half: tuple[str, ...] = ()  # the reverse: bfloat16 beside float32
 
     def __str__(self) -> str:
         shapes = "-".join("none" if s is None else "x".join(map(str, s)) for s in self.shapes.values())
-        return "-".join([self.operator, shapes, *(str(value) for value in self.options.values())])
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        dtypes = [f"{name}-float32" for name in self.in_float32] + [f"{name}-bfloat16" for name in self.in_half]
+        return "-".join([self.operator, shapes, *options, *dtypes])
 
     @property
-    def kernel(self) -> Callable[..., Tensor]:
+    def row(self) -> Operator:
+        return OPERATORS[self.operator]
+
+    @property
+    def kernel(self) -> Callable[..., Any]:
         return getattr(kernels, self.operator)
 
     @property
-    def reference(self) -> Callable[..., Tensor]:
-        return getattr(reference, self.operator)
+    def reference(self) -> Callable[..., Any]:
+        """The reference; where there is dropout, with the mask that the operator draws for this seed and shape."""
+        if not self.has_dropout:
+            return getattr(reference, self.operator)
+        kept = self.row.dropout.mask(self)
+
+        def with_mask(seed, **arguments):
+            return self.row.dropout.reference(**arguments, kept=kept)
+
+        return with_mask
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.options.get("dropout_p", 0.0) > 0.0
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes in which this case is a case of its own."""
+        if self.in_half:
+            return (torch.float32,)
+        return DTYPES[1:] if self.in_float32 else DTYPES
 
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
         """Random normal tensors; matrices are scaled so that products keep the size of their operands."""
@@ -42,14 +72,141 @@ class Case:
             if shape is None:
                 return None
             scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
-            return (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype)
+            own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype
+            return (scale * torch.randn(shape, generator=generator)).to(DEVICE, own)
 
         return {name: draw(name, shape) for name, shape in self.shapes.items()}
 
+    def upstream(self, dtype: torch.dtype, used: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """A random gradient for each result, or for those that are `used`."""
+        shape = next(iter(self.shapes.values()))
+        generator = torch.Generator().manual_seed(1)
+        drawn = {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in self.row.results}
+        return {name: gradient for name, gradient in drawn.items() if used is None or name in used}
 
-def layer_norm(*rows: int, width: int, bias: bool = True, **options: Any) -> Case:
-    shapes = {"x": (*rows, width), "weight": (width,), "bias": (width,) if bias else None}
-    return Case("layer_norm", shapes, options)
+    def with_options(self, **options: Any) -> Case:
+        return replace(self, options={**self.options, **options})
+
+    def with_batch(self, size: int) -> Case:
+        """Other rows: `size` in the first dimension of the tensors that have it."""
+        shapes = {name: (size, *s[1:]) if name in self.row.batched else s for name, s in self.shapes.items()}
+        return replace(self, shapes=shapes)
+
+
+@dataclass
+class Outcome:
+    """What one forward and one backward gave, by name."""
+
+    results: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def leaves(inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+    """Tensors on the same memory that gather gradients, or copies in another dtype."""
+    return {
+        name: None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+        for name, tensor in inputs.items()
+    }
+
+
+def call(function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The results by name."""
+    results = function(**inputs, **case.options)
+    results = results if isinstance(results, tuple) else (results,)
+    return dict(zip(case.row.results, results, strict=True))
+
+
+def backward(results: dict[str, Tensor], upstream: dict[str, Tensor]) -> None:
+    used = [results[name] for name in upstream]
+    torch.autograd.backward(used, [dy.to(y.dtype) for y, dy in zip(used, upstream.values(), strict=True)])
+
+
+def run(
+    function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> Outcome:  # fmt: skip
+    """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
+    own = leaves(inputs, dtype)
+    results = call(function, case, own)
+    if upstream:
+        backward(results, upstream)
+    gradients = {name: tensor.grad for name, tensor in own.items() if tensor is not None}
+    return Outcome({name: y.detach() for name, y in results.items()}, gradients)
+
+
+def assert_same_bits(actual: Outcome, expected: Outcome) -> None:
+    for kind in ("results", "gradients"):
+        for name, tensor in getattr(expected, kind).items():
+            other = getattr(actual, kind)[name]
+            assert (tensor is None) == (other is None), f"{kind}: {name}"
+            assert tensor is None or torch.equal(other, tensor), f"{kind}: {name}"
+
+
+def assert_equal_to_reference(
+    case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor], outcome: Outcome | None = None,
+    magnitude: float = 0.0,
+) -> None:  # fmt: skip
+    """Results and gradients of the operator, or those given, are the reference's by the rule of the oracle."""
+    ours = outcome or run(case.kernel, case, inputs, upstream)
+    theirs = run(case.reference, case, inputs, upstream)
+    exact = run(case.reference, case, inputs, upstream, torch.float64)
+    for name, oracle in exact.results.items():
+        assert_equal_to_oracle(name, ours.results[name], theirs.results[name], oracle, magnitude)
+    for name, oracle in exact.gradients.items():
+        gradient, same_dtype = ours.gradients[name], theirs.gradients[name]
+        if oracle is None:  # the results in use do not depend on this argument
+            assert gradient is None or not gradient.any(), f"gradient of {name}: not zero"
+        else:
+            assert gradient is not None, f"gradient of {name}: missing"
+            assert_equal_to_oracle(f"gradient of {name}", gradient, same_dtype, oracle, magnitude)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How dropout is tested: its mask is read off the operator itself and given to a reference that takes one."""
+
+    mask: Callable[[Case], Tensor]
+    candidates: Callable[[Case], Tensor]  # true where dropout decides
+    reference: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """All that the bench needs to know of an operator."""
+
+    name: str
+    batched: tuple[str, ...]  # arguments whose first dimension is cut into independent problems
+    cases: tuple[Case, ...]  # arithmetic: every dtype, forward and backward
+    small: tuple[Case, ...]  # for tests whose subject is not the arithmetic
+    drawn: st.SearchStrategy[Case]  # sizes for tests of strides and offsets
+    large: tuple[Case, ...]  # real sizes, for GPUs alone
+    far: tuple[Case, ...]  # more than 2**31 elements
+    configurations: dict[str, dict[str, Any]]  # other constants of the operator's module, each reaches other code
+    results: tuple[str, ...] = ("result",)
+    dropout: Dropout | None = None
+
+    @property
+    def uses(self) -> list[tuple[str, ...]]:
+        """The results that a caller may use: all, or one alone."""
+        alone = [(name,) for name in self.results]
+        return [self.results, *alone] if len(alone) > 1 else alone
+
+
+def layer_norm(*rows: int, width: int, weight: bool = True, bias: bool = True, in_float32=(), **options: Any) -> Case:
+    shapes = {"x": (*rows, width), "weight": (width,) if weight else None, "bias": (width,) if bias else None}
+    return Case("layer_norm", shapes, options, in_float32)
+
+
+def add_layer_norm(
+    *rows: int, width: int, weight: bool = True, bias: bool = True, in_float32=(), in_half=(), **options: Any
+) -> Case:
+    shapes = {
+        "x": (*rows, width),
+        "residual": (*rows, width),
+        "weight": (width,) if weight else None,
+        "bias": (width,) if bias else None,
+    }
+    return Case("add_layer_norm", shapes, options, in_float32, in_half)
 
 
 def gelu_ffn(*rows: int, width: int, hidden: int, biases: bool = True, **options: Any) -> Case:
@@ -68,37 +225,284 @@ def attention(batch: int, heads: int, queries: int, keys: int, head_size: int, *
     return Case("causal_attention", {"q": (batch, heads, queries, head_size), "k": key_shape, "v": key_shape}, options)
 
 
-CASES = [
-    layer_norm(1, width=1),
-    layer_norm(37, width=33),
-    layer_norm(3, 5, width=768, eps=1e-3),
-    layer_norm(130, width=64, bias=False),
-    layer_norm(2, width=4099),
-    # more rows than the programs of the backward take in one go, 32 each at this width
-    layer_norm(32 * runtime.program_count(DEVICE, per_processor=8) + 5, width=64),
-    layer_norm(0, width=16),
-    gelu_ffn(1, width=1, hidden=1),
-    gelu_ffn(37, width=33, hidden=65),
-    gelu_ffn(37, width=33, hidden=65, activation="gelu"),
-    gelu_ffn(2, 19, width=16, hidden=48, activation="relu"),
-    gelu_ffn(200, width=80, hidden=144, biases=False),
-    gelu_ffn(0, width=16, hidden=32),
-    attention(1, 1, 1, 1, 16),
-    attention(2, 3, 77, 77, 20),
-    attention(1, 2, 128, 128, 64),
-    attention(1, 2, 129, 129, 64, scale=0.3),
-    attention(1, 1, 1, 40, 32),
-    attention(2, 2, 33, 131, 8),
-    attention(1, 1, 70, 70, 128),
-    attention(1, 1, 40, 45, 256),
-    attention(1, 2, 9, 9, 1),
-    attention(0, 2, 8, 8, 16),
-    attention(1, 1, 0, 5, 16),
-]
+def _added_mask(case: Case) -> Tensor:
+    """Ones through the dropout, added to nothing."""
+    ones = torch.ones(case.shapes["x"], device=DEVICE)
+    options = {name: case.options[name] for name in ("dropout_p", "seed")}
+    return kernels.add_layer_norm(ones, torch.zeros_like(ones), None, None, **options)[1] != 0
 
-# one small case per operator, for tests whose subject is not the arithmetic
-SMALL = [
-    layer_norm(2, 7, width=33),
-    gelu_ffn(2, 7, width=33, hidden=65),
-    attention(2, 3, 17, 21, 20),
-]
+
+def _attention_mask(case: Case) -> Tensor:
+    """Equal scores, and values that are the identity matrix: the result is the dropped-out probabilities."""
+    batch, heads, queries, _ = case.shapes["q"]
+    keys = case.shapes["k"][2]
+    q, k = (torch.zeros(batch, heads, length, keys, device=DEVICE) for length in (queries, keys))
+    options = {name: case.options[name] for name in ("dropout_p", "seed")}
+    identity = torch.eye(keys, device=DEVICE).expand(batch, heads, keys, keys)
+    return kernels.causal_attention(q, k, identity, **options) != 0
+
+
+def _attention_candidates(case: Case) -> Tensor:
+    batch, heads, queries, _ = case.shapes["q"]
+    keys = case.shapes["k"][2]
+    return reference.causal_mask(queries, keys, DEVICE).expand(batch, heads, queries, keys)
+
+
+_rows = st.lists(st.integers(0, 9), max_size=3)
+_flag = st.booleans()
+_dropouts = st.sampled_from([{}, {}, {"dropout_p": 0.3, "seed": 5}])
+# short chunks, so that short rows are many of them
+_CHUNKED_NORM = {
+    "_WIDEST_FORWARD": 0,
+    "_WIDEST_BACKWARD": 0,
+    "_CHUNKED": {"BM": 1, "BN": 16, "num_warps": 4},
+    "_PARAMETERS": {"BM": 4, "BN": 16, "num_warps": 4},
+    "_CHUNKED_SUMS": 2,
+}
+_NORM_CONFIGURATIONS = {
+    "whole rows": {},
+    "chunks": _CHUNKED_NORM,
+    "chunks, forward alone": {"_WIDEST_FORWARD": 0},
+    "chunks, backward alone": {"_WIDEST_BACKWARD": 0},
+}
+# more rows than the programs of the backward take in one go, 32 each at this width
+_MANY_ROWS = 32 * runtime.program_count(DEVICE, per_processor=8) + 5
+
+_TABLE = (
+    Operator(
+        "layer_norm",
+        batched=("x",),
+        cases=(
+            layer_norm(1, width=1),
+            layer_norm(37, width=33),
+            layer_norm(11, width=97, weight=False),
+            layer_norm(3, 5, width=768, eps=1e-3),
+            layer_norm(130, width=64, bias=False),
+            layer_norm(5, width=48, weight=False, bias=False),
+            layer_norm(7, width=33, in_float32=("weight", "bias")),
+            layer_norm(width=19),
+            layer_norm(2, width=4099),
+            layer_norm(3, width=8209),
+            layer_norm(3, width=8209, weight=False),
+            layer_norm(35, width=8200, bias=False),
+            layer_norm(2, width=16411),
+            layer_norm(2, width=16384),
+            layer_norm(_MANY_ROWS, width=64),
+            layer_norm(0, width=16),
+            layer_norm(0, width=8200),
+            layer_norm(0, width=16400),
+        ),
+        small=(layer_norm(2, 7, width=33), layer_norm(2, 7, width=33, weight=False)),
+        drawn=st.builds(
+            lambda rows, width, weight, bias: layer_norm(*rows, width=width, weight=weight, bias=bias),
+            _rows, st.integers(1, 70), _flag, _flag,
+        ),
+        large=(
+            layer_norm(8, 1024, width=768),
+            layer_norm(8, 1024, width=1600, bias=False),
+            layer_norm(300, width=8192),
+            layer_norm(300, width=16384),
+            layer_norm(300, width=50257),
+        ),
+        far=(layer_norm(2**21 + 8, width=1024), layer_norm(2**16 + 8, width=2**15 + 8)),
+        configurations=_NORM_CONFIGURATIONS,
+    ),
+    Operator(
+        "add_layer_norm",
+        batched=("x", "residual"),
+        cases=(
+            add_layer_norm(1, width=1),
+            add_layer_norm(37, width=33),
+            add_layer_norm(11, width=97, weight=False),
+            add_layer_norm(3, 5, width=768, eps=1e-3),
+            add_layer_norm(3, 5, width=768, dropout_p=0.1, seed=3),
+            add_layer_norm(130, width=64, bias=False),
+            add_layer_norm(5, width=48, weight=False, bias=False),
+            add_layer_norm(37, width=33, dropout_p=0.3, seed=5),
+            add_layer_norm(37, width=33, dropout_p=0.9, seed=2**40 + 1, bias=False),
+            add_layer_norm(7, width=33, in_float32=("residual",)),
+            add_layer_norm(7, width=33, in_half=("residual",)),
+            add_layer_norm(7, width=33, in_float32=("residual", "weight", "bias"), dropout_p=0.3, seed=5),
+            add_layer_norm(7, width=33, in_half=("residual",), dropout_p=0.3, seed=5),
+            add_layer_norm(3, width=8209, in_float32=("residual",)),
+            add_layer_norm(width=19),
+            add_layer_norm(2, width=4099),
+            add_layer_norm(3, width=8209),
+            add_layer_norm(35, width=8200, weight=False, dropout_p=0.3, seed=5),
+            add_layer_norm(2, width=16411),
+            add_layer_norm(2, width=16411, bias=False, dropout_p=0.3, seed=5),
+            add_layer_norm(_MANY_ROWS, width=64),
+            add_layer_norm(0, width=16),
+            add_layer_norm(0, width=16, dropout_p=0.3, seed=5),
+            add_layer_norm(0, width=8200),
+        ),
+        small=(
+            add_layer_norm(2, 7, width=33),
+            add_layer_norm(2, 7, width=33, weight=False, in_float32=("residual",)),
+            add_layer_norm(2, 7, width=33, bias=False, dropout_p=0.3, seed=5),
+        ),
+        drawn=st.builds(
+            lambda rows, width, weight, bias, residual, options: add_layer_norm(
+                *rows, width=width, weight=weight, bias=bias, in_float32=residual, **options
+            ),
+            _rows, st.integers(1, 70), _flag, _flag, st.sampled_from([(), ("residual",)]), _dropouts,
+        ),
+        large=(
+            add_layer_norm(8, 1024, width=768),
+            add_layer_norm(8, 1024, width=768, dropout_p=0.1, seed=3),
+            add_layer_norm(8, 1024, width=1600, in_float32=("residual",)),
+            add_layer_norm(300, width=8192, dropout_p=0.1, seed=3),
+            add_layer_norm(300, width=16384),
+            add_layer_norm(300, width=50257, dropout_p=0.1, seed=3),
+        ),
+        far=(add_layer_norm(2**21 + 8, width=1024), add_layer_norm(2**16 + 8, width=2**15 + 8)),
+        configurations=_NORM_CONFIGURATIONS,
+        results=("y", "h"),
+        dropout=Dropout(
+            _added_mask,
+            candidates=lambda case: torch.ones(case.shapes["x"], dtype=torch.bool, device=DEVICE),
+            reference=lambda eps=1e-5, **arguments: reference.add_layer_norm_with_mask(eps=eps, **arguments),
+        ),
+    ),
+    Operator(
+        "gelu_ffn",
+        batched=("x",),
+        cases=(
+            gelu_ffn(1, width=1, hidden=1),
+            gelu_ffn(37, width=33, hidden=65),
+            gelu_ffn(37, width=33, hidden=65, activation="gelu"),
+            gelu_ffn(2, 19, width=16, hidden=48, activation="relu"),
+            gelu_ffn(11, width=97, hidden=101),
+            gelu_ffn(200, width=80, hidden=144, biases=False),
+            gelu_ffn(70, width=768, hidden=130),
+            gelu_ffn(width=19, hidden=7),
+            gelu_ffn(0, width=16, hidden=32),
+        ),
+        small=(gelu_ffn(2, 7, width=33, hidden=65), gelu_ffn(2, 7, width=33, hidden=65, biases=False)),
+        drawn=st.builds(
+            lambda rows, width, hidden, biases: gelu_ffn(*rows, width=width, hidden=hidden, biases=biases),
+            _rows, st.integers(1, 70), st.integers(1, 70), _flag,
+        ),
+        large=(
+            gelu_ffn(8, 512, width=768, hidden=3072),
+            gelu_ffn(8, 512, width=768, hidden=3072, activation="gelu"),
+            gelu_ffn(1000, width=1600, hidden=6400, biases=False),
+            gelu_ffn(1000, width=397, hidden=1001, activation="relu"),
+        ),
+        far=(gelu_ffn(2**21 + 8, width=1024, hidden=64), gelu_ffn(2**21 + 8, width=64, hidden=1024)),
+        configurations={
+            "blocks as they are": {},
+            "small blocks, one group": {
+                "_launch_options": lambda dtype: {
+                    "BM": 16, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 1, "GROUP": 1,
+                    "PRECISION": runtime.dot_precision(dtype),
+                }
+            },
+            "wide blocks": {
+                "_launch_options": lambda dtype: {
+                    "BM": 32, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2, "GROUP": 3,
+                    "PRECISION": runtime.dot_precision(dtype),
+                }
+            },
+        },
+    ),
+    Operator(
+        "causal_attention",
+        batched=("q", "k", "v"),
+        cases=(
+            attention(1, 1, 1, 1, 16),
+            attention(2, 3, 77, 77, 20),
+            attention(1, 2, 128, 128, 64),
+            attention(1, 2, 129, 129, 64, scale=0.3),
+            attention(1, 1, 1, 40, 32),
+            attention(2, 2, 33, 131, 8),
+            attention(1, 1, 70, 70, 128),
+            attention(1, 1, 40, 45, 256),
+            attention(1, 2, 9, 9, 1),
+            attention(1, 2, 97, 97, 31),
+            attention(2, 2, 80, 80, 16, dropout_p=0.3, seed=5),
+            attention(1, 2, 33, 61, 20, dropout_p=0.5, seed=2**40 + 1, scale=0.3),
+            attention(0, 2, 8, 8, 16),
+            attention(1, 1, 0, 5, 16),
+        ),
+        small=(attention(2, 3, 17, 21, 20), attention(2, 1, 17, 17, 20, dropout_p=0.3, seed=5)),
+        drawn=st.builds(
+            lambda batch, heads, queries, more, head_size, options: attention(
+                batch, heads, queries, queries + more, head_size, **options
+            ),
+            st.integers(0, 2), st.integers(1, 2), st.integers(0, 40), st.integers(1, 30), st.integers(1, 40), _dropouts,
+        ),
+        large=(
+            attention(2, 4, 1024, 1024, 64),
+            attention(2, 4, 1000, 1024, 96),
+            attention(2, 4, 512, 777, 128),
+            attention(1, 2, 700, 700, 256),
+            attention(2, 4, 256, 256, 64, dropout_p=0.1, seed=3),
+        ),
+        far=(attention(1032, 32, 1024, 1024, 64),),
+        configurations={
+            "blocks as they are": {},
+            "square blocks": {
+                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((16, 16, 4, 1),) * 3)
+                for name in ("_BLOCKS_HALF", "_BLOCKS_FLOAT32")
+            },
+            "more queries than keys": {
+                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((32, 16, 4, 1),) * 3)
+                for name in ("_BLOCKS_HALF", "_BLOCKS_FLOAT32")
+            },
+            "more keys than queries": {
+                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((16, 32, 4, 1),) * 3)
+                for name in ("_BLOCKS_HALF", "_BLOCKS_FLOAT32")
+            },
+        },
+        dropout=Dropout(
+            _attention_mask,
+            candidates=_attention_candidates,
+            reference=lambda scale=None, **arguments: reference.attention_with_mask(scale=scale, **arguments),
+        ),
+    ),
+)  # fmt: skip
+
+OPERATORS = {operator.name: operator for operator in _TABLE}
+CASES = [case for operator in _TABLE for case in operator.cases]
+SMALL = [case for operator in _TABLE for case in operator.small]
+DROPOUT = [case for case in SMALL if case.has_dropout]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie: the order of dimensions in memory, gaps, repetitions and an offset."""
+
+    order: tuple[int, ...]
+    steps: tuple[int, ...]
+    repeated: tuple[bool, ...]
+    offset: int
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The tensor at other strides; where a dimension is repeated, its first element everywhere."""
+        for dim, repeated in enumerate(self.repeated):
+            if repeated:
+                tensor = tensor[(slice(None),) * dim + (slice(0, 1),)].expand_as(tensor)
+        spaced = [tensor.shape[dim] * self.steps[dim] for dim in self.order]
+        # what lies in the gaps must not be read
+        memory = torch.full((self.offset + math.prod(spaced),), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = memory[self.offset :].view(spaced)[tuple(slice(None, None, self.steps[dim]) for dim in self.order)]
+        view = view.permute([self.order.index(dim) for dim in range(len(self.order))])
+        view.copy_(tensor)
+        for dim, repeated in enumerate(self.repeated):
+            if repeated:
+                view = view[(slice(None),) * dim + (slice(0, 1),)].expand(tensor.shape)
+        return view
+
+
+def layouts(dims: int) -> st.SearchStrategy[Layout]:
+    def each(values: st.SearchStrategy) -> st.SearchStrategy[tuple]:
+        return st.tuples(*[values] * dims)
+
+    return st.builds(
+        Layout,
+        st.permutations(range(dims)).map(tuple),
+        each(st.sampled_from([1, 1, 2, 3])),
+        each(st.sampled_from([False, False, False, True])),
+        st.sampled_from([0, 1]),
+    )

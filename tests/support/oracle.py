@@ -13,7 +13,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ULPS = 4
 
 
-def assert_equal_to_oracle(name: str, actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
+def assert_equal_to_oracle(
+    name: str, actual: Tensor, same_dtype: Tensor, oracle: Tensor, magnitude: float = 0.0
+) -> None:
     """Fail unless |actual - oracle| <= 2 |same_dtype - oracle| + a few ulps, by the largest element.
 
     Args:
@@ -21,6 +23,7 @@ def assert_equal_to_oracle(name: str, actual: Tensor, same_dtype: Tensor, oracle
         actual: from the kernel.
         same_dtype: from the reference on the same inputs, in the dtype of `actual`.
         oracle: from the reference on the same inputs in float64.
+        magnitude: of terms that cancel in the result; the ulps are of the largest result, and of no less than this.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     assert actual.dtype == same_dtype.dtype, f"{name}: dtype {actual.dtype}, expected {same_dtype.dtype}"
@@ -29,6 +32,6 @@ def assert_equal_to_oracle(name: str, actual: Tensor, same_dtype: Tensor, oracle
     assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} elements are not finite"
     error = (actual.double() - oracle).abs().max().item()
     reference_error = (same_dtype.double() - oracle).abs().max().item()
-    slack = ULPS * torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    slack = ULPS * torch.finfo(actual.dtype).eps * max(oracle.abs().max().item(), magnitude)
     limit = 2 * reference_error + slack
     assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e} (the reference's is {reference_error:.3e})"
