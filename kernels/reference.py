@@ -38,7 +38,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     one_dtype = all(parameter.dtype == x.dtype for parameter in parameters)
-    if one_dtype or runtime.autocast_dtype(x.device) is not None:  # autocast has a rule of its own
+    # autocast has a rule of its own, except on a CPU, which takes no half-precision parameters beside float32
+    if one_dtype or (x.device.type != "cpu" and runtime.autocast_dtype(x.device) is not None):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)

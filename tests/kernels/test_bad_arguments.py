@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels import reference
+from operators import OPERATORS
 from oracle import DEVICE
 
 
@@ -24,6 +25,36 @@ LAYER_NORM = [
     (([[1.0]], t(1), None), TypeError, "x must be a tensor, got list"),
     ((t(3, 4), [1.0], None), TypeError, "weight must be a tensor, got list"),
     ((t(3, 4), t(4).to("meta"), None), ValueError, "weight is on meta and x on"),
+]
+ADD_LAYER_NORM = [
+    ((t(), t(), t(1), None), ValueError, r"x must be \[\.\.\., C\] with C >= 1, got shape \(\)"),
+    ((t(3, 0), t(3, 0), t(0), None), ValueError, r"x must be .* got shape \(3, 0\)"),
+    ((t(3, 4), t(4), t(4), None), ValueError, r"residual must have the shape of x, \(3, 4\), got \(4,\)"),
+    ((t(3, 4), t(3, 5), t(4), None), ValueError, r"residual must have the shape of x, \(3, 4\), got \(3, 5\)"),
+    ((t(3, 4), t(3, 4), t(5), None), ValueError, r"weight must be \[C\] = \[4\] .* got shape \(5,\)"),
+    ((t(3, 4), t(3, 4), None, t(1, 4)), ValueError, r"bias must be \[C\] = \[4\] .* got shape \(1, 4\)"),
+    ((t(3, 4), t(3, 4), t(4), None, -1.0), ValueError, "eps must be at least 0, got -1.0"),
+    ((t(3, 4), t(3, 4), t(4), None, float("nan")), ValueError, "eps must be at least 0, got nan"),
+    ((t(3, 4, dtype=torch.int64), t(3, 4), t(4), None), TypeError, "x must have a floating dtype, got torch.int64"),
+    (
+        (t(3, 4), t(3, 4, dtype=torch.bool), t(4), None),
+        TypeError,
+        "residual must have a floating dtype, got torch.bool",
+    ),
+    (([[1.0]], t(1, 1), t(1), None), TypeError, "x must be a tensor, got list"),
+    ((t(3, 4), None, t(4), None), TypeError, "residual must be a tensor, got NoneType"),
+    ((t(3, 4), t(3, 4), [1.0], None), TypeError, "weight must be a tensor, got list"),
+    ((t(3, 4), t(3, 4).to("meta"), t(4), None), ValueError, "residual is on meta and x on"),
+    ((t(3, 4), t(3, 4), t(4), t(4).to("meta")), ValueError, "bias is on meta and x on"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, -0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, "x"), TypeError, "seed must be an int.* got str"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, 1.5), TypeError, "seed must be an int.* got float"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, t(2)), ValueError, "must hold one int64, got 2 elements"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, t(1)), ValueError, "one int64, got 1 elements of torch.float32"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, -(2**63) - 1), ValueError, "seed must fit in 64 bits, got -92"),
+    ((t(3, 4), t(3, 4), None, None, 1e-5, 0.1, t(1).to("meta")), ValueError, "seed is on meta and x on"),
 ]
 GELU_FFN = [
     ((t(2, 0), t(4, 0), None, t(0, 4), None), ValueError, r"x must be \[\.\.\., C\] with C >= 1"),
@@ -57,11 +88,13 @@ ATTENTION = [
         "one dtype, got q torch.float32, k torch.float32, v torch.float16",
     ),
 ]
-CASES = [
-    (operator, *row)
-    for operator, rows in (("layer_norm", LAYER_NORM), ("gelu_ffn", GELU_FFN), ("causal_attention", ATTENTION))
-    for row in rows
-]
+ROWS = {
+    "layer_norm": LAYER_NORM,
+    "add_layer_norm": ADD_LAYER_NORM,
+    "gelu_ffn": GELU_FFN,
+    "causal_attention": ATTENTION,
+}
+CASES = [(operator, *row) for operator, rows in ROWS.items() for row in rows]
 
 
 @pytest.mark.parametrize("namespace", [kernels, reference], ids=["kernels", "reference"])
@@ -74,6 +107,10 @@ def test_refused_with_the_name_of_the_argument(namespace, operator, arguments, e
 def test_the_kernels_say_what_they_cannot_hold():
     with pytest.raises(ValueError, match="head size D must be at most 256, got 257"):
         kernels.causal_attention(*(t(1, 1, 2, 257) for _ in range(3)))
+
+
+def test_every_operator_refuses_something():
+    assert set(ROWS) == set(OPERATORS)
 
 
 def test_unknown_operator():

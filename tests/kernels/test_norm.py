@@ -1,4 +1,4 @@
-"""What only layer norm promises."""
+"""What only the norms promise."""
 
 import torch
 
@@ -32,3 +32,48 @@ def test_the_gradient_of_a_float32_bias_is_not_rounded_to_the_dtype_of_the_weigh
     dy = torch.randn_like(y)
     y.backward(dy)
     torch.testing.assert_close(bias.grad, dy.float().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def added(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(5, 33, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+
+
+def test_x_and_the_residual_do_not_share_a_gradient():
+    """Without dropout both are the same numbers; what is done to one afterwards must not reach the other."""
+    x, residual = added()
+    y, h = kernels.add_layer_norm(x, residual, None, None)
+    (y.square() + h).sum().backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+
+
+def test_a_tensor_may_be_added_to_itself():
+    x, _ = added()
+    y, h = kernels.add_layer_norm(x, x, None, None)
+    assert torch.equal(h, 2 * x)
+    dy, dh = torch.randn_like(y), torch.randn_like(h)
+    (gradient,) = torch.autograd.grad((y, h), x, (dy, dh))
+    expected = reference.add_layer_norm(x, x, None, None)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, x, (dy, dh)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sum_is_rounded_once_and_the_norm_is_of_the_rounded_sum():
+    """So that a block recomputed from h is the block that ran."""
+    x, residual = added(torch.bfloat16)
+    y, h = kernels.add_layer_norm(x, residual, None, None)
+    assert torch.equal(y, kernels.layer_norm(h, None, None))
+
+
+def test_blocks_may_be_chained():
+    """h of one call is the residual of the next: gradients of both its readers meet in one pass."""
+    inputs = [torch.randn(5, 33, device=DEVICE) for _ in range(3)]
+    dy, dh = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, device=DEVICE)
+
+    def chain(namespace):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, h = namespace.add_layer_norm(leaves[0], leaves[1], None, None)
+        y, h = namespace.add_layer_norm(y + leaves[2], h, None, None)
+        return torch.autograd.grad((y, h), leaves, (dy, dh))
+
+    for ours, theirs in zip(chain(kernels), chain(reference), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

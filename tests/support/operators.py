@@ -84,6 +84,10 @@ class Case:
         drawn = {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in self.row.results}
         return {name: gradient for name, gradient in drawn.items() if used is None or name in used}
 
+    def largest_intermediate(self) -> int:
+        """Elements of the largest tensor that is neither argument nor result: the hidden layer of a feed-forward."""
+        return math.prod(self.shapes["x"][:-1]) * self.shapes["w_up"][0] if "w_up" in self.shapes else 0
+
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
