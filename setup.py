@@ -30,7 +30,7 @@ setup(
         "tyro",
     ],
     extras_require={
-        "dev": ["mypy", "ruff", *BENCH],
+        "dev": ["hypothesis", "mypy", "ruff", *BENCH],
         "bench": BENCH,
     },
     entry_points={"console_scripts": ["gptfast = gptfast.cli:main"]},
