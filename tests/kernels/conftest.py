@@ -1,13 +1,14 @@
 """Poison: memory that a kernel is given and does not write holds NaN, and shows."""
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
-
-@pytest.fixture(autouse=True, scope="session")
-def nothing_is_written_to_the_working_tree(tmp_path_factory):
-    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))  # it caches there even without a database
+# it caches files there even without a database of examples
+_HYPOTHESIS_HOME = tempfile.TemporaryDirectory()
+set_hypothesis_home_dir(_HYPOTHESIS_HOME.name)
 
 
 @pytest.fixture(autouse=True)
