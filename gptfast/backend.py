@@ -16,7 +16,7 @@ Request = str | Mapping[str, str]
 
 # the operators behind each choice, by their names in `kernels` and `kernels.reference`
 OPERATORS = {
-    "layer_norm": ("layer_norm",),
+    "layer_norm": ("layer_norm", "add_layer_norm"),
     "ffn": ("gelu_ffn",),
     "attention": ("causal_attention",),
     "loss": (),
@@ -35,6 +35,7 @@ class Backend(Mapping[str, Choice]):
     """
 
     layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     gelu_ffn: Callable[..., Tensor]
     causal_attention: Callable[..., Tensor]
 
