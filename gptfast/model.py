@@ -161,7 +161,7 @@ class GPT(nn.Module):
     def set_backend(self, backend: Request) -> None:
         """Choose the implementation of the operators anew; weights are untouched. Arguments and errors as `GPT`."""
         asked = parse(backend)
-        self._install(resolve(asked, *self._placement(), self.config.head_size))
+        self._install(resolve(asked, *self._placement(), self.config.n_embd, self.config.head_size))
         self._asked = asked
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
@@ -177,7 +177,7 @@ class GPT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         """What `to`, `cuda`, `half` and the like go through: "auto" is decided anew for the new device and dtype."""
         super()._apply(fn, recurse)
-        self._install(resolve(self._asked, *self._placement(), self.config.head_size))
+        self._install(resolve(self._asked, *self._placement(), self.config.n_embd, self.config.head_size))
         return self
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

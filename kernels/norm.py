@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kernels import checks, reference, runtime, tile
 
-MAX_WIDTH = 65_536
-
 
 @triton.jit
 def _layer_norm_forward_kernel(
@@ -170,8 +168,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     if not tile.launchable(x.device):
         return reference.layer_norm(x, weight, bias, eps)
     runtime.require_dtype("layer_norm", x)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"layer_norm: the width of x must be at most {MAX_WIDTH}, got {x.shape[-1]}")
+    if x.shape[-1] > runtime.MAX_NORM_WIDTH:
+        raise ValueError(f"layer_norm: the width of x must be at most {runtime.MAX_NORM_WIDTH}, got {x.shape[-1]}")
     if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
         x = x.float()
     y, _, _ = _forward(x, weight, bias, float(eps))

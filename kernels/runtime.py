@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_SIZE = 256  # of attention, a tile holds whole heads
+MAX_NORM_WIDTH = 65_536  # of layer norm, a program holds whole rows
 # the oldest NVIDIA GPUs whose shared memory holds the kernels' blocks, and the first with bfloat16 and TF32
 LOWEST_CAPABILITY = (8, 0)
 

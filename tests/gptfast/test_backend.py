@@ -45,12 +45,14 @@ def test_auto_is_eager_for_a_dtype_or_head_size_without_kernels():
 def test_auto_on_a_gpu_is_triton_where_there_is_a_kernel():
     """Decided without a GPU: only the device's kind matters."""
 
-    def choices(dtype: torch.dtype, head_size: int) -> dict[str, str]:
-        return dict(resolve(parse("auto"), torch.device("cuda"), dtype, head_size))
+    def choices(dtype: torch.dtype, width: int, head_size: int) -> dict[str, str]:
+        return dict(resolve(parse("auto"), torch.device("cuda"), dtype, width, head_size))
 
-    assert choices(torch.bfloat16, 64) == ALL_TRITON
-    assert choices(torch.bfloat16, 260) == ALL_TRITON | {"attention": "eager"}
-    assert set(choices(torch.float64, 64).values()) == {"eager"}
+    assert choices(torch.bfloat16, 768, 64) == ALL_TRITON
+    assert choices(torch.bfloat16, 520, 260) == ALL_TRITON | {"attention": "eager"}
+    assert choices(torch.bfloat16, 65_536, 256) == ALL_TRITON
+    assert choices(torch.bfloat16, 65_792, 256) == ALL_TRITON | {"layer_norm": "eager"}
+    assert set(choices(torch.float64, 768, 64).values()) == {"eager"}
 
 
 def test_auto_is_eager_on_a_gpu_that_kernels_cannot_be_compiled_for(monkeypatch):
@@ -58,11 +60,11 @@ def test_auto_is_eager_on_a_gpu_that_kernels_cannot_be_compiled_for(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     gpu = torch.device("cuda", 0)
-    assert set(resolve(parse("auto"), gpu, torch.float32, 64).values()) == {"eager"}
+    assert set(resolve(parse("auto"), gpu, torch.float32, 768, 64).values()) == {"eager"}
     with pytest.raises(
         ValueError, match=r"cannot run layer_norm: the GPU has compute capability 7.5, .*; use backend="
     ):
-        resolve(parse("triton"), gpu, torch.float32, 64)
+        resolve(parse("triton"), gpu, torch.float32, 768, 64)
 
 
 def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
@@ -70,7 +72,7 @@ def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
     seen = []
     monkeypatch.setattr("gptfast.model.resolve", lambda *arguments: seen.append(arguments) or resolve(*arguments))
     model.to("meta", torch.float64)
-    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 4)
+    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 8, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -123,6 +125,20 @@ def test_a_head_size_that_attention_cannot_hold():
     config = GPTConfig(**TINY | {"n_embd": 520, "n_head": 2})
     with pytest.raises(ValueError, match="cannot run attention: the head size is 260, at most 256 is accepted; use"):
         GPT(config, backend="triton")
+
+
+def test_a_width_that_layer_norm_cannot_hold():
+    with pytest.raises(ValueError, match="cannot run layer_norm: the width is 65792, at most 65536 is accepted; use"):
+        resolve(parse("triton"), torch.device("meta"), torch.float32, 65_792, 256)
+
+
+def test_a_dtype_without_kernels():
+    model = GPT(GPTConfig(**TINY), backend="eager").double()
+    message = "cannot run layer_norm: the dtype is torch.float64, float32, float16 or bfloat16 is accepted; use"
+    with pytest.raises(ValueError, match=message):
+        model.set_backend("triton")
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**TINY), backend="triton").double()
 
 
 def python(code: str, **environment: str) -> str:
