@@ -47,12 +47,13 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, replacing an older one."""
-        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
+        self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Add a line to the log."""
+        line = json.dumps(entry, allow_nan=False) + "\n"
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(line)
 
     def save_weights(self, model: GPT) -> None:
         """Write the weights, replacing older ones. Tied ones are stored once, by the name of the embedding."""

@@ -21,6 +21,8 @@ from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.run import RunFolder
 
+_DIVERGED = "lower --learning-rate or --grad-clip"
+
 
 @dataclass
 class TrainConfig:
@@ -73,8 +75,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -108,7 +110,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
 
     Raises:
         ValueError: a setting or the data is wrong.
-        RuntimeError: the loss is no longer a number.
+        RuntimeError: a loss is no longer a finite number.
     """
     device = devices.resolve(config.device)
     dtype = devices.resolve_dtype(config.dtype, device)
@@ -220,7 +222,7 @@ class _Training:
 
     def _report(self, step: int, loss: float, speed: float, bar: tqdm) -> None:
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}; lower --learning-rate or --grad-clip")
+            raise RuntimeError(f"the loss is {loss} at step {step}; {_DIVERGED}")
         mfu = self._mfu(speed)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
         rate = learning_rate(self.config, step - 1)
@@ -231,6 +233,9 @@ class _Training:
     def _evaluate(self, step: int, bar: tqdm) -> None:
         """Losses of both splits; the weights are saved when validation's is the lowest yet."""
         losses = {"val_loss": self._mean_loss(self.val_split), "train_loss": self._mean_loss(self.train_split)}
+        for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
+            if not math.isfinite(value):
+                raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
         self.folder.append_log({"step": step, **losses})
         bar.write(f"step {step}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}")
         if losses["val_loss"] < self.best["val_loss"]:

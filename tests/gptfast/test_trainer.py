@@ -100,6 +100,19 @@ def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
         trainer.train(config)
 
 
+@pytest.mark.parametrize(
+    ("losses", "message"), [((math.inf, 1.0), "validation loss is inf"), ((1.0, math.nan), "train loss is nan")]
+)
+def test_an_evaluation_that_is_no_number_ends_the_run(config, tmp_path, monkeypatch, losses, message):
+    """The step's own loss may still be a number: it is of another batch."""
+    values = iter((2.0, 2.0, *losses))
+    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: next(values))
+    with pytest.raises(RuntimeError, match=f"the {message} after step 16; lower --learning-rate"):
+        trainer.train(config)
+    assert [entry["step"] for entry in log(tmp_path / "run") if "val_loss" in entry] == [8]
+    assert not (tmp_path / "run/summary.json").exists()
+
+
 def test_learning_rate_rises_and_falls():
     config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
     rates = [trainer.learning_rate(config, step) for step in range(110)]
@@ -186,7 +199,9 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
+        ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
+        ({"seed": -1}, "seed must be at least 0 and finite, got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
     ],
