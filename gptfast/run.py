@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gptfast.model import GPT
 
 
 class RunFolder:
-    """Writes a new run folder.
+    """Writes a new run folder. As a context manager it removes a folder that failed before anything was logged.
 
     Args:
         path: of the folder, which must not exist yet or be empty.
@@ -44,6 +45,13 @@ class RunFolder:
         if taken:
             raise ValueError(f"the run folder {path} is not empty; give a new one with --out")
         self.path = path
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and not (self.path / "log.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, replacing an older one."""

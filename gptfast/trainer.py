@@ -74,7 +74,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_interval", "eval_batches", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+        # far beyond any memory, and what NumPy says of sizes beyond its index names no setting
+        if self.batch_size >= 2**31:
+            raise ValueError(f"batch_size must be below 2**31, got {self.batch_size}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -96,8 +101,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     """Train as configured and write a run folder (see `gptfast.run`).
 
-    Everything that can be wrong with the settings or the data is found before the folder is made. An interrupt (Ctrl-C)
-    ends training early and still evaluates and writes the outcome.
+    Everything that can be wrong with the settings or the data is found before the folder is made, and a run that fails
+    in its first step (out of memory, mostly) leaves none. An interrupt (Ctrl-C) ends training early and still evaluates
+    and writes the outcome.
 
     Args:
         config: the settings; the vocabulary size comes from the tokenizer.
@@ -121,17 +127,17 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     train_split, val_split = data.split(_compact(tokens.encode(text)), config.model.block_size, config.held_out)
     torch.manual_seed(config.seed)
     model = GPT(config.model, asked).to(device)
-    run = RunFolder(Path(config.out) if config.out else _unused_folder(name))
-    run.write_json("config.json", dataclasses.asdict(config))
-    run.write_json("tokenizer.json", tokens.to_json())
-    print(
-        f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
-        f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
-        f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
-        flush=True,
-    )
-    summary = _Training(config, model, device, dtype, train_split, val_split, run).run()
-    run.write_json("summary.json", summary)
+    with RunFolder(Path(config.out) if config.out else _unused_folder(name)) as run:
+        run.write_json("config.json", dataclasses.asdict(config))
+        run.write_json("tokenizer.json", tokens.to_json())
+        print(
+            f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
+            f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
+            f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
+            flush=True,
+        )
+        summary = _Training(config, model, device, dtype, train_split, val_split, run).run()
+        run.write_json("summary.json", summary)
     return summary | {"run": str(run.path)}
 
 

@@ -94,6 +94,20 @@ def test_an_interrupted_run_is_evaluated_and_saved(config, tmp_path, monkeypatch
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_run_that_fails_later_keeps_what_it_has(config, tmp_path, monkeypatch):
+    step = trainer._Training._step
+
+    def failing_step(self, number):
+        if number == 1:
+            raise MemoryError
+        return step(self, number)
+
+    monkeypatch.setattr(trainer._Training, "_step", failing_step)
+    with pytest.raises(MemoryError):
+        trainer.train(config)
+    assert [entry["step"] for entry in log(tmp_path / "run")] == [1]
+
+
 def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
     monkeypatch.setattr(trainer._Training, "_step", lambda self, number: torch.tensor(float("nan")))
     with pytest.raises(RuntimeError, match="the loss is nan at step 1; lower --learning-rate"):
@@ -201,7 +215,7 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
         ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
-        ({"seed": -1}, "seed must be at least 0 and finite, got -1"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
     ],
