@@ -50,13 +50,20 @@ class GenerateConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what a user can get wrong ends in one line and exit status 2."""
+    """Run the command line; what can go wrong ends in one line, with exit status 2 where the arguments are to blame."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(arguments)
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
     except ValueError as error:
         _exit(2, str(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        # PyTorch has an error of its own for the memory of GPUs alone
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message
+        _exit(1, f"out of memory, a smaller model or batch may fit: {message}" if full else message)
+    except OSError as error:
         _exit(1, str(error))
 
 
@@ -129,5 +136,5 @@ def _parse(settings: type[Settings], options: list[str], program: str, default: 
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    print(f"gptfast: {message}", file=sys.stderr)
+    print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(status)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gptfast.model import GPT
 
 
 class RunFolder:
-    """Writes a new run folder.
+    """Writes a new run folder. As a context manager it removes a folder that failed before anything was logged.
 
     Args:
         path: of the folder, which must not exist yet or be empty.
@@ -45,14 +46,22 @@ class RunFolder:
             raise ValueError(f"the run folder {path} is not empty; give a new one with --out")
         self.path = path
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and not (self.path / "log.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, replacing an older one."""
-        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
+        self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Add a line to the log."""
+        line = json.dumps(entry, allow_nan=False) + "\n"
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(line)
 
     def save_weights(self, model: GPT) -> None:
         """Write the weights, replacing older ones. Tied ones are stored once, by the name of the embedding."""

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 
-MAX_HEAD_SIZE = 256
 _LOG2_E = 1.4426950408889634
 
 
@@ -450,8 +449,8 @@ def causal_attention(
     if not tile.launchable(q.device):
         return reference.causal_attention(q, k, v, scale, dropout_p, seed)
     runtime.require_dtype("causal_attention", q)
-    if q.shape[3] > MAX_HEAD_SIZE:
-        raise ValueError(f"causal_attention: the head size D must be at most {MAX_HEAD_SIZE}, got {q.shape[3]}")
+    if q.shape[3] > runtime.MAX_HEAD_SIZE:
+        raise ValueError(f"causal_attention: the head size D must be at most {runtime.MAX_HEAD_SIZE}, got {q.shape[3]}")
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -62,6 +62,16 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, call):
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}
 
 
+def test_what_is_written_is_json(tmp_path):
+    """Python's own extension, Infinity and NaN, is not read by other programs."""
+    folder = run.RunFolder(tmp_path / "run")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.write_json("summary.json", {"val_loss": float("inf")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.append_log({"loss": float("nan")})
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def damage(path: Path, content: bytes | None) -> None:
     path.unlink() if content is None else path.write_bytes(content)
 
