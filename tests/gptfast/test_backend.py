@@ -70,7 +70,7 @@ def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
     seen = []
     monkeypatch.setattr("gptfast.model.resolve", lambda *arguments: seen.append(arguments) or resolve(*arguments))
     model.to("meta", torch.float64)
-    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 8, 4)
+    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
