@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import attention, ffn, norm
+from kernels import attention, ffn, norm, tile
 from kernels.checks import ACTIVATIONS
 
 # bytes that one program may use: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
@@ -58,7 +58,11 @@ class Compiled:
 
 
 def record(case: str, function: Callable[..., object], *arguments: object) -> list[Launch]:
-    """Call an operator's host function with kernel launches recorded and not executed."""
+    """Call an operator's host function with kernel launches recorded and not executed.
+
+    Raises:
+        RuntimeError: nothing was launched, or kernels are interpreted, which cannot be recorded.
+    """
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -68,6 +72,8 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
 
     with patch.object(JITFunction, "run", run):
         function(*arguments)
+    if not launches:
+        raise RuntimeError(f"{case}: no launch of a kernel was recorded")
     return launches
 
 
@@ -143,9 +149,12 @@ def _assembler_report(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has."""
+    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has, 2 for misuse."""
+    if tile.INTERPRETED.value:
+        print("kernels.codegen: interpreted kernels are not compiled; unset TRITON_INTERPRET", file=sys.stderr)
+        sys.exit(2)
     print(f"triton {triton.__version__}")
-    print(f"{'case':34} {'kernel':32} {'dtype':9} sm  regs spill  shared tensor-core")
+    print(f"{'case':34} {'kernel':32} {'dtype':9}  sm regs spill  shared tensor-core")
     failed = False
     for dtype in (torch.bfloat16, torch.float32):
         for launch in operator_launches(dtype):
@@ -153,7 +162,7 @@ def main() -> None:
                 got = compile_for(launch, capability)
                 failed |= got.spilled_bytes > 0 or got.shared_bytes > limit
                 print(
-                    f"{launch.case:34} {launch.kernel.__name__:32} {str(dtype)[6:]:9} {capability} "
+                    f"{launch.case:34} {launch.kernel.__name__:32} {str(dtype)[6:]:9} {capability:3} "
                     f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:7} {got.tensor_core_instructions:11}",
                     flush=True,
                 )
