@@ -27,7 +27,7 @@ from kernels import attention, ffn, norm, tile
 from kernels.checks import ACTIVATIONS
 
 # bytes that one program may use: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
+SHARED_MEMORY_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
 
 _TYPE_OF_DTYPE = {
     torch.float32: "*fp32",
