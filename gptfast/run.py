@@ -95,6 +95,11 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
         config = GPTConfig(**settings.get("model", {}))
     except TypeError as error:
         raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "
+            f"the model {config.vocab_size}"
+        )
     model = GPT(config, backend="eager")
     weights = read_tensors(path / "model.safetensors")
     if config.tie_weights and "transformer.wte.weight" in weights:
