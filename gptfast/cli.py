@@ -95,19 +95,22 @@ def _train(arguments: list[str]) -> None:
 
 
 def _option(options: list[str], flag: str, default: str) -> str:
-    """The value of an option that has to be known before the others are parsed."""
+    """The value of an option that has to be known before the others are parsed: the last one, as tyro takes it."""
+    value = default
     for option, following in zip(options, [*options[1:], default], strict=False):
         if option == flag:
-            return following
-        if option.startswith(flag + "="):
-            return option.partition("=")[2]
-    return default
+            value = following
+        elif option.startswith(flag + "="):
+            value = option.partition("=")[2]
+    return value
 
 
 def _generate(arguments: list[str]) -> None:
     config = _parse(GenerateConfig, arguments, "gptfast generate")
     if config.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {config.num_samples}")
+    if not 0 <= config.seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {config.seed}")
     if not config.prompt:
         raise ValueError("the prompt is empty; give at least one character")
     device = devices.resolve(config.device)
@@ -131,8 +134,10 @@ def _parse(settings: type[Settings], options: list[str], program: str, default: 
             raise
         # title, message and hints are separated by rules: of dashes, or box-drawing characters with the title inside
         parts = re.split(r"^(?:╭.*|[\s│]*[-─]{5,}[\s│]*)$", printed.getvalue(), flags=re.MULTILINE)
-        message = " ".join(parts[1].replace("│", " ").split())
-        raise ValueError(re.sub(r"^Error parsing \w+: ", "", message)) from None
+        message = " ".join((parts[1] if len(parts) > 1 else parts[0]).replace("│", " ").split())
+        raise ValueError(
+            re.sub(r"^Error parsing \w+: ", "", message) or f"unknown options; see {program} --help"
+        ) from None
 
 
 def _exit(status: int, message: str) -> NoReturn:

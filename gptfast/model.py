@@ -70,7 +70,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside."""
+    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside.
+
+    `c_fc` and `c_proj` hold the weights alone: both products are one operator's, with either backend, so that forward
+    hooks on these two modules never run. Hooks on the MLP itself do.
+    """
 
     backend: Backend
 

@@ -23,6 +23,7 @@ import torch
 from gptfast import tokenizer as tokenizers
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
+from gptfast.files import read_json, read_tensors
 from gptfast.model import GPT
 
 
@@ -88,17 +89,19 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
-    tokenizer = tokenizers.from_json(_read_json(path / "tokenizer.json"))
-    settings = _read_json(path / "config.json")
+    tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
+    settings = read_json(path / "config.json")
     try:
         config = GPTConfig(**settings.get("model", {}))
     except TypeError as error:
         raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "
+            f"the model {config.vocab_size}"
+        )
     model = GPT(config, backend="eager")
-    try:
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from error
+    weights = read_tensors(path / "model.safetensors")
     if config.tie_weights and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     try:
@@ -107,16 +110,6 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
         raise ValueError(f"{path / 'model.safetensors'} does not fit config.json: {_one_line(error)}") from error
     model.to(device).set_backend(backend)
     return model, tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: a JSON object is needed")
-    return content
 
 
 def _one_line(error: Exception) -> str:

@@ -53,6 +53,8 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
 
     with patch.object(JITFunction, "run", run):
         function(*arguments)
+    if not launches:
+        raise RuntimeError(f"{case}: no launch of a kernel was recorded")
     return launches
 
 
@@ -133,14 +135,15 @@ def _json(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
 
 
 def main() -> None:
-    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has."""
+    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has, 2 for misuse."""
     names = [target.name for target in TARGETS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=names, help="this GPU architecture alone")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel instead of the table")
     options = parser.parse_args()
     if tile.INTERPRETED.value:
-        sys.exit("kernels.codegen: TRITON_INTERPRET is set, so that nothing is compiled; unset it")
+        print("kernels.codegen: interpreted kernels are not compiled; unset TRITON_INTERPRET", file=sys.stderr)
+        sys.exit(2)
     if not options.json:
         print(f"triton {triton.__version__}")
         head = f"{'case':34} {'kernel':36} {'dtype':9} {'target':7}"

@@ -152,6 +152,14 @@ TARGETS = (
         programs=32,
     ),
     _nvidia(
+        name="sm_89",
+        gpu=GPUTarget("cuda", 89, 32),
+        shared_limit=101_376,
+        shared_bytes=102_400,
+        warps=48,
+        programs=24,
+    ),
+    _nvidia(
         name="sm_90",
         gpu=GPUTarget("cuda", 90, 32),
         shared_limit=232_448,

@@ -73,6 +73,9 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
         (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--device=tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--device", "cpu", "--device=tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--dropout", "half"], "Error parsing --dropout: could not convert string to float: 'half'"),
+        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--device", "cuda:99"], "no device 'cuda:99' here; accepted: auto, "),
         (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16"),
         (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, "),
@@ -98,6 +101,30 @@ def test_bad_training_input(text, capsys, options, message):
     assert sorted(Path().rglob("*")) == before, "a run folder was left behind"
 
 
+def test_the_last_device_decides_the_recipe(text, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("gptfast.recipes.recipe", lambda name, device: asked.append(device) or {}[name])
+    with pytest.raises(KeyError):
+        cli.main(["train", "shakespeare-char", "--device", "tpu", "--steps", "3", "--device", "cpu"])
+    assert asked == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("gptfast: error:\n  plain text\n", "gptfast: error: plain text"),
+        ("", "unknown options; see gptfast generate --help"),
+    ],
+)
+def test_a_parser_that_draws_no_box(monkeypatch, capsys, printed, message):
+    def refuse(*arguments, **options):
+        sys.stderr.write(printed)
+        sys.exit(2)
+
+    monkeypatch.setattr("tyro.cli", refuse)
+    assert fails(capsys, "generate", "run") == message
+
+
 def test_unknown_words(capsys):
     assert fails(capsys, "train", "gpt5").startswith("unknown preset 'gpt5'; accepted: shakespeare-char, ")
     assert fails(capsys, "sing") == "unknown command 'sing'; accepted: train, generate"
@@ -117,6 +144,8 @@ def trained(text) -> str:
         (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
         (["--top-k", "0"], "top_k must be at least 1, got 0"),
         (["--max-new-tokens", "-5"], "max_new_tokens must be at least 0, got -5"),
+        (["--seed", "-1"], "seed must be in [0, 2**64), got -1"),
+        (["--seed", "18446744073709551616"], "seed must be in [0, 2**64), got 18446744073709551616"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),

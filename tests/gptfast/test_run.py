@@ -87,6 +87,13 @@ def damage(path: Path, content: bytes | None) -> None:
         ("config.json", b'{"model": {"layers": 3}}', "config.json holds no model settings: .*layers"),
         ("config.json", b'{"model": {"n_head": 5}}', "n_embd must be divisible by n_head"),
         ("tokenizer.json", b"{}", "not a saved tokenizer"),
+        ("tokenizer.json", b'{"kind": "char", "chars": ""}', "needs different characters, at least one, got ''"),
+        ("tokenizer.json", b'{"kind": "char", "chars": "aba"}', "needs different characters, at least one, got 'aba'"),
+        (
+            "tokenizer.json",
+            b'{"kind": "char", "chars": "ab"}',
+            "tokenizer.json does not fit config.json: it has 2 tokens, the model 3",
+        ),
         (
             "config.json",
             json.dumps({"model": CONFIG | {"n_layer": 2}}).encode(),

@@ -9,9 +9,17 @@ import sys
 import pytest
 
 from gptfast import costs
+from kernels import codegen as codegen_module
 
-TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
 KERNELS = {
     "_layer_norm_forward_kernel",
     "_layer_norm_forward_chunked_kernel",
@@ -60,7 +68,7 @@ def test_norms_keep_everything_in_registers(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_nothing_spills_where_the_blocks_were_chosen(target):
     assert [row for row in compiled(target) if row["spilled_bytes"] > 0] == []
 
@@ -110,5 +118,10 @@ def test_norms_move_no_more_bytes_than_they_must(operator, dtype):
 
 def test_an_interpreted_compilation_is_refused():
     done = codegen(TRITON_INTERPRET="1")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "kernels.codegen: TRITON_INTERPRET is set, so that nothing is compiled; unset it\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "kernels.codegen: interpreted kernels are not compiled; unset TRITON_INTERPRET\n"
+
+
+def test_a_table_cannot_be_empty():
+    with pytest.raises(RuntimeError, match="nothing: no launch of a kernel was recorded"):
+        codegen_module.record("nothing", lambda: None)
