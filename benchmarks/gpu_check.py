@@ -22,7 +22,11 @@ import tyro
 ROOT = Path(__file__).parents[1]
 # stage, files and the share of what is left of the time
 SUITES = (
-    ("operators", ("test_causal_attention.py", "test_gelu_ffn.py", "test_layer_norm.py"), 0.5),
+    (
+        "operators",
+        ("test_causal_attention.py", "test_gelu_ffn.py", "test_layer_norm.py", "test_add_layer_norm.py"),
+        0.5,
+    ),
     ("training", ("test_training.py",), 0.7),
     ("generation", ("test_generation.py",), 1.0),
 )

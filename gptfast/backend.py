@@ -16,15 +16,13 @@ Request = str | Mapping[str, str]
 
 # the operators behind each choice, by their names in `kernels` and `kernels.reference`
 OPERATORS = {
-    "layer_norm": ("layer_norm",),
+    "layer_norm": ("layer_norm", "add_layer_norm"),
     "ffn": ("gelu_ffn",),
     "attention": ("causal_attention",),
     "loss": (),
 }
 # what has no Triton kernel: "triton" for all operators leaves it eager, "triton" for it alone is an error
 EAGER_ONLY = ("loss",)
-
-MAX_HEAD_SIZE = 256
 
 
 class Backend(Mapping[str, Choice]):
@@ -35,6 +33,7 @@ class Backend(Mapping[str, Choice]):
     """
 
     layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     gelu_ffn: Callable[..., Tensor]
     causal_attention: Callable[..., Tensor]
 
@@ -105,24 +104,22 @@ def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, 
     """
     choices: dict[str, Choice] = {}
     for operator, word in asked.items():
-        if word == "eager" or operator in EAGER_ONLY:
+        if word == "eager" or operator in EAGER_ONLY or (word == "auto" and device.type != "cuda"):
             choices[operator] = "eager"
-        elif word == "triton":
-            reason = _why_never(operator, device, head_size)
-            if reason is not None:
-                raise ValueError(f"backend 'triton' cannot run {operator}: {reason}; use backend='auto' or 'eager'")
-            choices[operator] = "triton"
-        else:
-            runs = device.type == "cuda" and dtype in runtime.DTYPES
-            runs = runs and runtime.why_not(device) is None and _why_never(operator, device, head_size) is None
-            choices[operator] = "triton" if runs else "eager"
+            continue
+        reason = _why_not(operator, device, dtype, head_size)
+        if word == "triton" and reason is not None:
+            raise ValueError(f"backend 'triton' cannot run {operator}: {reason}; use backend='auto' or 'eager'")
+        choices[operator] = "triton" if reason is None else "eager"
     return Backend(**choices)
 
 
-def _why_never(operator: str, device: torch.device, head_size: int) -> str | None:
+def _why_not(operator: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why `operator` cannot run as a Triton kernel in this process, wherever the model moves; None where it can."""
-    if operator == "attention" and head_size > MAX_HEAD_SIZE:
-        return f"the head size is {head_size}, at most {MAX_HEAD_SIZE} is accepted"
+    if dtype not in runtime.DTYPES:
+        return f"the dtype is {dtype}, float32, float16 or bfloat16 is accepted"
+    if operator == "attention" and head_size > runtime.MAX_HEAD_SIZE:
+        return f"the head size is {head_size}, at most {runtime.MAX_HEAD_SIZE} is accepted"
     # a model on the CPU may yet move to the GPU
     if device.type == "cpu" and torch.cuda.is_available():
         return None if runtime.TRITON_INSTALLED else "Triton is not installed"

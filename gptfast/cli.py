@@ -50,13 +50,20 @@ class GenerateConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what a user can get wrong ends in one line and exit status 2."""
+    """Run the command line; what can go wrong ends in one line, with exit status 2 where the arguments are to blame."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(arguments)
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
     except ValueError as error:
         _exit(2, str(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        # PyTorch has an error of its own for the memory of GPUs alone
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message
+        _exit(1, f"out of memory, a smaller model or batch may fit: {message}" if full else message)
+    except OSError as error:
         _exit(1, str(error))
 
 
@@ -88,19 +95,22 @@ def _train(arguments: list[str]) -> None:
 
 
 def _option(options: list[str], flag: str, default: str) -> str:
-    """The value of an option that has to be known before the others are parsed."""
+    """The value of an option that has to be known before the others are parsed: the last one, as tyro takes it."""
+    value = default
     for option, following in zip(options, [*options[1:], default], strict=False):
         if option == flag:
-            return following
-        if option.startswith(flag + "="):
-            return option.partition("=")[2]
-    return default
+            value = following
+        elif option.startswith(flag + "="):
+            value = option.partition("=")[2]
+    return value
 
 
 def _generate(arguments: list[str]) -> None:
     config = _parse(GenerateConfig, arguments, "gptfast generate")
     if config.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {config.num_samples}")
+    if not 0 <= config.seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {config.seed}")
     if not config.prompt:
         raise ValueError("the prompt is empty; give at least one character")
     device = devices.resolve(config.device)
@@ -124,10 +134,12 @@ def _parse(settings: type[Settings], options: list[str], program: str, default: 
             raise
         # title, message and hints are separated by rules: of dashes, or box-drawing characters with the title inside
         parts = re.split(r"^(?:╭.*|[\s│]*[-─]{5,}[\s│]*)$", printed.getvalue(), flags=re.MULTILINE)
-        message = " ".join(parts[1].replace("│", " ").split())
-        raise ValueError(re.sub(r"^Error parsing \w+: ", "", message)) from None
+        message = " ".join((parts[1] if len(parts) > 1 else parts[0]).replace("│", " ").split())
+        raise ValueError(
+            re.sub(r"^Error parsing \w+: ", "", message) or f"unknown options; see {program} --help"
+        ) from None
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    print(f"gptfast: {message}", file=sys.stderr)
+    print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(status)

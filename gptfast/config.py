@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
@@ -45,14 +48,25 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            try:
+                # NumPy's integers too, stored as Python's: settings are saved as JSON
+                number = 0 if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                number = 0
+            if number < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            setattr(self, name, number)
+        for name in ("dropout", "init_std"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            setattr(self, name, float(value))
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.init_std > 0.0:
-            raise ValueError(f"init_std must be above 0, got {self.init_std}")
+        if not 0.0 < self.init_std < math.inf:
+            raise ValueError(f"init_std must be above 0 and finite, got {self.init_std}")
         for name, accepted in (
             ("activation", get_args(Activation)),
             ("norm_position", get_args(NormPosition)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import sysconfig
 import tempfile
@@ -70,18 +71,19 @@ def shakespeare() -> str:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the second: a connection lost half-way, or no HTTP at all
         raise ValueError(
-            f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}); "
+            f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({' '.join(str(error).split())}); "
             "use --data FILE with a copy of it, or --data stdlib"
         ) from error
     if not _is_shakespeare(content):
         raise ValueError(f"what {SHAKESPEARE_URL} sent is not Tiny Shakespeare (wrong checksum); use --data FILE")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as partial:
-            partial.write(content)
-        os.replace(partial.name, path)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            partial = Path(folder, path.name)
+            partial.write_bytes(content)
+            os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"cannot write the download to {cache} ({error}); set XDG_CACHE_HOME") from error
     return content.decode("utf-8")

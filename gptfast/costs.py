@@ -58,6 +58,16 @@ def layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passe
     return Passes(inference, inference + Cost(0, statistics), backward)
 
 
+def add_layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passes:
+    """Residual addition and layer norm in one pass: reads x and the residual, writes their sum and its norm.
+
+    The backward reads the gradients of both results and the sum, and writes one gradient: x and the residual share it.
+    """
+    norm, elements = layer_norm(rows, width, itemsize, bias), rows * width * itemsize
+    added = Cost(rows * width, 2 * elements)
+    return Passes(norm.inference + added, norm.forward + added, norm.backward + Cost(rows * width, elements))
+
+
 def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = True) -> Passes:
     """A product [rows, inputs] x [inputs, outputs] with the gradients of both."""
     x, weight, y = rows * inputs, inputs * outputs, rows * outputs
@@ -129,16 +139,17 @@ def training_step(config: GPTConfig, batch: int, length: int, itemsize: int = 2)
     """Forward, backward and AdamW for a batch of [batch, length] tokens, by kind of operation.
 
     Activations and the weights that products read have `itemsize` bytes; where that is not 4, master weights in
-    float32 are cast once a step, as `torch.autocast` does. The residual stream is added to apart from the norms.
+    float32 are cast once a step, as `torch.autocast` does. Each residual addition is part of the norm after it.
     """
     rows, width, layers = batch * length, config.n_embd, config.n_layer
-    norms = 2 * layers + (1 if config.norm_position == "pre" else 0)
     heads, head_size = config.n_head, config.head_size
-    stream = rows * width * itemsize
+    norms = add_layer_norm(rows, width, itemsize, config.bias).training * (2 * layers)
+    if config.norm_position == "pre":  # the first norm of all has nothing to add
+        norms += layer_norm(rows, width, itemsize, config.bias).training
     count = parameters(config)
     return {
         "embedding": embedding(rows, config.vocab_size, width, itemsize).training,
-        "layer norm": layer_norm(rows, width, itemsize, config.bias).training * norms,
+        "residual and layer norm": norms,
         "attention projections": (
             linear(rows, width, 3 * width, itemsize, config.has_qkv_bias).training
             + linear(rows, width, width, itemsize, config.bias).training
@@ -146,8 +157,6 @@ def training_step(config: GPTConfig, batch: int, length: int, itemsize: int = 2)
         * layers,
         "attention": causal_attention(batch, heads, length, length, head_size, itemsize).training * layers,
         "feed-forward": gelu_ffn(rows, width, 4 * width, itemsize, config.bias).training * layers,
-        # forward: two terms read, the sum written; backward: two gradients meet
-        "residual additions": Cost(2 * rows * width, 6 * stream) * (2 * layers),
         "head": linear(rows, width, config.vocab_size, itemsize, bias=False).training,
         "loss": cross_entropy(rows, config.vocab_size, itemsize).training,
         "weight casts": Cost(0, (4 + itemsize) * count if itemsize != 4 else 0),

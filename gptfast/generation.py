@@ -29,7 +29,7 @@ def generate(
         model: the GPT.
         idx: [B, T] int64 token ids, T >= 1.
         max_new_tokens: tokens to add to each row.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; any size, down to 0, which takes the likeliest token.
         top_k: sample among the k likeliest tokens only.
         generator: makes the sampling repeatable; on the device of `idx`.
 
@@ -63,7 +63,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     """One token id per row of `logits` [B, V], as [B, 1] int64. Arguments as `generate`."""
     if temperature == 0.0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    # below the largest logit, so that a small temperature divides to 0 and -inf, not to inf; 0 / 0 where it underflows
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    logits = (below / temperature).masked_fill(below == 0.0, 0.0)
     if top_k is not None:
         kth_best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < kth_best, float("-inf"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import overload
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,11 @@ IGNORED_TARGET = -1
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias."""
+    """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias.
+
+    Given a residual stream as well, x is added to it first, through dropout: the call returns the norm of the sum and
+    the sum, in one pass over memory where the backend has one.
+    """
 
     backend: Backend
 
@@ -28,9 +33,19 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backend.layer_norm(x, self.weight, self.bias)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.backend.layer_norm(x, self.weight, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return self.backend.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout)
 
 
 class CausalSelfAttention(nn.Module):
@@ -43,7 +58,6 @@ class CausalSelfAttention(nn.Module):
         # query, key and value of all heads in one product
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
@@ -52,11 +66,15 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         y = self.backend.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside."""
+    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside.
+
+    `c_fc` and `c_proj` hold the weights alone: both products are one operator's, with either backend, so that forward
+    hooks on these two modules never run. Hooks on the MLP itself do.
+    """
 
     backend: Backend
 
@@ -64,18 +82,20 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.backend.gelu_ffn(
+        return self.backend.gelu_ffn(
             x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation
         )
-        return self.dropout(y)
 
 
 class Block(nn.Module):
-    """One transformer block, [B, T, C] -> [B, T, C]."""
+    """One transformer block, on a residual stream [B, T, C] and a sublayer's output that is yet to be added to it.
+
+    The addition belongs to the norm that follows it, so that both are one pass: a block returns its last sublayer's
+    output unadded. Norms after the sublayers take the addition with them, and leave nothing to be added.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -85,12 +105,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.norm_position = config.norm_position
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm_position == "pre":
-            x = x + self.attn(self.ln_1(x))
-            return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x))
-        return self.ln_2(x + self.mlp(x))
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.norm_position == "post":
+            x, _ = self.ln_1(self.attn(x), x)
+            x, _ = self.ln_2(self.mlp(x), x)
+            return x, None
+        if pending is None:
+            y = self.ln_1(x)
+        else:
+            y, x = self.ln_1(pending, x)
+        y, x = self.ln_2(self.attn(y), x)
+        return x, self.mlp(y)
 
 
 class Transformer(nn.Module):
@@ -114,9 +139,10 @@ class Transformer(nn.Module):
             # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(x.shape[-1]) + sinusoids(idx.shape[1], x.shape[-1], x)
         x = self.drop(x)
+        pending = None
         for block in self.h:
-            x = block(x)
-        return x if self.ln_f is None else self.ln_f(x)
+            x, pending = block(x, pending)
+        return x if self.ln_f is None else self.ln_f(pending, x)[0]
 
 
 class GPT(nn.Module):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
+from gptfast.files import read_json, read_tensors
 from gptfast.model import GPT
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -50,7 +48,13 @@ def from_pretrained(model_type: str, override_args: dict[str, float] | None = No
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}")
-    config = _config(json.loads((folder / "config.json").read_text(encoding="utf-8")), overrides)
+    path = folder / "config.json"
+    try:
+        config = _config(read_json(path), overrides)
+    except KeyError as error:
+        raise ValueError(f"{path} is no GPT-2 config: it has no {error.args[0]}") from error
+    except TypeError as error:
+        raise ValueError(f"{path} is no GPT-2 config: {error}") from error
     model = GPT(config, backend)
     model.load_state_dict(_weights(folder / "model.safetensors", model))
     return model
@@ -80,10 +84,10 @@ def _config(theirs: dict[str, Any], overrides: dict[str, float]) -> GPTConfig:
 def _weights(path: Path, model: GPT) -> dict[str, Any]:
     """The tensors of a file under this model's names and in its shapes."""
     theirs = {}
-    for name, tensor in safetensors.torch.load_file(path).items():
+    for name, tensor in read_tensors(path).items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, which old files hold as a buffer
-        if name.endswith(_TRANSPOSED):
+        if name.endswith(_TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
         theirs[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = tensor
     if model.config.tie_weights and "transformer.wte.weight" in theirs:

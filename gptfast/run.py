@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import torch
 from gptfast import tokenizer as tokenizers
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
+from gptfast.files import read_json, read_tensors
 from gptfast.model import GPT
 
 
 class RunFolder:
-    """Writes a new run folder.
+    """Writes a new run folder. As a context manager it removes a folder that failed before anything was logged.
 
     Args:
         path: of the folder, which must not exist yet or be empty.
@@ -45,14 +47,22 @@ class RunFolder:
             raise ValueError(f"the run folder {path} is not empty; give a new one with --out")
         self.path = path
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and not (self.path / "log.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, replacing an older one."""
-        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
+        self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Add a line to the log."""
+        line = json.dumps(entry, allow_nan=False) + "\n"
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(line)
 
     def save_weights(self, model: GPT) -> None:
         """Write the weights, replacing older ones. Tied ones are stored once, by the name of the embedding."""
@@ -79,17 +89,19 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
-    tokenizer = tokenizers.from_json(_read_json(path / "tokenizer.json"))
-    settings = _read_json(path / "config.json")
+    tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
+    settings = read_json(path / "config.json")
     try:
         config = GPTConfig(**settings.get("model", {}))
     except TypeError as error:
         raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "
+            f"the model {config.vocab_size}"
+        )
     model = GPT(config, backend="eager")
-    try:
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from error
+    weights = read_tensors(path / "model.safetensors")
     if config.tie_weights and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     try:
@@ -98,16 +110,6 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
         raise ValueError(f"{path / 'model.safetensors'} does not fit config.json: {_one_line(error)}") from error
     model.to(device).set_backend(backend)
     return model, tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: a JSON object is needed")
-    return content
 
 
 def _one_line(error: Exception) -> str:

@@ -30,9 +30,14 @@ class CharTokenizer:
 
     Args:
         chars: the characters, each once.
+
+    Raises:
+        ValueError: there are none, or one is there twice.
     """
 
     def __init__(self, chars: str) -> None:
+        if not chars or len(set(chars)) < len(chars):
+            raise ValueError(f"a character tokenizer needs different characters, at least one, got {chars[:20]!r}")
         self.chars = chars
         self.vocab_size = len(chars)
         code_points = _code_points(chars)

@@ -21,6 +21,8 @@ from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.run import RunFolder
 
+_DIVERGED = "lower --learning-rate or --grad-clip"
+
 
 @dataclass
 class TrainConfig:
@@ -72,9 +74,14 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_interval", "eval_batches", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        # far beyond any memory, and what NumPy says of sizes beyond its index names no setting
+        if self.batch_size >= 2**31:
+            raise ValueError(f"batch_size must be below 2**31, got {self.batch_size}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -94,8 +101,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     """Train as configured and write a run folder (see `gptfast.run`).
 
-    Everything that can be wrong with the settings or the data is found before the folder is made. An interrupt (Ctrl-C)
-    ends training early and still evaluates and writes the outcome.
+    Everything that can be wrong with the settings or the data is found before the folder is made, and a run that fails
+    in its first step (out of memory, mostly) leaves none. An interrupt (Ctrl-C) ends training early and still evaluates
+    and writes the outcome.
 
     Args:
         config: the settings; the vocabulary size comes from the tokenizer.
@@ -108,7 +116,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
 
     Raises:
         ValueError: a setting, the data or an override of the device's peak is wrong.
-        RuntimeError: the loss is no longer a number.
+        RuntimeError: a loss is no longer a finite number.
     """
     device = devices.resolve(config.device)
     dtype = devices.resolve_dtype(config.dtype, device)
@@ -122,17 +130,17 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
         print(f"no peak for {str(dtype)[6:]}, so no MFU: {peaks.describe(device)}", flush=True)
     torch.manual_seed(config.seed)
     model = GPT(config.model, asked).to(device)
-    run = RunFolder(Path(config.out) if config.out else _unused_folder(name))
-    run.write_json("config.json", dataclasses.asdict(config))
-    run.write_json("tokenizer.json", tokens.to_json())
-    print(
-        f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
-        f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
-        f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
-        flush=True,
-    )
-    summary = _Training(config, model, device, dtype, peak, train_split, val_split, run).run()
-    run.write_json("summary.json", summary)
+    with RunFolder(Path(config.out) if config.out else _unused_folder(name)) as run:
+        run.write_json("config.json", dataclasses.asdict(config))
+        run.write_json("tokenizer.json", tokens.to_json())
+        print(
+            f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
+            f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
+            f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
+            flush=True,
+        )
+        summary = _Training(config, model, device, dtype, peak, train_split, val_split, run).run()
+        run.write_json("summary.json", summary)
     return summary | {"run": str(run.path)}
 
 
@@ -224,7 +232,7 @@ class _Training:
 
     def _report(self, step: int, loss: float, speed: float, bar: tqdm) -> None:
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}; lower --learning-rate or --grad-clip")
+            raise RuntimeError(f"the loss is {loss} at step {step}; {_DIVERGED}")
         mfu = self._mfu(speed)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
         rate = learning_rate(self.config, step - 1)
@@ -235,6 +243,9 @@ class _Training:
     def _evaluate(self, step: int, bar: tqdm) -> None:
         """Losses of both splits; the weights are saved when validation's is the lowest yet."""
         losses = {"val_loss": self._mean_loss(self.val_split), "train_loss": self._mean_loss(self.train_split)}
+        for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
+            if not math.isfinite(value):
+                raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
         self.folder.append_log({"step": step, **losses})
         bar.write(f"step {step}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}")
         if losses["val_loss"] < self.best["val_loss"]:

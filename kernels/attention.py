@@ -16,7 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 
-MAX_HEAD_SIZE = 256
 _LOG2_E = 1.4426950408889634
 
 
@@ -285,24 +284,38 @@ def _attention_dq_kernel(
 
 
 # (BM, BN, num_warps, num_stages) for head sizes up to 64, 128 and 256: blocks whose programs keep everything in
-# registers on sm_80 and sm_90, with dropout too; `python -m kernels.codegen` tells
+# registers and fit in shared memory on every chip that `python -m kernels.codegen` compiles for, with Triton 3.7, 3.8
+# and 3.9. The random numbers of dropout take registers of their own.
 _BLOCKS_HALF = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
     "dk_dv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
     "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+}
+_BLOCKS_HALF_DROPOUT = {
+    "forward": ((128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+    "dk_dv": ((16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
+    "dq": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
 }
 _BLOCKS_FLOAT32 = {
     "forward": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "dk_dv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
+_BLOCKS_FLOAT32_DROPOUT = {
+    "forward": ((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+    "dk_dv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+}
 
 
-def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int) -> dict[str, int | str]:
+def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int, dropout: bool) -> dict[str, int | str]:
     """Blocks, warps and pipeline stages of the pass `forward`, `dk_dv` or `dq`."""
     padded = max(16, triton.next_power_of_2(head_size))
-    row = (_BLOCKS_FLOAT32 if dtype == torch.float32 else _BLOCKS_HALF)[pass_name]
-    block_m, block_n, warps, stages = row[0 if padded <= 64 else 1 if padded == 128 else 2]
+    if dtype == torch.float32:
+        blocks = _BLOCKS_FLOAT32_DROPOUT if dropout else _BLOCKS_FLOAT32
+    else:
+        blocks = _BLOCKS_HALF_DROPOUT if dropout else _BLOCKS_HALF
+    block_m, block_n, warps, stages = blocks[pass_name][0 if padded <= 64 else 1 if padded == 128 else 2]
     return {
         "BM": block_m,
         "BN": block_n,
@@ -310,6 +323,7 @@ def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int) -> dict[
         "num_stages": stages,
         "D": head_size,
         "BD": padded,
+        "DROPOUT": dropout,
         "PRECISION": runtime.dot_precision(dtype),
     }
 
@@ -334,12 +348,11 @@ def _forward(
     o = _empty_like_heads(q, n_queries)
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
     if o.numel() > 0:
-        options = _launch_options("forward", q.dtype, head_size)
+        options = _launch_options("forward", q.dtype, head_size, seed is not None)
         with runtime.on_device(q):
             _attention_forward_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 q, k, v, o, lse, seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-                heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p,
-                DROPOUT=seed is not None, **options,
+                heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p, **options,
             )  # fmt: skip
     return o, lse
 
@@ -364,19 +377,17 @@ def _backward(
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * _LOG2_E, dropout_p)
     with runtime.on_device(q):
-        options = _launch_options("dk_dv", q.dtype, head_size)
+        options = _launch_options("dk_dv", q.dtype, head_size, seed is not None)
         _attention_delta_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
             o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
             BM=options["BM"], D=head_size, BD=options["BD"],
         )  # fmt: skip
         _attention_dk_dv_kernel[(triton.cdiv(n_keys, options["BN"]) * batch * heads,)](
-            q, k, v, do, lse, delta, dk, dv, seed, *inputs, *dk.stride()[:3], *sizes,
-            DROPOUT=seed is not None, **options,
+            q, k, v, do, lse, delta, dk, dv, seed, *inputs, *dk.stride()[:3], *sizes, **options,
         )  # fmt: skip
-        options = _launch_options("dq", q.dtype, head_size)
+        options = _launch_options("dq", q.dtype, head_size, seed is not None)
         _attention_dq_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
-            q, k, v, do, lse, delta, dq, seed, *inputs, *dq.stride()[:3], *sizes,
-            DROPOUT=seed is not None, **options,
+            q, k, v, do, lse, delta, dq, seed, *inputs, *dq.stride()[:3], *sizes, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -450,8 +461,8 @@ def causal_attention(
     if not tile.launchable(q.device):
         return reference.causal_attention(q, k, v, scale, dropout_p, seed)
     runtime.require_dtype("causal_attention", q)
-    if q.shape[3] > MAX_HEAD_SIZE:
-        raise ValueError(f"causal_attention: the head size D must be at most {MAX_HEAD_SIZE}, got {q.shape[3]}")
+    if q.shape[3] > runtime.MAX_HEAD_SIZE:
+        raise ValueError(f"causal_attention: the head size D must be at most {runtime.MAX_HEAD_SIZE}, got {q.shape[3]}")
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -1,33 +1,28 @@
 """Ahead-of-time compilation of every kernel for GPUs that are not there, and what came out.
 
-`python -m kernels.codegen` prints registers, spills, shared memory and instruction counts of each kernel, as the
-operators launch it, for each target. No GPU is needed: the launches are recorded on CPU tensors, then compiled.
+`python -m kernels.codegen` prints registers, spills, shared memory, occupancy and instruction counts of each kernel, as
+the operators launch it, for each target. No GPU is needed: the launches are recorded on CPU tensors, then compiled.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
+import argparse
+import dataclasses
+import json
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import attention, ffn, norm
+from kernels import attention, ffn, norm, tile
 from kernels.checks import ACTIVATIONS
-
-# bytes that one program may use: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
+from kernels.targets import TARGETS, Compiled, Target
 
 _TYPE_OF_DTYPE = {
     torch.float32: "*fp32",
@@ -47,16 +42,6 @@ class Launch:
     options: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What one launch compiles to: resources of one program, and counts of the instructions that decide its speed."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    tensor_core_instructions: int
-
-
 def record(case: str, function: Callable[..., object], *arguments: object) -> list[Launch]:
     """Call an operator's host function with kernel launches recorded and not executed."""
     launches: list[Launch] = []
@@ -68,6 +53,8 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
 
     with patch.object(JITFunction, "run", run):
         function(*arguments)
+    if not launches:
+        raise RuntimeError(f"{case}: no launch of a kernel was recorded")
     return launches
 
 
@@ -78,11 +65,16 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         return torch.empty(shape, dtype=dtype)
 
     launches: list[Launch] = []
-    for width in (768, 4096):
+    for width in (768, 4096, 8192, 65_536):
         case, x, w = f"layer_norm C={width}", tensor(64, width), tensor(width)
         statistics = tensor(64, dtype=torch.float32)
         launches += record(case, norm._forward, x, w, w, 1e-5)
         launches += record(case, norm._backward, x, x, w, statistics, statistics, True)
+        for seed in (None, torch.zeros(1, dtype=torch.int64)):
+            case = f"add_layer_norm C={width}" + ("" if seed is None else " dropout")
+            both = (statistics, statistics, seed, 0.1, True, dtype, dtype)
+            launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1)
+            launches += record(case, norm._add_backward, x, x, x, w, *both)
     x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
     for activation in ACTIVATIONS:
         case = f"gelu_ffn {activation}"
@@ -97,8 +89,8 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
     return launches
 
 
-def compile_for(launch: Launch, capability: int) -> Compiled:
-    """Compile a recorded launch for the NVIDIA GPU architecture `capability` (80, 90, ...)."""
+def compile_for(launch: Launch, target: Target) -> Compiled:
+    """Compile a recorded launch as Triton would specialise it: sizes and strides by divisibility, 1 by its value."""
     constexprs, signature, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -114,49 +106,52 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    ptx = compiled.asm["ptx"]
-    registers, spilled = _assembler_report(ptx, capability)
-    return Compiled(
-        registers=registers,
-        spilled_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
-        tensor_core_instructions=len(re.findall(r"^\s*(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx, re.M)),
+    return target.compile(ASTSource(launch.kernel, signature, constexprs, attributes), launch.options)
+
+
+def results(targets: tuple[Target, ...] = TARGETS) -> Iterator[tuple[Launch, str, Target, Compiled]]:
+    """Every launch in bfloat16 and float32 on each target: the launch, its dtype, the target and what came out."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for launch in operator_launches(dtype):
+            for target in targets:
+                yield launch, str(dtype).removeprefix("torch."), target, compile_for(launch, target)
+
+
+def _line(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
+    return (
+        f"{launch.case:34} {launch.kernel.__name__:36} {dtype:9} {target.name:7} {got.registers:4} "
+        f"{got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} {got.matrix_instructions:6} "
+        f"{got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
     )
 
 
-def _assembler_report(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers per thread and bytes spilled, as `ptxas -v` reports them."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        suffix = "a" if capability >= 90 else ""
-        report = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"-arch=sm_{capability}{suffix}", source, "-o", Path(folder, "cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    registers = max(int(found) for found in re.findall(r"Used (\d+) registers", report))
-    return registers, sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
+def _json(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
+    blocks = {name: launch.arguments[name] for name in ("BM", "BN") if name in launch.arguments}
+    return json.dumps(
+        {"case": launch.case, "kernel": launch.kernel.__name__, "dtype": dtype, "target": target.name}
+        | blocks
+        | dataclasses.asdict(got)
+    )
 
 
 def main() -> None:
-    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has."""
-    print(f"triton {triton.__version__}")
-    print(f"{'case':34} {'kernel':32} {'dtype':9} sm  regs spill  shared tensor-core")
+    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has, 2 for misuse."""
+    names = [target.name for target in TARGETS]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", choices=names, help="this GPU architecture alone")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel instead of the table")
+    options = parser.parse_args()
+    if tile.INTERPRETED.value:
+        print("kernels.codegen: interpreted kernels are not compiled; unset TRITON_INTERPRET", file=sys.stderr)
+        sys.exit(2)
+    if not options.json:
+        print(f"triton {triton.__version__}")
+        head = f"{'case':34} {'kernel':36} {'dtype':9} {'target':7}"
+        print(f"{head} regs spill shared occupancy matrix loads stores 16-byte")
     failed = False
-    for dtype in (torch.bfloat16, torch.float32):
-        for launch in operator_launches(dtype):
-            for capability, limit in SHARED_MEMORY_LIMIT.items():
-                got = compile_for(launch, capability)
-                failed |= got.spilled_bytes > 0 or got.shared_bytes > limit
-                print(
-                    f"{launch.case:34} {launch.kernel.__name__:32} {str(dtype)[6:]:9} {capability} "
-                    f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:7} {got.tensor_core_instructions:11}",
-                    flush=True,
-                )
+    for launch, dtype, target, got in results(tuple(t for t in TARGETS if options.target in (None, t.name))):
+        failed |= got.spilled_bytes > 0 or got.shared_bytes > target.shared_limit
+        print(_json(launch, dtype, target, got) if options.json else _line(launch, dtype, target, got), flush=True)
     sys.exit(failed)
 
 

@@ -15,9 +15,10 @@ from kernels.norm_kernels import (
     _layer_norm_parameters_kernel,
 )
 
-# widest rows that the registers of a program hold; longer ones are read in chunks
-_WIDEST_FORWARD, _WIDEST_BACKWARD = 16_384, 8192
-_CHUNKED = {"BM": 1, "BN": 4096, "num_warps": 8}
+# widest row that the registers of a program hold; longer ones are read in chunks. The backward of dropout draws its
+# numbers anew, beside all else that it holds.
+_WIDEST, _WIDEST_DROPOUT_BACKWARD = 8192, 4096
+_CHUNKED = {"BM": 1, "BN": 4096, "num_warps": 16}
 _PARAMETERS = {"BM": 32, "BN": 128, "num_warps": 4}
 _CHUNKED_SUMS = 32  # rows of partial sums; the columns make for enough programs
 
@@ -26,7 +27,7 @@ def _blocks(width: int, elements: int) -> dict[str, int]:
     """Block shape and warps of a program that holds about `elements` numbers per tensor, whole rows always."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(32, elements // columns))
-    return {"BM": rows, "BN": columns, "num_warps": min(16, max(4, rows * columns // 512))}
+    return {"BM": rows, "BN": columns, "num_warps": max(4, rows * columns // 512)}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def _launch_forward(
     y = torch.empty(x.shape, dtype=x.dtype if h is None else h.dtype, device=x.device)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    whole = width <= _WIDEST_FORWARD
+    whole = width <= _WIDEST
     kernel = _layer_norm_forward_kernel if whole else _layer_norm_forward_chunked_kernel
     blocks = _blocks(width, elements=4096) if whole else _CHUNKED
     if n_rows > 0:
@@ -71,7 +72,7 @@ def _launch_backward(
     dy_rows, dh_rows, h_rows = _rows(dy), None if dh is None else _rows(dh), _rows(h)
     n_rows, width = h_rows.shape
     has_weight = weight is not None
-    whole = width <= _WIDEST_BACKWARD
+    whole = width <= (_WIDEST if seed is None else _WIDEST_DROPOUT_BACKWARD)
     blocks = _blocks(width, elements=2048) if whole else _CHUNKED
     # partial sums, one row per program, added below in a fixed order: the same bits on every run
     sums = runtime.program_count(h.device, per_processor=8) if whole else _CHUNKED_SUMS

@@ -35,13 +35,13 @@ def _load_h(
 
 
 @triton.jit
-def _scale_and_shift(x_hat, weight_ptr, bias_ptr, cols, width, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    y = x_hat
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-    return y
+def _load_columns(ptr, cols, width, PRESENT: tl.constexpr, ABSENT: tl.constexpr):
+    """The elements [BN] of a parameter in float32, or what stands for one that is not there."""
+    if PRESENT:
+        values = tl.load(ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+    else:
+        values = tl.full(cols.shape, ABSENT, tl.float32)
+    return values
 
 
 @triton.jit
@@ -63,7 +63,9 @@ def _layer_norm_forward_kernel(
     mean = tl.sum(h, axis=1) / width  # [BM]
     centred = tl.where(mask, h - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)  # [BM]
-    y = _scale_and_shift(centred * rstd[:, None], weight_ptr, bias_ptr, cols, width, HAS_WEIGHT, HAS_BIAS)
+    weight = _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)  # [BN]
+    bias = _load_columns(bias_ptr, cols, width, HAS_BIAS, 0.0)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + rows[:, None] * width + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
@@ -105,25 +107,20 @@ def _layer_norm_forward_chunked_kernel(
         else:
             p_h = x_ptr + rows[:, None] * stride_x_row + cols[None, :]
         x_hat = (tl.load(p_h, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-        y = _scale_and_shift(x_hat, weight_ptr, bias_ptr, cols, width, HAS_WEIGHT, HAS_BIAS)
+        weight = _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)  # [BN]
+        bias = _load_columns(bias_ptr, cols, width, HAS_BIAS, 0.0)
+        y = x_hat * weight[None, :] + bias[None, :]
         tl.store(y_ptr + rows[:, None] * width + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
 
 
 @triton.jit
-def _load_backward_tile(
-    dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row,
-    HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """Upstream gradient, normalised row and gradient with respect to it: three tiles [BM, BN] in float32."""
+def _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row):
+    """The upstream gradient and the normalised rows, tiles [BM, BN] in float32."""
     h = tl.load(h_ptr + rows[:, None] * stride_h_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + rows[:, None] * stride_dy_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    x_hat = tl.where(mask, (h - mean[:, None]) * rstd[:, None], 0.0)
-    dx_hat = dy
-    if HAS_WEIGHT:
-        dx_hat *= tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-    return dy, x_hat, dx_hat
+    return dy, tl.where(mask, (h - mean[:, None]) * rstd[:, None], 0.0)
 
 
 @triton.jit
@@ -153,6 +150,7 @@ def _layer_norm_backward_kernel(
     """A persistent program walks over blocks of BM whole rows; its sums for weight and bias go to a row of its own."""
     cols = tl.arange(0, BN)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    weight = _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)  # [BN]
     dweight = tl.zeros([BN], dtype=tl.float32)
     dbias = tl.zeros([BN], dtype=tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BM), tl.num_programs(0)):
@@ -160,9 +158,8 @@ def _layer_norm_backward_kernel(
         mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        dy, x_hat, dx_hat = _load_backward_tile(
-            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
-        )
+        dy, x_hat = _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row)
+        dx_hat = dy * weight[None, :]
         # the gradient with respect to x_hat less its projections on 1 and on x_hat
         along_one = tl.sum(dx_hat, axis=1) / width  # [BM]
         along_x_hat = tl.sum(dx_hat * x_hat, axis=1) / width  # [BM]
@@ -199,17 +196,15 @@ def _layer_norm_backward_chunked_kernel(
     for start in range(0, width, BN):
         cols = start + tl.arange(0, BN)
         mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
-        _, x_hat, dx_hat = _load_backward_tile(
-            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
-        )
+        dy, x_hat = _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row)
+        dx_hat = dy * _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)[None, :]
         along_one += tl.sum(dx_hat, axis=1)
         along_x_hat += tl.sum(dx_hat * x_hat, axis=1)
     for start in range(0, width, BN):
         cols = start + tl.arange(0, BN)
         mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
-        _, x_hat, dx_hat = _load_backward_tile(
-            dy_ptr, h_ptr, weight_ptr, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, HAS_WEIGHT
-        )
+        dy, x_hat = _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row)
+        dx_hat = dy * _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)[None, :]
         dh = (dx_hat - (along_one / width)[:, None] - x_hat * (along_x_hat / width)[:, None]) * rstd[:, None]
         _store_gradients(
             dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
@@ -232,10 +227,7 @@ def _layer_norm_parameters_kernel(
         mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        # without the weight there is nothing to load: the third tile is not used
-        dy, x_hat, _ = _load_backward_tile(
-            dy_ptr, h_ptr, None, mean, rstd, rows, cols, mask, width, stride_dy_row, stride_h_row, False
-        )
+        dy, x_hat = _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row)
         if HAS_WEIGHT:
             dweight += tl.sum(dy * x_hat, axis=0)
         if HAS_BIAS:

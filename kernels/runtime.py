@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
+MAX_HEAD_SIZE = 256  # of attention, a tile holds whole heads
+# the oldest NVIDIA GPUs whose shared memory holds the kernels' blocks, and the first with bfloat16 and TF32
+LOWEST_CAPABILITY = (8, 0)
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -23,10 +27,25 @@ def why_not(device: torch.device) -> str | None:
         return "Triton is not installed"
     from kernels import tile
 
-    if tile.launchable(device):
-        return None
-    cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
-    return f"Triton kernels do not run on device {device.type!r}{cuda}"
+    if not tile.launchable(device):
+        cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
+        return f"Triton kernels do not run on device {device.type!r}{cuda}"
+    return _why_not_compiled(device) if device.type == "cuda" and not tile.INTERPRETED.value else None
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    """Why kernels cannot be compiled for the GPU `device`, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LOWEST_CAPABILITY:
+        given, needed = (".".join(map(str, numbers)) for numbers in (capability, LOWEST_CAPABILITY))
+        return f"the GPU has compute capability {given}, at least {needed} is needed"
+    # Triton's own search: its launchers are built when a kernel first runs
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler and found no {' or '.join(compilers)}; the variable CC can name one"
+    return None
 
 
 def require_dtype(operator: str, tensor: torch.Tensor) -> None:

@@ -21,7 +21,8 @@ OWN = ("eager", "triton", "triton compiled")
 # missing block would. The tests hold the kernels to the stricter rule.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
-Operator = Callable[..., Tensor]
+Result = Tensor | tuple[Tensor, ...]
+Operator = Callable[..., Result]
 
 
 class UnavailableError(Exception):
@@ -106,8 +107,10 @@ class Comparison:
         self._inputs = self.case.inputs(self.device)
         generator = torch.Generator(self.device).manual_seed(1)
         with torch.no_grad():
-            shape = self.case.reference(*(tensor.to("meta") for tensor in self._inputs)).shape
-        self._dy = torch.randn(shape, generator=generator, device=self.device).to(self.case.dtype)
+            outputs = results(self.case.reference(*(tensor.to("meta") for tensor in self._inputs)))
+        self._dy = [
+            torch.randn(output.shape, generator=generator, device=self.device).to(self.case.dtype) for output in outputs
+        ]
         truth = self._truth()
         for provider in self.providers:
             with noting(self.failures, provider.name):
@@ -150,7 +153,7 @@ class Comparison:
 
     def close(self) -> None:
         """Give the memory back, and forget compiled code: the compiler keeps eight versions of a function at most."""
-        self._inputs, self._ready, self._dy = [], {}, torch.empty(0)
+        self._inputs, self._ready, self._dy = [], {}, []
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -172,41 +175,42 @@ class Comparison:
     def _call(self, operator: Operator, mode: str) -> Call:
         inputs, dy = self._inputs, self._dy
 
-        def forward(_: None) -> Tensor:
+        def forward(_: None) -> Result:
             with torch.no_grad():
                 return operator(*inputs)
 
-        def backward(y: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(y, inputs, dy)
+        def backward(y: Result) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(results(y), inputs, dy)
 
         def both(_: None) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(operator(*inputs), inputs, dy)
+            return torch.autograd.grad(results(operator(*inputs)), inputs, dy)
 
         if mode == "backward":
             return Call(backward, prepare=lambda: operator(*inputs))
         return Call(forward if mode == "forward" else both)
 
-    def _results(self, operator: Operator, inputs: list[Tensor], dy: Tensor, gradients: bool) -> list[Tensor]:
+    def _run(self, operator: Operator, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:
+        """Results and, if asked for, gradients."""
         if not gradients:
             with torch.no_grad():
-                return [operator(*inputs)]
-        y = operator(*inputs)
-        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+                return list(results(operator(*inputs)))
+        y = results(operator(*inputs))
+        return [*(output.detach() for output in y), *torch.autograd.grad(y, inputs, dy)]
 
     def _truth(self) -> list[Tensor]:
         """The reference's results in a wider dtype, of the part that is compared."""
         part = self.case.part
         wider = torch.float64 if self.case.dtype == torch.float32 else torch.float32
         inputs = [part(tensor.detach()).to(wider).requires_grad_() for tensor in self._inputs]
-        return self._results(self.case.reference, inputs, part(self._dy).to(wider), gradients=True)
+        return self._run(self.case.reference, inputs, [part(dy).to(wider) for dy in self._dy], gradients=True)
 
     def _check(self, operator: Operator, truth: list[Tensor], gradients: bool) -> float:
         """The largest relative error among result and gradients."""
-        results = self._results(operator, self._inputs, self._dy, gradients)
-        names = ["the result", *(f"the gradient of {name}" for name in self.case.shapes)]
+        found = self._run(operator, self._inputs, self._dy, gradients)
+        names = [*("the result" for _ in self._dy), *(f"the gradient of {name}" for name in self.case.shapes)]
         worst = 0.0
         # the second list is longer where a provider has no gradients
-        for name, result, expected in zip(names, results, truth, strict=False):
+        for name, result, expected in zip(names, found, truth, strict=False):
             error = relative_error(self.case.part(result), expected)
             if not error <= TOLERANCES[self.case.dtype]:
                 raise WrongResultError(
@@ -214,6 +218,11 @@ class Comparison:
                 )
             worst = max(worst, error)
         return worst
+
+
+def results(result: Result) -> tuple[Tensor, ...]:
+    """An operator's results, be it one or several."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @contextmanager

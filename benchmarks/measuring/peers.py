@@ -42,6 +42,17 @@ def _liger_layer_norm(case: Case) -> Operator:
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
+def _liger_add_layer_norm(case: Case) -> Operator:
+    """An addition and Liger's norm: fused with the addition it has an RMS norm alone."""
+    norm = _liger_layer_norm(case)
+
+    def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return norm(h, weight, bias), h  # type: ignore[return-value]
+
+    return add_and_norm
+
+
 def _addmm_activation(case: Case) -> Operator:
     """CuBLASLt's own GELU epilogue, by tanh; it keeps nothing for a backward."""
     if not torch.cuda.is_available():
@@ -90,5 +101,6 @@ PROVIDERS = {
         ],
         "gelu_ffn": [Provider("_addmm_activation", _addmm_activation, modes=("forward",))],
         "layer_norm": [Provider("Liger-Kernel", _liger_layer_norm)],
+        "add_layer_norm": [Provider("Liger-Kernel", _liger_add_layer_norm)],
     }.items()
 }

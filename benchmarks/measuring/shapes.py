@@ -25,6 +25,17 @@ def layer_norm(rows: int, width: int, dtype: torch.dtype) -> Case:
     )
 
 
+def add_layer_norm(rows: int, width: int, dtype: torch.dtype) -> Case:
+    return Case(
+        suite="add_layer_norm",
+        dims={"N": rows, "C": width},
+        dtype=dtype,
+        shapes={"x": (rows, width), "residual": (rows, width), "weight": (width,), "bias": (width,)},
+        passes=costs.add_layer_norm(rows, width, dtype.itemsize),
+        reference=reference.add_layer_norm,
+    )
+
+
 def gelu_ffn(rows: int, width: int, dtype: torch.dtype) -> Case:
     hidden = 4 * width
     return Case(
@@ -84,6 +95,13 @@ LAYER_NORM = [
     quick(layer_norm(65_536, 2048, BF16)),
     layer_norm(65_536, 768, FP32),
     quick(layer_norm(16_384, 4096, FP32)),
+]
+ADD_LAYER_NORM = [
+    add_layer_norm(131_072, 768, BF16),
+    add_layer_norm(32_768, 4096, BF16),
+    quick(add_layer_norm(65_536, 1600, BF16)),
+    quick(add_layer_norm(16_384, 8192, BF16)),
+    quick(add_layer_norm(65_536, 768, FP32)),
 ]
 FFN = [
     gelu_ffn(32_768, 768, BF16),

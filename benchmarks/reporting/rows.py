@@ -11,6 +11,7 @@ SUITES = {
     "training": "Training step",
     "generation": "Generation",
     "layer_norm": "Layer norm",
+    "add_layer_norm": "Residual addition and layer norm",
     "gelu_ffn": "GELU feed-forward",
     "causal_attention": "Causal attention",
 }

@@ -14,6 +14,7 @@ LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 
 SMALL = [
     shapes.layer_norm(40, 48, torch.float32),
     shapes.gelu_ffn(40, 16, torch.float32),
+    shapes.add_layer_norm(40, 48, torch.float32),
     shapes.causal_attention(2, 3, 40, 16, torch.float32),
     shapes.causal_attention(1, 2, 40, 16, torch.float16),
 ]
@@ -67,6 +68,15 @@ def test_a_wrong_gradient_has_no_speed_in_any_mode():
         compare(NORM, peer=detached_mean).row("peer", "forward")
 
 
+def test_each_of_several_results_is_checked():
+    def forget_the_sum(x, residual, weight, bias):
+        y, _ = reference.add_layer_norm(x, residual, weight, bias)
+        return y, x
+
+    with pytest.raises(WrongResultError, match="the result is wrong"):
+        compare(SMALL[2], peer=forget_the_sum).row("peer", "forward")
+
+
 def test_not_a_number_is_wrong():
     def nan(x, weight, bias):
         return reference.layer_norm(x, weight, bias) * math.nan
@@ -82,7 +92,7 @@ def test_a_wrong_row_is_seen_in_the_compared_part_of_attention():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     with pytest.raises(WrongResultError, match="the result is wrong"):
-        compare(SMALL[2], peer=see_everything).row("peer", "forward")
+        compare(SMALL[3], peer=see_everything).row("peer", "forward")
 
 
 def test_a_peer_that_breaks_is_a_reason_and_our_own_an_error():
@@ -143,6 +153,6 @@ def test_without_a_matrix_rate_there_is_no_share():
 
 
 def test_attention_is_measured_in_the_models_layout():
-    q, *_ = SMALL[2].inputs(DEVICE)
+    q, *_ = SMALL[3].inputs(DEVICE)
     assert q.shape == (2, 3, 40, 16)
     assert q.transpose(1, 2).is_contiguous()

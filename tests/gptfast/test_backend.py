@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+import triton.language as tl
 
 import kernels
 from gptfast import GPT, Backend, GPTConfig
 from gptfast.backend import parse, resolve
-from kernels import reference
+from kernels import reference, tile
 
 TINY = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
 ALL_TRITON = {"layer_norm": "triton", "ffn": "triton", "attention": "triton", "loss": "eager"}
@@ -50,6 +51,18 @@ def test_auto_on_a_gpu_is_triton_where_there_is_a_kernel():
     assert choices(torch.bfloat16, 64) == ALL_TRITON
     assert choices(torch.bfloat16, 260) == ALL_TRITON | {"attention": "eager"}
     assert set(choices(torch.float64, 64).values()) == {"eager"}
+
+
+def test_auto_is_eager_on_a_gpu_that_kernels_cannot_be_compiled_for(monkeypatch):
+    monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu = torch.device("cuda", 0)
+    assert set(resolve(parse("auto"), gpu, torch.float32, 64).values()) == {"eager"}
+    with pytest.raises(
+        ValueError, match=r"cannot run layer_norm: the GPU has compute capability 7.5, .*; use backend="
+    ):
+        resolve(parse("triton"), gpu, torch.float32, 64)
 
 
 def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
@@ -110,6 +123,15 @@ def test_a_head_size_that_attention_cannot_hold():
     config = GPTConfig(**TINY | {"n_embd": 520, "n_head": 2})
     with pytest.raises(ValueError, match="cannot run attention: the head size is 260, at most 256 is accepted; use"):
         GPT(config, backend="triton")
+
+
+def test_a_dtype_without_kernels():
+    model = GPT(GPTConfig(**TINY), backend="eager").double()
+    message = "cannot run layer_norm: the dtype is torch.float64, float32, float16 or bfloat16 is accepted; use"
+    with pytest.raises(ValueError, match=message):
+        model.set_backend("triton")
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**TINY), backend="triton").double()
 
 
 def python(code: str, **environment: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptfast import cli
 
@@ -50,12 +51,12 @@ def test_train_and_generate(text):
     assert len(twice) == 2 * len(generated.stdout)
 
 
-def fails(capsys, *arguments: str) -> str:
-    """The error line of a command that ends with exit status 2 and prints nothing else."""
+def fails(capsys, *arguments: str, status: int = 2) -> str:
+    """The error line of a command that ends with this exit status and prints nothing else."""
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     printed = capsys.readouterr()
-    assert ended.value.code == 2
+    assert ended.value.code == status
     assert printed.out == ""
     assert re.fullmatch(r"gptfast: [^\n]+\n", printed.err), printed.err
     return printed.err.removeprefix("gptfast: ").rstrip()
@@ -72,10 +73,16 @@ def fails(capsys, *arguments: str) -> str:
         (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--device=tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--device", "cpu", "--device=tpu"], "no device 'tpu' here; accepted: auto, "),
+        (["--dropout", "half"], "Error parsing --dropout: could not convert string to float: 'half'"),
+        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--device", "cuda:99"], "no device 'cuda:99' here; accepted: auto, "),
         (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16"),
         (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, "),
         (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--batch-size", "1000000000000"], "batch_size must be below 2**31, got 1000000000000"),
+        (["--seed", "18446744073709551616"], "seed must be in [0, 2**64), got 18446744073709551616"),
+        (["--init-std", "inf"], "init_std must be above 0 and finite, got inf"),
         (["--activation", "swish"], "invalid choice 'swish' for argument '--activation'. Expected one of ('gelu_tanh'"),
         (["--n-layer", "x"], "Error parsing --n-layer: invalid literal for int() with base 10: 'x'"),
         (["--n-layer"], "Missing value for argument '--n-layer'. Expected 1 values."),
@@ -92,6 +99,30 @@ def test_bad_training_input(text, capsys, options, message):
     error = fails(capsys, "train", "shakespeare-char", "--data", text, *options)
     assert error.startswith(message)
     assert sorted(Path().rglob("*")) == before, "a run folder was left behind"
+
+
+def test_the_last_device_decides_the_recipe(text, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("gptfast.recipes.recipe", lambda name, device: asked.append(device) or {}[name])
+    with pytest.raises(KeyError):
+        cli.main(["train", "shakespeare-char", "--device", "tpu", "--steps", "3", "--device", "cpu"])
+    assert asked == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("gptfast: error:\n  plain text\n", "gptfast: error: plain text"),
+        ("", "unknown options; see gptfast generate --help"),
+    ],
+)
+def test_a_parser_that_draws_no_box(monkeypatch, capsys, printed, message):
+    def refuse(*arguments, **options):
+        sys.stderr.write(printed)
+        sys.exit(2)
+
+    monkeypatch.setattr("tyro.cli", refuse)
+    assert fails(capsys, "generate", "run") == message
 
 
 def test_unknown_words(capsys):
@@ -113,6 +144,8 @@ def trained(text) -> str:
         (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
         (["--top-k", "0"], "top_k must be at least 1, got 0"),
         (["--max-new-tokens", "-5"], "max_new_tokens must be at least 0, got -5"),
+        (["--seed", "-1"], "seed must be in [0, 2**64), got -1"),
+        (["--seed", "18446744073709551616"], "seed must be in [0, 2**64), got 18446744073709551616"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
@@ -138,6 +171,60 @@ def test_a_loss_that_is_no_number_is_one_line(text, capsys):
     assert re.search(
         r"^gptfast: the loss is (nan|inf) at step \d+; lower --learning-rate", capsys.readouterr().err, re.M
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.28 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 4 bytes"
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line_and_leaves_no_folder(text, monkeypatch, capsys, error):
+    def step(self, number):
+        raise error
+
+    monkeypatch.setattr("gptfast.trainer._Training._step", step)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert re.match("gptfast: out of memory, a smaller model or batch may fit: (Unable|CUDA|can't) .+", lines[-1])
+    assert not Path("run").exists()
+
+
+def test_a_model_beyond_the_memory(text, capsys):
+    options = ["--data", text, "--device", "cpu", "--n-embd", "1000000000000", "--n-head", "1", "--block-size", "16"]
+    error = fails(capsys, "train", "shakespeare-char", *options, status=1)
+    assert error.startswith("out of memory, a smaller model or batch may fit: can't allocate memory: you tried to")
+
+
+def test_errors_of_the_file_system_are_one_line(trained, monkeypatch, capsys):
+    capsys.readouterr()
+    too_long = "x" * 300
+    assert "File name too long" in fails(capsys, "train", "shakespeare-char", "--data", too_long, status=1)
+    assert "File name too long" in fails(capsys, "generate", too_long, status=1)
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    error = fails(capsys, "train", "shakespeare-char", "--data", "text.txt", "--out", "full", status=1)
+    assert error == "[Errno 28] No space left on device"
+    assert not Path("full").exists()
+
+
+def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    capsys.readouterr()
+    monkeypatch.setattr("gptfast.generation.sample", interrupt)
+    assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 
 def test_an_interrupted_run_says_so_by_its_exit_status(text, monkeypatch, capsys):

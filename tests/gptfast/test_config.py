@@ -1,3 +1,7 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 
 from gptfast import GPTConfig
@@ -22,8 +26,18 @@ def test_defaults_are_nanogpts():
         ({"n_layer": 0}, "n_layer must be an integer of at least 1, got 0"),
         ({"block_size": 8.5}, "block_size must be an integer of at least 1, got 8.5"),
         ({"vocab_size": None}, "vocab_size must be an integer of at least 1, got None"),
+        ({"n_layer": True}, "n_layer must be an integer of at least 1, got True"),
+        ({"n_layer": np.True_}, r"n_layer must be an integer of at least 1, got np\.True_"),
+        ({"n_head": np.float64(2.0)}, r"n_head must be an integer of at least 1, got np\.float64\(2.0\)"),
+        ({"n_embd": np.array([64, 64])}, r"n_embd must be an integer of at least 1, got array\(\[64, 64\]\)"),
+        ({"n_head": np.int64(-2)}, r"n_head must be an integer of at least 1, got np\.int64\(-2\)"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"init_std": 0.0}, "init_std must be above 0, got 0.0"),
+        ({"dropout": "0.1"}, "dropout must be a number, got '0.1'"),
+        ({"dropout": None}, "dropout must be a number, got None"),
+        ({"init_std": 0.0}, "init_std must be above 0 and finite, got 0.0"),
+        ({"init_std": float("inf")}, "init_std must be above 0 and finite, got inf"),
+        ({"init_std": float("nan")}, "init_std must be above 0 and finite, got nan"),
+        ({"init_std": True}, "init_std must be a number, got True"),
         ({"activation": "swish"}, "activation must be one of gelu_tanh, gelu, relu, got 'swish'"),
         ({"norm_position": "middle"}, "norm_position must be one of pre, post, got 'middle'"),
         ({"position": "rotary"}, "position must be one of learned, sinusoidal, none, got 'rotary'"),
@@ -33,6 +47,12 @@ def test_defaults_are_nanogpts():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**settings)
+
+
+def test_numbers_of_numpy_are_stored_as_pythons():
+    config = GPTConfig(vocab_size=np.int64(65), n_head=np.uint8(4), n_embd=np.int32(64), dropout=np.float32(0.5))
+    assert config == GPTConfig(vocab_size=65, n_head=4, n_embd=64, dropout=0.5)
+    assert json.loads(json.dumps(asdict(config)))["vocab_size"] == 65
 
 
 def test_presets():

@@ -1,4 +1,6 @@
 import hashlib
+import socketserver
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,41 @@ def test_offline_names_the_way_out(shakespeare):
     shakespeare.unlink()
     with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"):
         corpus.load("shakespeare")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nFirst Cit", b"220 mail.example\r\n"],
+    ids=["cut", "mail"],
+)
+def test_a_broken_answer_is_one_line_and_leaves_nothing(shakespeare, tmp_path, monkeypatch, answer):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
+        with pytest.raises(
+            ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"
+        ) as caught:
+            corpus.load("shakespeare")
+        thread.join()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(shakespeare, tmp_path, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(ValueError, match=r"cannot write the download to .*No space left on device.*XDG_CACHE_HOME"):
+        corpus.load("shakespeare")
+    assert list((tmp_path / "cache/gptfast").iterdir()) == []
 
 
 def test_a_wrong_download_is_not_kept(shakespeare, tmp_path):

@@ -30,6 +30,15 @@ def test_layer_norm_reads_and_writes_each_tensor_once():
     assert costs.layer_norm(6, 10, 2, bias=False).inference.bytes == passes.inference.bytes - bias.nbytes
 
 
+def test_the_residual_addition_shares_the_norms_pass():
+    rows = torch.empty(6, 10, dtype=torch.bfloat16).nbytes
+    alone, fused = costs.layer_norm(6, 10, 2), costs.add_layer_norm(6, 10, 2)
+    assert fused.inference.bytes - alone.inference.bytes == 2 * rows  # reads the residual, writes the sum
+    assert fused.backward.bytes - alone.backward.bytes == rows  # reads the gradient of the sum
+    # apart, the addition reads both and writes the sum, and the norm reads it again
+    assert fused.inference.bytes == alone.inference.bytes + 3 * rows - rows
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_by_the_tensors_of_its_three_products(bias):
     x, weight, y = 6 * 10 * 4, 10 * 14 * 4, 6 * 14 * 4

@@ -63,6 +63,14 @@ def test_sampling_frequencies():
         assert ((counts[:kept] - expected) ** 2 / expected).sum() < {5: 23.5, 3: 18.4}[kept]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 5e-324])
+def test_the_smallest_temperatures_are_greedy(model, temperature):
+    idx = prompt(1, 3)
+    greedy = model.generate(idx, 10, temperature=0)
+    assert torch.equal(model.generate(idx, 10, temperature=temperature), greedy)
+    assert torch.equal(model.generate(idx, 10, temperature=temperature, top_k=5), greedy)
+
+
 def test_top_k_beyond_the_vocabulary_keeps_all(model):
     idx = prompt(1, 3)
     assert torch.equal(

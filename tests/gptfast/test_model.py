@@ -212,16 +212,17 @@ def test_the_activation_is_the_one_configured(activation, function):
 @pytest.mark.parametrize("site", ["embedding", "attention", "attention output", "feed-forward output"])
 def test_dropout_acts_in_four_places_in_training_alone(site):
     model, idx = build(dropout=0.5), tokens(2, 16)
-    for name in {"embedding", "attention", "attention output", "feed-forward output"} - {site}:
-        for block in model.transformer.h:
-            if name == "embedding":
-                model.transformer.drop.p = 0.0
-            elif name == "attention":
-                block.attn.dropout = 0.0
-            elif name == "attention output":
-                block.attn.resid_dropout.p = 0.0
-            else:
-                block.mlp.dropout.p = 0.0
+    transformer = model.transformer
+    # what a sublayer puts out is dropped where it is added: in the norm that follows
+    sites = {
+        "attention": [block.attn for block in transformer.h],
+        "attention output": [block.ln_2 for block in transformer.h],
+        "feed-forward output": [*(block.ln_1 for block in transformer.h), transformer.ln_f],
+    }
+    if site != "embedding":
+        transformer.drop.p = 0.0
+    for module in (module for name, modules in sites.items() if name != site for module in modules):
+        module.dropout = 0.0
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
     assert torch.equal(model(idx)[0], model(idx)[0])

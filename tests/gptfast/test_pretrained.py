@@ -70,6 +70,35 @@ def test_what_does_not_fit(folder, settings, message):
         GPT.from_pretrained(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "config.json is damaged: Expecting property name"),
+        (b"\xff{}", "config.json is damaged: 'utf-8' codec can't decode"),
+        (b"[1]", "config.json is damaged: a JSON object is needed"),
+        (b'{"n_embd": 32}', "config.json is no GPT-2 config: it has no n_positions"),
+        (b"{}", "config.json is no GPT-2 config: it has no n_embd"),
+        (b'{"n_embd": 32, "activation_function": []}', "config.json is no GPT-2 config: unhashable type: 'list'"),
+    ],
+)
+def test_a_config_that_is_none(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(folder))
+
+
+def test_weights_that_are_none(folder):
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["transformer.h.0.attn.c_attn.weight"] = torch.zeros(1, 32, 96)
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(ValueError, match=r"does not fit its config.json: tensor transformer.h.0.attn.c_attn.weight"):
+        GPT.from_pretrained(str(folder))
+    path.write_bytes(b"\x00" * 30)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: "):
+        GPT.from_pretrained(str(folder))
+
+
 def test_missing_files(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors"):

@@ -62,6 +62,16 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, call):
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}
 
 
+def test_what_is_written_is_json(tmp_path):
+    """Python's own extension, Infinity and NaN, is not read by other programs."""
+    folder = run.RunFolder(tmp_path / "run")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.write_json("summary.json", {"val_loss": float("inf")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.append_log({"loss": float("nan")})
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def damage(path: Path, content: bytes | None) -> None:
     path.unlink() if content is None else path.write_bytes(content)
 
@@ -77,6 +87,13 @@ def damage(path: Path, content: bytes | None) -> None:
         ("config.json", b'{"model": {"layers": 3}}', "config.json holds no model settings: .*layers"),
         ("config.json", b'{"model": {"n_head": 5}}', "n_embd must be divisible by n_head"),
         ("tokenizer.json", b"{}", "not a saved tokenizer"),
+        ("tokenizer.json", b'{"kind": "char", "chars": ""}', "needs different characters, at least one, got ''"),
+        ("tokenizer.json", b'{"kind": "char", "chars": "aba"}', "needs different characters, at least one, got 'aba'"),
+        (
+            "tokenizer.json",
+            b'{"kind": "char", "chars": "ab"}',
+            "tokenizer.json does not fit config.json: it has 2 tokens, the model 3",
+        ),
         (
             "config.json",
             json.dumps({"model": CONFIG | {"n_layer": 2}}).encode(),

@@ -94,6 +94,20 @@ def test_an_interrupted_run_is_evaluated_and_saved(config, tmp_path, monkeypatch
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_run_that_fails_later_keeps_what_it_has(config, tmp_path, monkeypatch):
+    step = trainer._Training._step
+
+    def failing_step(self, number):
+        if number == 1:
+            raise MemoryError
+        return step(self, number)
+
+    monkeypatch.setattr(trainer._Training, "_step", failing_step)
+    with pytest.raises(MemoryError):
+        trainer.train(config)
+    assert [entry["step"] for entry in log(tmp_path / "run")] == [1]
+
+
 def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
     monkeypatch.setattr(trainer._Training, "_step", lambda self, number: torch.tensor(float("nan")))
     with pytest.raises(RuntimeError, match="the loss is nan at step 1; lower --learning-rate"):
@@ -112,6 +126,19 @@ def test_a_bad_peak_is_found_before_the_folder_is_made(config, tmp_path, monkeyp
     with pytest.raises(ValueError, match="GPTFAST_PEAK_FLOPS is 'fast'"):
         trainer.train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"), [((math.inf, 1.0), "validation loss is inf"), ((1.0, math.nan), "train loss is nan")]
+)
+def test_an_evaluation_that_is_no_number_ends_the_run(config, tmp_path, monkeypatch, losses, message):
+    """The step's own loss may still be a number: it is of another batch."""
+    values = iter((2.0, 2.0, *losses))
+    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: next(values))
+    with pytest.raises(RuntimeError, match=f"the {message} after step 16; lower --learning-rate"):
+        trainer.train(config)
+    assert [entry["step"] for entry in log(tmp_path / "run") if "val_loss" in entry] == [8]
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_learning_rate_rises_and_falls():
@@ -200,7 +227,9 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
+        ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
     ],

@@ -1,7 +1,10 @@
+import os
+
 import pytest
 import torch
+import triton.language as tl
 
-from kernels import runtime
+from kernels import runtime, tile
 
 
 @pytest.fixture
@@ -20,3 +23,49 @@ def test_float32_products_follow_both_settings_of_pytorch():
     assert runtime.dot_precision(torch.float32) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     assert runtime.dot_precision(torch.float32) == "tf32"
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that kernels can be compiled for, as far as PyTorch and PATH tell."""
+    monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = tmp_path / "clang"
+    compiler.touch(mode=0o755)
+    assert runtime.why_not(torch.device("cuda")) is None
+    return compiler
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
+def test_a_gpu_that_is_too_old_is_named(gpu, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = "the GPU has compute capability 7.5, at least 8.0 is needed" if capability == (7, 5) else None
+    assert runtime.why_not(torch.device("cuda", 0)) == reason
+
+
+def test_compiling_needs_a_c_compiler_where_triton_looks_for_it(gpu, monkeypatch):
+    gpu.rename(gpu.parent / "gcc")
+    assert runtime.why_not(torch.device("cuda")) is None
+    (gpu.parent / "gcc").rename(gpu.parent / "cc")
+    assert runtime.why_not(torch.device("cuda")) == (
+        "Triton needs a C compiler and found no gcc or clang; the variable CC can name one"
+    )
+    monkeypatch.setenv("CC", str(gpu.parent / "cc"))
+    assert runtime.why_not(torch.device("cuda")) is None
+    monkeypatch.setenv("CC", os.devnull)
+    assert "found no /dev/null" in runtime.why_not(torch.device("cuda"))
+
+
+def test_compiling_needs_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.why_not(torch.device("cuda")) == "no CUDA device was found"
+
+
+def test_interpreting_needs_neither(gpu, monkeypatch):
+    monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(True))
+    gpu.unlink()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert runtime.why_not(torch.device("cuda")) is None

@@ -1,0 +1,198 @@
+"""GPUs that kernels are compiled for without being there, and what the compilers say of the result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one launch compiles to: resources of one program, and counts of the instructions that decide its speed."""
+
+    registers: int  # per thread
+    spilled_bytes: int  # per thread
+    shared_bytes: int  # per program
+    occupancy: float  # the share of a processor's warps that can run at once
+    matrix_instructions: int
+    loads: int  # of global memory, copies to shared memory included
+    stores: int  # to global memory
+    wide_share: float  # of the bytes that a thread loads and stores, those in accesses of 16 bytes
+    loaded_bytes: int  # by one program, each statement counted once
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture and the limits of one of its processors.
+
+    NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". AMD: CDNA 3 instruction set
+    architecture reference guide.
+    """
+
+    name: str
+    gpu: GPUTarget
+    shared_limit: int  # bytes that one program may have
+    shared_bytes: int  # bytes of a processor
+    registers: int  # of a processor, in 32 bits, one for each thread
+    warps: int  # of a processor
+    programs: int  # of a processor
+    read: Callable[[Any, Target], tuple[int, int, list[tuple[str, int]]]]  # registers, spills, accesses
+    matrix: str  # how the names of matrix instructions begin, as a regular expression
+    reserved_shared: int = 1024  # bytes of every program that the system takes
+
+    def occupancy(self, warps: int, registers: int, shared: int) -> float:
+        """The share of the processor's warps that programs of `warps` fill."""
+        width = self.gpu.warp_size
+        per_warp = -(-registers * width // 256) * 256  # allocated in units of 256
+        fitting = min(
+            self.programs,
+            self.warps // warps,
+            self.registers // max(per_warp * warps, 1),
+            self.shared_bytes // (shared + self.reserved_shared) if shared else self.programs,
+        )
+        return fitting * warps / self.warps
+
+    def compile(self, source: ASTSource, options: dict[str, int]) -> Compiled:
+        """Compile for this target."""
+        compiled = triton.compile(source, target=self.gpu, options=options)
+        registers, spilled, accesses = self.read(compiled, self)
+        shared = compiled.metadata.shared
+        moved = sum(size for _, size in accesses)
+        loaded, stored = _program_bytes(compiled.asm["ttir"])
+        assembly = compiled.asm["ptx" if self.gpu.backend == "cuda" else "amdgcn"]
+        return Compiled(
+            registers=registers,
+            spilled_bytes=spilled,
+            shared_bytes=shared,
+            occupancy=self.occupancy(compiled.metadata.num_warps, registers, shared),
+            matrix_instructions=len(re.findall(rf"\b(?:{self.matrix})", assembly)),
+            loads=sum(kind == "load" for kind, _ in accesses),
+            stores=sum(kind == "store" for kind, _ in accesses),
+            wide_share=sum(size for _, size in accesses if size == 16) / moved if moved else 1.0,
+            loaded_bytes=loaded,
+            stored_bytes=stored,
+        )
+
+
+_BITS = {"bf16": 16, "f16": 16, "f32": 32, "i64": 64, "i32": 32, "i8": 8}
+
+
+def _program_bytes(ttir: str) -> tuple[int, int]:
+    """Bytes that the statements of a program load and store, a loop's body counted once, masks not counted."""
+    total = {"load": 0, "store": 0}
+    for kind, shape, dtype in re.findall(r"tt\.(load|store) .*: (?:tensor<([\dx]*)x)?!tt\.ptr<(\w+)>", ttir):
+        elements = 1
+        for size in shape.split("x") if shape else []:
+            elements *= int(size)
+        total[kind] += elements * _BITS[dtype] // 8
+    return total["load"], total["store"]
+
+
+def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, int]]]:
+    ptx = compiled.asm["ptx"]
+    capability = target.gpu.arch
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        # tensor-core instructions of the data-centre chips are specific to one architecture
+        arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", f"-arch={arch}", source, "-o", Path(folder, "cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(found) for found in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
+    accesses = []
+    for kind, suffixes in re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)+)", ptx):
+        vector = re.search(r"\.v(\d)", suffixes)
+        bits = re.search(r"\.[bfsu](\d+)$", suffixes)
+        size = (int(vector[1]) if vector else 1) * (int(bits[1]) // 8 if bits else 4)
+        accesses.append(("load" if kind == "ld" else "store", size))
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x[0-9a-f]+)", ptx):
+        accesses.append(("load", int(size, 16)))
+    return registers, spilled, accesses
+
+
+_AMD_SIZES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1}
+
+
+def _read_amd(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, int]]]:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return max((int(found) for found in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
+
+    accesses = []
+    for kind, suffix in re.findall(r"(?:global|buffer)_(load|store)_(\w+)", assembly):
+        size = next((size for part, size in _AMD_SIZES.items() if re.search(rf"{part}(?!x)\b|_{part}\b", suffix)), 2)
+        accesses.append((kind, _AMD_SIZES.get(suffix, size)))
+    # spilled scalar registers go into lanes of vector registers, not to memory
+    return field("vgpr_count"), 4 * field("vgpr_spill_count"), accesses
+
+
+_nvidia = partial(Target, read=_read_nvidia, registers=65_536, matrix=r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
+
+TARGETS = (
+    _nvidia(
+        name="sm_80",
+        gpu=GPUTarget("cuda", 80, 32),
+        shared_limit=166_912,
+        shared_bytes=167_936,
+        warps=64,
+        programs=32,
+    ),
+    _nvidia(
+        name="sm_89",
+        gpu=GPUTarget("cuda", 89, 32),
+        shared_limit=101_376,
+        shared_bytes=102_400,
+        warps=48,
+        programs=24,
+    ),
+    _nvidia(
+        name="sm_90",
+        gpu=GPUTarget("cuda", 90, 32),
+        shared_limit=232_448,
+        shared_bytes=233_472,
+        warps=64,
+        programs=32,
+    ),
+    _nvidia(
+        name="sm_100",
+        gpu=GPUTarget("cuda", 100, 32),
+        shared_limit=232_448,
+        shared_bytes=233_472,
+        warps=64,
+        programs=32,
+    ),
+    _nvidia(
+        name="sm_120",
+        gpu=GPUTarget("cuda", 120, 32),
+        shared_limit=101_376,
+        shared_bytes=102_400,
+        warps=48,
+        programs=24,
+    ),
+    Target(
+        name="gfx942",
+        gpu=GPUTarget("hip", "gfx942", 64),
+        shared_limit=65_536,
+        shared_bytes=65_536,
+        registers=4 * 512 * 64,  # four units of 512 registers for each of 64 lanes
+        warps=32,
+        programs=32,
+        read=_read_amd,
+        matrix="v_mfma",
+        reserved_shared=0,
+    ),
+)
