@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-triton36 lint bench clean
 
 demo: .venv/ready
 	rm -rf runs/demo
@@ -15,6 +15,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# the oldest Triton that is supported: kernels interpreted, and compiled for GPUs that are not here
+test-triton36: .venv36/ready
+	.venv36/bin/python -m pytest tests/kernels
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -28,7 +32,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.report $(RESULTS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv36 .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 # all versions are pinned: a plain `torch` would bring another one, with gigabytes of CUDA packages
 .venv/ready: setup.py pyproject.toml constraints.txt
@@ -36,4 +40,12 @@ clean:
 		{ echo "gptfast needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.x" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# its interpreter needs a NumPy before 2.4
+.venv36/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv36
+	grep -vE '^(triton|numpy)==' constraints.txt > .venv36/constraints.txt
+	.venv36/bin/python -m pip install --quiet --constraint .venv36/constraints.txt \
+		--editable . 'triton==3.6.0' 'numpy<2.4' pytest hypothesis
 	touch $@

@@ -276,7 +276,7 @@ def add_layer_norm(
     h = residual + dropout(x); y = layer_norm(h). The backward adds the gradient of h's other readers in its own pass.
     Method as `layer_norm`; the dropout's mask is a function of the seed and an element's position (Philox, Salmon et
     al. 2011), so that the backward computes it anew. Where Triton cannot run, this is
-    `kernels.reference.add_layer_norm`. Under CUDA's `torch.autocast` both results are float32, as PyTorch's are.
+    `kernels.reference.add_layer_norm`. Under CUDA's `torch.autocast` both results are float32.
 
     Args:
         x: [..., C], float32, float16 or bfloat16, any strides.
