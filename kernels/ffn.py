@@ -78,7 +78,7 @@ def _ffn_down_backward_kernel(
 
 def _launch_options(dtype: torch.dtype) -> dict[str, int | str]:
     if dtype == torch.float32:
-        blocks = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+        blocks = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
     else:
         blocks = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
     return {**blocks, "GROUP": 8, "PRECISION": runtime.dot_precision(dtype)}
