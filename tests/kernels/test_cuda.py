@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import (
-    DROPOUT,
-    OPERATORS,
-    SMALL,
-    Case,
-    Outcome,
-    assert_equal_to_reference,
-    assert_same_bits,
-    call,
-    leaves,
-    run,
-)
+from operators import DROPOUT, OPERATORS, SMALL, Case
 from oracle import DEVICE
+from running import Outcome, assert_equal_to_reference, assert_same_bits, call, leaves, run
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 FLOAT32 = torch.float32

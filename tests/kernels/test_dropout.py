@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operators import DROPOUT, OPERATORS, Case, assert_equal_to_reference, assert_same_bits, call, run
+from operators import DROPOUT, OPERATORS, Case
 from oracle import DEVICE
+from running import assert_equal_to_reference, assert_same_bits, call, run
 
 FLOAT32 = torch.float32
 # enough elements for a share, and several blocks in each direction

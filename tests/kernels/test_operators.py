@@ -15,23 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from operators import (
-    CASES,
-    DTYPES,
-    LAYOUTS,
-    OPERATORS,
-    SMALL,
-    Case,
-    Layout,
-    assert_equal_to_reference,
-    assert_same_bits,
-    backward,
-    call,
-    layouts,
-    leaves,
-    run,
-)
+from layouts import LAYOUTS, Layout, layouts
+from operators import CASES, DTYPES, OPERATORS, SMALL, Case
 from oracle import DEVICE
+from running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
 
 LARGE = [case for operator in OPERATORS.values() for case in operator.large]
 FLOAT32 = torch.float32

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference, runtime
-from oracle import DEVICE, assert_equal_to_oracle
+from oracle import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,74 +95,6 @@ class Case:
         """Other rows: `size` in the first dimension of the tensors that have it."""
         shapes = {name: (size, *s[1:]) if name in self.row.batched else s for name, s in self.shapes.items()}
         return replace(self, shapes=shapes)
-
-
-@dataclass
-class Outcome:
-    """What one forward and one backward gave, by name."""
-
-    results: dict[str, Tensor]
-    gradients: dict[str, Tensor | None]
-
-
-def leaves(inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
-    """Tensors on the same memory that gather gradients, or copies in another dtype."""
-    return {
-        name: None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
-        for name, tensor in inputs.items()
-    }
-
-
-def call(function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The results by name."""
-    results = function(**inputs, **case.options)
-    results = results if isinstance(results, tuple) else (results,)
-    return dict(zip(case.row.results, results, strict=True))
-
-
-def backward(results: dict[str, Tensor], upstream: dict[str, Tensor]) -> None:
-    used = [results[name] for name in upstream]
-    torch.autograd.backward(used, [dy.to(y.dtype) for y, dy in zip(used, upstream.values(), strict=True)])
-
-
-def run(
-    function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor],
-    dtype: torch.dtype | None = None,
-) -> Outcome:  # fmt: skip
-    """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
-    own = leaves(inputs, dtype)
-    results = call(function, case, own)
-    if upstream:
-        backward(results, upstream)
-    gradients = {name: tensor.grad for name, tensor in own.items() if tensor is not None}
-    return Outcome({name: y.detach() for name, y in results.items()}, gradients)
-
-
-def assert_same_bits(actual: Outcome, expected: Outcome) -> None:
-    for kind in ("results", "gradients"):
-        for name, tensor in getattr(expected, kind).items():
-            other = getattr(actual, kind)[name]
-            assert (tensor is None) == (other is None), f"{kind}: {name}"
-            assert tensor is None or torch.equal(other, tensor), f"{kind}: {name}"
-
-
-def assert_equal_to_reference(
-    case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor], outcome: Outcome | None = None,
-    magnitude: float = 0.0,
-) -> None:  # fmt: skip
-    """Results and gradients of the operator, or those given, are the reference's by the rule of the oracle."""
-    ours = outcome or run(case.kernel, case, inputs, upstream)
-    theirs = run(case.reference, case, inputs, upstream)
-    exact = run(case.reference, case, inputs, upstream, torch.float64)
-    for name, oracle in exact.results.items():
-        assert_equal_to_oracle(name, ours.results[name], theirs.results[name], oracle, magnitude)
-    for name, oracle in exact.gradients.items():
-        gradient, same_dtype = ours.gradients[name], theirs.gradients[name]
-        if oracle is None:  # the results in use do not depend on this argument
-            assert gradient is None or not gradient.any(), f"gradient of {name}: not zero"
-        else:
-            assert gradient is not None, f"gradient of {name}: missing"
-            assert_equal_to_oracle(f"gradient of {name}", gradient, same_dtype, oracle, magnitude)
 
 
 @dataclass(frozen=True)
@@ -472,69 +404,3 @@ OPERATORS = {operator.name: operator for operator in _TABLE}
 CASES = [case for operator in _TABLE for case in operator.cases]
 SMALL = [case for operator in _TABLE for case in operator.small]
 DROPOUT = [case for case in SMALL if case.has_dropout]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a tensor's elements lie: the order of dimensions in memory, gaps, repetitions and an offset."""
-
-    order: tuple[int, ...]
-    steps: tuple[int, ...]
-    repeated: tuple[bool, ...]
-    offset: int
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor at other strides; where a dimension is repeated, its first element everywhere."""
-        for dim, repeated in enumerate(self.repeated):
-            if repeated:
-                tensor = tensor[(slice(None),) * dim + (slice(0, 1),)].expand_as(tensor)
-        spaced = [tensor.shape[dim] * self.steps[dim] for dim in self.order]
-        # what lies in the gaps must not be read
-        memory = torch.full((self.offset + math.prod(spaced),), float("nan"), dtype=tensor.dtype, device=tensor.device)
-        view = memory[self.offset :].view(spaced)[tuple(slice(None, None, self.steps[dim]) for dim in self.order)]
-        view = view.permute([self.order.index(dim) for dim in range(len(self.order))])
-        view.copy_(tensor)
-        for dim, repeated in enumerate(self.repeated):
-            if repeated:
-                view = view[(slice(None),) * dim + (slice(0, 1),)].expand(tensor.shape)
-        return view
-
-
-def _spaced(dims: int, dim: int) -> Layout:
-    steps = tuple(2 if i == dim % dims else 1 for i in range(dims))
-    return Layout(tuple(range(dims)), steps, (False,) * dims, 0)
-
-
-def _swapped(dims: int, first: int, second: int) -> Layout:
-    order = list(range(dims))
-    order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
-    return Layout(tuple(order), (1,) * dims, (False,) * dims, 0)
-
-
-def _repeated(dims: int, dim: int) -> Layout:
-    return Layout(tuple(range(dims)), (1,) * dims, tuple(i == dim % dims for i in range(dims)), 0)
-
-
-# the layouts that programs meet, each by the number of dimensions
-LAYOUTS: dict[str, Callable[[int], Layout]] = {
-    "transposed": lambda dims: _swapped(dims, -1, -2),
-    "outer dimensions swapped": lambda dims: _swapped(dims, 0, -2),
-    "gaps between elements": lambda dims: _spaced(dims, -1),
-    "gaps between rows": lambda dims: _spaced(dims, -2),
-    "gaps between batches": lambda dims: _spaced(dims, 0),
-    "one row repeated": lambda dims: _repeated(dims, -2),
-    "offset by one element": lambda dims: Layout(tuple(range(dims)), (1,) * dims, (False,) * dims, 1),
-}
-
-
-def layouts(dims: int) -> st.SearchStrategy[Layout]:
-    def each(values: st.SearchStrategy) -> st.SearchStrategy[tuple]:
-        return st.tuples(*[values] * dims)
-
-    return st.builds(
-        Layout,
-        st.permutations(range(dims)).map(tuple),
-        each(st.sampled_from([1, 2, 3, 1])),
-        each(st.sampled_from([False, False, False, True])),
-        st.sampled_from([0, 1]),
-    )

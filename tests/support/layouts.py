@@ -1,0 +1,77 @@
+"""Where the elements of a tensor may lie: the layouts that programs meet, and any other that hypothesis draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie: the order of dimensions in memory, gaps, repetitions and an offset."""
+
+    order: tuple[int, ...]
+    steps: tuple[int, ...]
+    repeated: tuple[bool, ...]
+    offset: int
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The tensor at other strides; where a dimension is repeated, its first element everywhere."""
+        for dim, repeated in enumerate(self.repeated):
+            if repeated:
+                tensor = tensor[(slice(None),) * dim + (slice(0, 1),)].expand_as(tensor)
+        spaced = [tensor.shape[dim] * self.steps[dim] for dim in self.order]
+        # what lies in the gaps must not be read
+        memory = torch.full((self.offset + math.prod(spaced),), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = memory[self.offset :].view(spaced)[tuple(slice(None, None, self.steps[dim]) for dim in self.order)]
+        view = view.permute([self.order.index(dim) for dim in range(len(self.order))])
+        view.copy_(tensor)
+        for dim, repeated in enumerate(self.repeated):
+            if repeated:
+                view = view[(slice(None),) * dim + (slice(0, 1),)].expand(tensor.shape)
+        return view
+
+
+def _spaced(dims: int, dim: int) -> Layout:
+    steps = tuple(2 if i == dim % dims else 1 for i in range(dims))
+    return Layout(tuple(range(dims)), steps, (False,) * dims, 0)
+
+
+def _swapped(dims: int, first: int, second: int) -> Layout:
+    order = list(range(dims))
+    order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
+    return Layout(tuple(order), (1,) * dims, (False,) * dims, 0)
+
+
+def _repeated(dims: int, dim: int) -> Layout:
+    return Layout(tuple(range(dims)), (1,) * dims, tuple(i == dim % dims for i in range(dims)), 0)
+
+
+# the layouts that programs meet, each by the number of dimensions
+LAYOUTS: dict[str, Callable[[int], Layout]] = {
+    "transposed": lambda dims: _swapped(dims, -1, -2),
+    "outer dimensions swapped": lambda dims: _swapped(dims, 0, -2),
+    "gaps between elements": lambda dims: _spaced(dims, -1),
+    "gaps between rows": lambda dims: _spaced(dims, -2),
+    "gaps between batches": lambda dims: _spaced(dims, 0),
+    "one row repeated": lambda dims: _repeated(dims, -2),
+    "offset by one element": lambda dims: Layout(tuple(range(dims)), (1,) * dims, (False,) * dims, 1),
+}
+
+
+def layouts(dims: int) -> st.SearchStrategy[Layout]:
+    def each(values: st.SearchStrategy) -> st.SearchStrategy[tuple]:
+        return st.tuples(*[values] * dims)
+
+    return st.builds(
+        Layout,
+        st.permutations(range(dims)).map(tuple),
+        each(st.sampled_from([1, 2, 3, 1])),
+        each(st.sampled_from([False, False, False, True])),
+        st.sampled_from([0, 1]),
+    )
