@@ -152,11 +152,9 @@ class Comparison:
         }
 
     def close(self) -> None:
-        """Give the memory back, and forget compiled code: the compiler keeps eight versions of a function at most."""
+        """Give the memory back."""
         self._inputs, self._ready, self._dy = [], {}, []
-        torch.compiler.reset()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget(self.device)
 
     def _measure(self, mode: str) -> dict[str, tuple[Times, int | None] | Exception]:
         calls, memory = {}, {}
@@ -212,10 +210,7 @@ class Comparison:
         # the second list is longer where a provider has no gradients
         for name, result, expected in zip(names, found, truth, strict=False):
             error = relative_error(self.case.part(result), expected)
-            if not error <= TOLERANCES[self.case.dtype]:
-                raise WrongResultError(
-                    f"{name} is wrong: relative error {error:.2e}, accepted {TOLERANCES[self.case.dtype]:.0e}"
-                )
+            require_close(f"{name} is wrong", error, self.case.dtype)
             worst = max(worst, error)
         return worst
 
@@ -252,6 +247,19 @@ def first_line(error: BaseException) -> str:
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """||result - expected|| / ||expected|| in the dtype of `expected`; nan where a result is."""
     return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
+
+
+def require_close(complaint: str, error: float, dtype: torch.dtype) -> None:
+    """Raise WrongResultError, beginning with `complaint`, if a relative error is beyond what `dtype` may have."""
+    if not error <= TOLERANCES[dtype]:
+        raise WrongResultError(f"{complaint}: relative error {error:.2e}, accepted {TOLERANCES[dtype]:.0e}")
+
+
+def forget(device: torch.device) -> None:
+    """Free what is no longer used, and compiled code: the compiler keeps eight versions of a function at most."""
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def rates(cost: Cost, seconds: float, dtype: str, limits: Mapping[str, Any]) -> dict[str, Any]:

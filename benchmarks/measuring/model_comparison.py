@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import thop_rules
 from benchmarks.measuring import models
-from benchmarks.measuring.comparison import TOLERANCES, WrongResultError, noting, relative_error
+from benchmarks.measuring.comparison import WrongResultError, forget, noting, relative_error, require_close
 from benchmarks.measuring.models import ModelCase, ModelProvider
 from benchmarks.measuring.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import costs, flops, peaks
@@ -46,10 +47,7 @@ class ModelComparison:
             with noting(self.failures, provider.name):
                 model = provider.build(self._reference)
                 error = self.error(provider, model, truth)
-                if not error <= TOLERANCES[self.dtype]:
-                    raise WrongResultError(
-                        f"wrong {self.checked}: relative error {error:.2e}, accepted {TOLERANCES[self.dtype]:.0e}"
-                    )
+                require_close(f"wrong {self.checked}", error, self.dtype)
                 self._errors[provider.name], self._models[provider.name] = error, model
 
     checked = "result"
@@ -91,12 +89,10 @@ class ModelComparison:
         }
 
     def close(self) -> None:
-        """Give the memory back and forget compiled code."""
+        """Give the memory back."""
         self._models.clear()
         del self._reference
-        torch.compiler.reset()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
@@ -118,9 +114,8 @@ class TrainingComparison(ModelComparison):
         # every provider trains with the same optimizer, the fastest that PyTorch has; at this rate weights stay put
         return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
 
-    def _loss_and_norm(self, provider: ModelProvider, model: nn.Module) -> Tensor:
-        with self.autocast():
-            loss = provider.loss(model, self._idx, self._targets)
+    def _loss_and_norm(self, model: nn.Module, loss: Tensor) -> Tensor:
+        """The loss and, after its backward, the norm of the gradient, which is dropped."""
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
@@ -128,15 +123,12 @@ class TrainingComparison(ModelComparison):
 
     def truth(self) -> Tensor:
         """Loss and norm of the gradient, by eager PyTorch in float32."""
-        loss = self._reference(self._idx, self._targets)[1]
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self._reference.parameters() if p.grad is not None])
-        self._reference.zero_grad(set_to_none=True)
-        return torch.stack((loss.detach(), norm))
+        return self._loss_and_norm(self._reference, self._reference(self._idx, self._targets)[1])
 
     def error(self, provider: ModelProvider, model: nn.Module, truth: Tensor) -> float:
-        result = self._loss_and_norm(provider, model)
-        return ((result - truth) / truth).abs().max().item()
+        with self.autocast():
+            loss = provider.loss(model, self._idx, self._targets)
+        return ((self._loss_and_norm(model, loss) - truth) / truth).abs().max().item()
 
     def measure(self) -> dict[str, dict[str, Any]]:
         calls, memory = {}, {}
@@ -171,6 +163,7 @@ class TrainingComparison(ModelComparison):
 
         return Call(step), persistent
 
+    @functools.cached_property
     def _by_thop(self) -> int | None:
         """FLOPs per token as thop counts the forward, three times; None where thop is not installed."""
         case = self.case
@@ -195,7 +188,7 @@ class TrainingComparison(ModelComparison):
             "tokens_per_second": speed,
             "flops_per_token": per_token,
             "flops_per_token_causal": causal,
-            "flops_per_token_thop": self._by_thop(),
+            "flops_per_token_thop": self._by_thop,
             "mfu": flops.utilisation(per_token * speed, peak),
             "mfu_causal": flops.utilisation(causal * speed, peak),
             "flops": per_token * case.batch * case.length,
