@@ -44,7 +44,6 @@ class Target:
     name: str
     gpu: GPUTarget
     shared_limit: int  # bytes that one program may have
-    shared_bytes: int  # bytes of a processor
     registers: int  # of a processor, in 32 bits, one for each thread
     warps: int  # of a processor
     programs: int  # of a processor
@@ -60,7 +59,8 @@ class Target:
             self.programs,
             self.warps // warps,
             self.registers // max(per_warp * warps, 1),
-            self.shared_bytes // (shared + self.reserved_shared) if shared else self.programs,
+            # one program may have all but what is reserved
+            (self.shared_limit + self.reserved_shared) // (shared + self.reserved_shared) if shared else self.programs,
         )
         return fitting * warps / self.warps
 
@@ -133,9 +133,10 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, 
         return max((int(found) for found in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
     accesses = []
-    for kind, suffix in re.findall(r"(?:global|buffer)_(load|store)_(\w+)", assembly):
-        size = next((size for part, size in _AMD_SIZES.items() if re.search(rf"{part}(?!x)\b|_{part}\b", suffix)), 2)
-        accesses.append((kind, _AMD_SIZES.get(suffix, size)))
+    # the longest name first: "dwordx4" begins with "dword", and "ushort" or "short_d16" hold "short"
+    sizes = "|".join(sorted(_AMD_SIZES, key=len, reverse=True))
+    for kind, size in re.findall(rf"(?:global|buffer)_(load|store)_\w*?({sizes})", assembly):
+        accesses.append((kind, _AMD_SIZES[size]))
     # spilled scalar registers go into lanes of vector registers, not to memory
     return field("vgpr_count"), 4 * field("vgpr_spill_count"), accesses
 
@@ -147,7 +148,6 @@ TARGETS = (
         name="sm_80",
         gpu=GPUTarget("cuda", 80, 32),
         shared_limit=166_912,
-        shared_bytes=167_936,
         warps=64,
         programs=32,
     ),
@@ -155,7 +155,6 @@ TARGETS = (
         name="sm_89",
         gpu=GPUTarget("cuda", 89, 32),
         shared_limit=101_376,
-        shared_bytes=102_400,
         warps=48,
         programs=24,
     ),
@@ -163,7 +162,6 @@ TARGETS = (
         name="sm_90",
         gpu=GPUTarget("cuda", 90, 32),
         shared_limit=232_448,
-        shared_bytes=233_472,
         warps=64,
         programs=32,
     ),
@@ -171,7 +169,6 @@ TARGETS = (
         name="sm_100",
         gpu=GPUTarget("cuda", 100, 32),
         shared_limit=232_448,
-        shared_bytes=233_472,
         warps=64,
         programs=32,
     ),
@@ -179,7 +176,6 @@ TARGETS = (
         name="sm_120",
         gpu=GPUTarget("cuda", 120, 32),
         shared_limit=101_376,
-        shared_bytes=102_400,
         warps=48,
         programs=24,
     ),
@@ -187,7 +183,6 @@ TARGETS = (
         name="gfx942",
         gpu=GPUTarget("hip", "gfx942", 64),
         shared_limit=65_536,
-        shared_bytes=65_536,
         registers=4 * 512 * 64,  # four units of 512 registers for each of 64 lanes
         warps=32,
         programs=32,
