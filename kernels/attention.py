@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
+from kernels.tuning import Options, Tunable
 
 _LOG2_E = 1.4426950408889634
 
@@ -286,46 +287,47 @@ def _attention_dq_kernel(
 # (BM, BN, num_warps, num_stages) for head sizes up to 64, 128 and 256: blocks whose programs keep everything in
 # registers and fit in shared memory on NVIDIA's chips of capability 8.0, 8.9, 9.0 and 12.0, with Triton 3.6, 3.7
 # and 3.9. The random numbers of dropout take registers of their own.
-_BLOCKS_HALF = {
+_HALF = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
     "dk_dv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
     "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
 }
-_BLOCKS_HALF_DROPOUT = {
+_HALF_DROPOUT = {
     "forward": ((128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     "dk_dv": ((16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
     "dq": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
 }
-_BLOCKS_FLOAT32 = {
+_FLOAT32 = {
     "forward": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "dk_dv": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-_BLOCKS_FLOAT32_DROPOUT = {
+_FLOAT32_DROPOUT = {
     "forward": ((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
     "dk_dv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
 }
 
 
-def _launch_options(pass_name: str, dtype: torch.dtype, head_size: int, dropout: bool) -> dict[str, int | str]:
-    """Blocks, warps and pipeline stages of the pass `forward`, `dk_dv` or `dq`."""
-    padded = max(16, triton.next_power_of_2(head_size))
-    if dtype == torch.float32:
-        blocks = _BLOCKS_FLOAT32_DROPOUT if dropout else _BLOCKS_FLOAT32
-    else:
-        blocks = _BLOCKS_HALF_DROPOUT if dropout else _BLOCKS_HALF
-    block_m, block_n, warps, stages = blocks[pass_name][0 if padded <= 64 else 1 if padded == 128 else 2]
-    return {
-        "BM": block_m,
-        "BN": block_n,
-        "num_warps": warps,
-        "num_stages": stages,
-        "D": head_size,
-        "BD": padded,
-        "DROPOUT": dropout,
-        "PRECISION": runtime.dot_precision(dtype),
-    }
+def _tunable(pass_name: str) -> Tunable:
+    """The blocks of the pass `forward`, `dk_dv` or `dq`, by padded head size, dtype and whether there is dropout."""
+
+    def rule(architecture: str, head_size: int, dtype: torch.dtype, dropout: bool) -> Options:
+        if dtype == torch.float32:
+            blocks = _FLOAT32_DROPOUT if dropout else _FLOAT32
+        else:
+            blocks = _HALF_DROPOUT if dropout else _HALF
+        block_m, block_n, warps, stages = blocks[pass_name][0 if head_size <= 64 else 1 if head_size == 128 else 2]
+        return {"BM": block_m, "BN": block_n, "num_warps": warps, "num_stages": stages}
+
+    return Tunable(f"attention_{pass_name}", rule)
+
+
+_FORWARD, _DK_DV, _DQ = _tunable("forward"), _tunable("dk_dv"), _tunable("dq")
+
+
+def _padded(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -347,13 +349,18 @@ def _forward(
     batch, heads, n_queries, head_size = q.shape
     o = _empty_like_heads(q, n_queries)
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
-    if o.numel() > 0:
-        options = _launch_options("forward", q.dtype, head_size, seed is not None)
+    padded = _padded(head_size)
+
+    def launch(options: Options) -> None:
         with runtime.on_device(q):
             _attention_forward_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 q, k, v, o, lse, seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-                heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p, **options,
+                heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p,
+                D=head_size, BD=padded, DROPOUT=seed is not None, PRECISION=runtime.dot_precision(q.dtype), **options,
             )  # fmt: skip
+
+    if o.numel() > 0:
+        _FORWARD.launch(launch, q.device, padded, q.dtype, seed is not None)
     return o, lse
 
 
@@ -376,19 +383,34 @@ def _backward(
     delta = torch.empty_like(lse)
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * _LOG2_E, dropout_p)
+    problem = (_padded(head_size), q.dtype, seed is not None)
+    constants = {
+        "D": head_size,
+        "BD": problem[0],
+        "DROPOUT": seed is not None,
+        "PRECISION": runtime.dot_precision(q.dtype),
+    }
+
+    def launch_dk_dv(options: Options) -> None:
+        with runtime.on_device(q):
+            _attention_dk_dv_kernel[(triton.cdiv(n_keys, options["BN"]) * batch * heads,)](
+                q, k, v, do, lse, delta, dk, dv, seed, *inputs, *dk.stride()[:3], *sizes, **constants, **options,
+            )  # fmt: skip
+
+    def launch_dq(options: Options) -> None:
+        with runtime.on_device(q):
+            _attention_dq_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
+                q, k, v, do, lse, delta, dq, seed, *inputs, *dq.stride()[:3], *sizes, **constants, **options,
+            )  # fmt: skip
+
+    delta_rows = max(16, 4096 // problem[0])
     with runtime.on_device(q):
-        options = _launch_options("dk_dv", q.dtype, head_size, seed is not None)
-        _attention_delta_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
+        _attention_delta_kernel[(triton.cdiv(n_queries, delta_rows) * batch * heads,)](
             o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
-            BM=options["BM"], D=head_size, BD=options["BD"],
+            BM=delta_rows, D=head_size, BD=problem[0],
         )  # fmt: skip
-        _attention_dk_dv_kernel[(triton.cdiv(n_keys, options["BN"]) * batch * heads,)](
-            q, k, v, do, lse, delta, dk, dv, seed, *inputs, *dk.stride()[:3], *sizes, **options,
-        )  # fmt: skip
-        options = _launch_options("dq", q.dtype, head_size, seed is not None)
-        _attention_dq_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
-            q, k, v, do, lse, delta, dq, seed, *inputs, *dq.stride()[:3], *sizes, **options,
-        )  # fmt: skip
+    _DK_DV.launch(launch_dk_dv, q.device, *problem)
+    _DQ.launch(launch_dq, q.device, *problem)
     return dq, dk, dv
 
 

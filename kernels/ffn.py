@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
+from kernels.tuning import Options, Tunable
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -76,15 +77,17 @@ def _ffn_down_backward_kernel(
     tl.store(dz_ptr + offsets, (dh * slope).to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_options(dtype: torch.dtype) -> dict[str, int | str]:
+def _blocks_rule(architecture: str, dtype: torch.dtype) -> Options:
     if dtype == torch.float32:
-        blocks = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
-    else:
-        blocks = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
-    return {**blocks, "GROUP": 8, "PRECISION": runtime.dot_precision(dtype)}
+        return {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    return {"BM": 128, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
-def _grid(n_rows: int, n_hidden: int, options: dict) -> tuple[int]:
+_UP = Tunable("ffn_up", _blocks_rule)
+_DOWN_BACKWARD = Tunable("ffn_down_backward", _blocks_rule)
+
+
+def _grid(n_rows: int, n_hidden: int, options: Options) -> tuple[int]:
     return (triton.cdiv(n_rows, options["BM"]) * triton.cdiv(n_hidden, options["BN"]),)
 
 
@@ -97,14 +100,18 @@ def _forward(
     n_rows, n_hidden = rows.shape[0], w_up.shape[0]
     h = torch.empty(n_rows, n_hidden, dtype=x.dtype, device=x.device)
     z = torch.empty(n_rows if save_z else 0, n_hidden, dtype=x.dtype, device=x.device)
-    if n_rows > 0:
-        options = _launch_options(x.dtype)
+    b_up = None if b_up is None else b_up.contiguous()
+
+    def launch(options: Options) -> None:
         with runtime.on_device(x):
             _ffn_up_kernel[_grid(n_rows, n_hidden, options)](
-                rows, w_up, None if b_up is None else b_up.contiguous(), h, z, n_rows, n_hidden, width,
-                *rows.stride(), *w_up.stride(),
-                ACTIVATION=activation, HAS_BIAS=b_up is not None, SAVE_Z=save_z, **options,
+                rows, w_up, b_up, h, z, n_rows, n_hidden, width, *rows.stride(), *w_up.stride(),
+                ACTIVATION=activation, HAS_BIAS=b_up is not None, SAVE_Z=save_z,
+                PRECISION=runtime.dot_precision(x.dtype), **options,
             )  # fmt: skip
+
+    if n_rows > 0:
+        _UP.launch(launch, x.device, x.dtype)
     return torch.nn.functional.linear(h, w_down, b_down).view(x.shape), z
 
 
@@ -122,13 +129,16 @@ def _backward(
     rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)  # [M, C]
     n_rows, n_hidden = z.shape
     dz, h = torch.empty_like(z), torch.empty_like(z)
-    if n_rows > 0:
-        options = _launch_options(x.dtype)
+
+    def launch(options: Options) -> None:
         with runtime.on_device(x):
             _ffn_down_backward_kernel[_grid(n_rows, n_hidden, options)](
                 dy_rows, w_down, z, dz, h, n_rows, n_hidden, width, *dy_rows.stride(), *w_down.stride(),
-                ACTIVATION=activation, **options,
+                ACTIVATION=activation, PRECISION=runtime.dot_precision(x.dtype), **options,
             )  # fmt: skip
+
+    if n_rows > 0:
+        _DOWN_BACKWARD.launch(launch, x.device, x.dtype)
     return [
         (dz @ w_up).view(x.shape) if needed[0] else x.new_empty(0),
         dz.T @ rows if needed[1] else x.new_empty(0),

@@ -140,12 +140,27 @@ def _store_gradients(
 
 
 @triton.jit
+def _store_sums(
+    sums_ptr, dweight, dbias, cols, width, AXIS: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """This program's sums for weight and bias, each to its row of [weight and bias, programs along AXIS, width]."""
+    p_sums = sums_ptr + tl.program_id(AXIS).to(tl.int64) * width + cols
+    if WEIGHT_GRADIENT:
+        tl.store(p_sums, dweight, mask=cols < width)
+        p_sums += tl.num_programs(AXIS).to(tl.int64) * width
+    if BIAS_GRADIENT:
+        tl.store(p_sums, dbias, mask=cols < width)
+
+
+@triton.jit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dresidual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dresidual_ptr, dx_ptr, sums_ptr,
     n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
     HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A persistent program walks over blocks of BM whole rows; its sums for weight and bias go to a row of its own."""
     cols = tl.arange(0, BN)
@@ -168,22 +183,20 @@ def _layer_norm_backward_kernel(
             dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
             HAS_DH, DROPOUT, STORE_DX,
         )  # fmt: skip
-        if HAS_WEIGHT:
+        if WEIGHT_GRADIENT:
             dweight += tl.sum(dy * x_hat, axis=0)
-        if HAS_BIAS:
+        if BIAS_GRADIENT:
             dbias += tl.sum(dy, axis=0)
-    partial = tl.program_id(0).to(tl.int64) * width + cols
-    if HAS_WEIGHT:
-        tl.store(dweight_ptr + partial, dweight, mask=cols < width)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + partial, dbias, mask=cols < width)
+    _store_sums(sums_ptr, dweight, dbias, cols, width, 0, WEIGHT_GRADIENT, BIAS_GRADIENT)
 
 
 @triton.jit
 def _layer_norm_backward_chunked_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dresidual_ptr, dx_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dresidual_ptr, dx_ptr, sums_ptr,
     n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
-    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One row a program (BM = 1) in chunks of BN: both projections, then the gradients."""
@@ -214,8 +227,9 @@ def _layer_norm_backward_chunked_kernel(
 
 @triton.jit
 def _layer_norm_parameters_kernel(
-    dy_ptr, h_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, n_rows, width, rows_per_program,
-    stride_dy_row, stride_h_row, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, sums_ptr, n_rows, width, rows_per_program,
+    stride_dy_row, stride_h_row,
+    WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias for a block of BN columns, summed over `rows_per_program` rows."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -228,12 +242,8 @@ def _layer_norm_parameters_kernel(
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
         dy, x_hat = _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_row, stride_h_row)
-        if HAS_WEIGHT:
+        if WEIGHT_GRADIENT:
             dweight += tl.sum(dy * x_hat, axis=0)
-        if HAS_BIAS:
+        if BIAS_GRADIENT:
             dbias += tl.sum(dy, axis=0)
-    partial = tl.program_id(1).to(tl.int64) * width + cols
-    if HAS_WEIGHT:
-        tl.store(dweight_ptr + partial, dweight, mask=cols < width)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + partial, dbias, mask=cols < width)
+    _store_sums(sums_ptr, dweight, dbias, cols, width, 1, WEIGHT_GRADIENT, BIAS_GRADIENT)

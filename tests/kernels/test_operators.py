@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from kernels import tuning
 from layouts import LAYOUTS, Layout, layouts
 from operators import CASES, DTYPES, OPERATORS, SMALL, Case
 from oracle import DEVICE
@@ -58,11 +58,17 @@ def test_only_one_of_the_results_is_used(case: Case, used: tuple[str, ...]):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_launch_configuration_is_right(case: Case, configuration: dict, dtype: torch.dtype, monkeypatch):
-    module = importlib.import_module(case.kernel.__module__)
-    for name, value in configuration.items():
-        monkeypatch.setattr(module, name, value)
-    assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
+def test_every_launch_configuration_is_right(case: Case, configuration: dict, dtype: torch.dtype):
+    with tuning.forced(configuration):
+        assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
+
+
+@pytest.mark.parametrize("index", range(1, 4))
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_candidate_of_tuning_is_right(case: Case, index: int, dtype: torch.dtype):
+    with tuning.candidate(index):
+        assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference, runtime
+from kernels.tuning import Options
 from oracle import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,7 +118,7 @@ class Operator:
     drawn: st.SearchStrategy[Case]  # sizes for tests of strides and offsets, well conditioned for constant rows too
     large: tuple[Case, ...]  # real sizes, for GPUs alone
     far: tuple[Case, ...]  # more than 2**31 elements
-    configurations: dict[str, dict[str, Any]]  # other constants of the operator's module, each reaches other code
+    configurations: dict[str, dict[str, Options]]  # forced upon launches by name, beside the candidates of tuning
     results: tuple[str, ...] = ("result",)
     dropout: Dropout | None = None
 
@@ -187,21 +188,30 @@ def _attention_candidates(case: Case) -> Tensor:
 _rows = st.lists(st.sampled_from([2, 3, 5, 8, 9, 1, 0]), max_size=3)
 _flag = st.booleans()
 _dropouts = st.sampled_from([{}, {}, {"dropout_p": 0.3, "seed": 5}])
-_ATTENTION_BLOCKS = ("_BLOCKS_HALF", "_BLOCKS_HALF_DROPOUT", "_BLOCKS_FLOAT32", "_BLOCKS_FLOAT32_DROPOUT")
 # short chunks, so that short rows are many of them
-_CHUNKED_NORM = {
-    "_WIDEST": 0,
-    "_WIDEST_DROPOUT_BACKWARD": 0,
-    "_CHUNKED": {"BM": 1, "BN": 16, "num_warps": 4},
-    "_PARAMETERS": {"BM": 4, "BN": 16, "num_warps": 4},
-    "_CHUNKED_SUMS": 2,
-}
+_CHUNKS = {"BM": 1, "BN": 16, "num_warps": 4}
+_PARAMETERS = {"BM": 4, "BN": 16, "num_warps": 4, "sums": 2}
+_WHOLE_ROWS = {"BM": 2, "BN": 64, "num_warps": 4, "per_processor": 2}
 _NORM_CONFIGURATIONS = {
-    "whole rows": {},
-    "chunks": _CHUNKED_NORM,
-    "chunks as they are": {"_WIDEST": 0, "_WIDEST_DROPOUT_BACKWARD": 0},
-    "whole rows with dropout in the backward alone": {"_WIDEST": 0, "_WIDEST_DROPOUT_BACKWARD": 8192},
+    "chunks": {
+        "layer_norm_forward": _CHUNKS,
+        "layer_norm_backward": _CHUNKS,
+        "layer_norm_parameters": _PARAMETERS,
+    },
+    "chunks in the backward alone": {"layer_norm_backward": _CHUNKS, "layer_norm_parameters": _PARAMETERS},
+    "few programs": {"layer_norm_backward": _WHOLE_ROWS},
 }
+
+
+def _attention_blocks(block_m: int, block_n: int) -> dict[str, dict[str, int]]:
+    blocks = {"BM": block_m, "BN": block_n, "num_warps": 4, "num_stages": 1}
+    return {f"attention_{name}": blocks for name in ("forward", "dk_dv", "dq")}
+
+
+def _ffn_blocks(**blocks: int) -> dict[str, dict[str, int]]:
+    return {name: {**blocks, "num_warps": 4, "num_stages": 2} for name in ("ffn_up", "ffn_down_backward")}
+
+
 # more rows than the programs of the backward take in one go, 32 each at this width
 _MANY_ROWS = 32 * runtime.program_count(DEVICE, per_processor=8) + 5
 
@@ -328,19 +338,8 @@ _TABLE = (
         ),
         far=(gelu_ffn(2**21 + 8, width=1024, hidden=64), gelu_ffn(2**21 + 8, width=64, hidden=1024)),
         configurations={
-            "blocks as they are": {},
-            "small blocks, one group": {
-                "_launch_options": lambda dtype: {
-                    "BM": 16, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 1, "GROUP": 1,
-                    "PRECISION": runtime.dot_precision(dtype),
-                }
-            },
-            "wide blocks": {
-                "_launch_options": lambda dtype: {
-                    "BM": 32, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2, "GROUP": 3,
-                    "PRECISION": runtime.dot_precision(dtype),
-                }
-            },
+            "small blocks, one group": _ffn_blocks(BM=16, BN=32, BK=16, GROUP=1),
+            "wide blocks": _ffn_blocks(BM=32, BN=128, BK=32, GROUP=3),
         },
     ),
     Operator(
@@ -378,19 +377,9 @@ _TABLE = (
         ),
         far=(attention(1032, 32, 1024, 1024, 64),),
         configurations={
-            "blocks as they are": {},
-            "square blocks": {
-                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((16, 16, 4, 1),) * 3)
-                for name in _ATTENTION_BLOCKS
-            },
-            "more queries than keys": {
-                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((32, 16, 4, 1),) * 3)
-                for name in _ATTENTION_BLOCKS
-            },
-            "more keys than queries": {
-                name: dict.fromkeys(("forward", "dk_dv", "dq"), ((16, 32, 4, 1),) * 3)
-                for name in _ATTENTION_BLOCKS
-            },
+            "square blocks": _attention_blocks(16, 16),
+            "more queries than keys": _attention_blocks(32, 16),
+            "more keys than queries": _attention_blocks(16, 32),
         },
         dropout=Dropout(
             _attention_mask,

@@ -1,0 +1,163 @@
+"""Launches of the norms' kernels: the configurations to choose from, allocation, and the grid."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import runtime
+from kernels.norm_kernels import (
+    _layer_norm_backward_chunked_kernel,
+    _layer_norm_backward_kernel,
+    _layer_norm_forward_chunked_kernel,
+    _layer_norm_forward_kernel,
+    _layer_norm_parameters_kernel,
+)
+from kernels.tuning import Options, Tunable
+
+# widest row that the registers of a program hold; longer ones are read in chunks. The backward of dropout draws its
+# numbers anew, beside all else that it holds.
+_WIDEST, _WIDEST_DROPOUT_BACKWARD = 8192, 4096
+
+
+def _blocks(width: int, elements: int, per_warp: int = 512) -> dict[str, int]:
+    """Block shape and warps of a program that holds about `elements` numbers per tensor, whole rows always."""
+    columns = triton.next_power_of_2(width)
+    rows = max(1, min(32, elements // columns))
+    return {"BM": rows, "BN": columns, "num_warps": min(32, max(4, rows * columns // per_warp))}
+
+
+def _chunks(columns: int) -> dict[str, int]:
+    return {"BM": 1, "BN": columns, "num_warps": columns // 256}
+
+
+def _forward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
+    return _blocks(width, elements=4096) if width <= _WIDEST else _chunks(4096)
+
+
+def _forward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
+    if width > _WIDEST:
+        return [_chunks(2048), _chunks(8192)]
+    return [_blocks(width, 2048), _blocks(width, 8192), _blocks(width, 4096, per_warp=256)]
+
+
+def _backward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
+    if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
+        return _chunks(4096)
+    return {**_blocks(width, elements=2048), "per_processor": 8}
+
+
+def _backward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
+    if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
+        return [_chunks(2048), _chunks(8192)]
+    return [
+        {**_blocks(width, 2048), "per_processor": 4},
+        {**_blocks(width, 1024), "per_processor": 8},
+        {**_blocks(width, 4096, per_warp=256), "per_processor": 4},
+    ]
+
+
+_FORWARD = Tunable("layer_norm_forward", _forward_rule, _forward_candidates)
+# whole rows where BN holds them; else in chunks, the sums for weight and bias by a kernel of their own
+_BACKWARD = Tunable("layer_norm_backward", _backward_rule, _backward_candidates)
+# `sums` rows of partial sums; the columns make for enough programs
+_PARAMETERS = Tunable(
+    "layer_norm_parameters",
+    lambda architecture, width, dtype: {"BM": 32, "BN": 128, "num_warps": 4, "sums": 32},
+    lambda architecture, width, dtype: [{"BM": 16, "BN": 256, "num_warps": 4, "sums": 64}],
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] as [M, C] with contiguous rows; a view where the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    seed: Tensor | None, dropout_p: float, h: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean and 1 / standard deviation of each row of x, or of residual + dropout(x), which is written to h."""
+    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    n_rows, width = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype if h is None else h.dtype, device=x.device)
+    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+
+    def launch(options: Options) -> None:
+        whole = options["BN"] >= width
+        kernel = _layer_norm_forward_kernel if whole else _layer_norm_forward_chunked_kernel
+        with runtime.on_device(x):
+            kernel[(triton.cdiv(n_rows, options["BM"]),)](
+                rows, residual_rows, weight, bias, seed, y, h, mean, rstd,
+                n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps, dropout_p,
+                ADD=residual is not None, DROPOUT=seed is not None, HAS_WEIGHT=weight is not None,
+                HAS_BIAS=bias is not None, **options,
+            )  # fmt: skip
+
+    if n_rows > 0:
+        _FORWARD.launch(launch, x.device, width, x.dtype, residual is not None, seed is not None)
+    return y, mean, rstd
+
+
+def launch_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
+    weight_gradient: bool, bias_gradient: bool, seed: Tensor | None, dropout_p: float,
+    dresidual: Tensor, dx: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write the gradients of the rows; return those wanted of weight and bias, in this order: [0 to 2, C], float32."""
+    dy, dh, h, weight = _rows(dy), None if dh is None else _rows(dh), _rows(h), _contiguous(weight)
+    n_rows, width = h.shape
+    wanted = {"WEIGHT_GRADIENT": weight_gradient, "BIAS_GRADIENT": bias_gradient}
+    if n_rows == 0:
+        return torch.zeros(sum(wanted.values()), width, dtype=torch.float32, device=h.device)
+
+    def launch(options: Options) -> Tensor:
+        blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
+        whole = blocks["BN"] >= width
+        programs = triton.cdiv(n_rows, blocks["BM"])
+        if whole:
+            programs = min(programs, runtime.program_count(h.device, options["per_processor"]))
+        # partial sums, a row for each program, added below in a fixed order: the same bits on every run
+        sums = h.new_empty(sum(wanted.values()), programs if whole else 0, width, dtype=torch.float32)
+        kernel = _layer_norm_backward_kernel if whole else _layer_norm_backward_chunked_kernel
+        with runtime.on_device(h):
+            kernel[(programs,)](
+                dy, dh, h, weight, mean, rstd, seed, dresidual, dx, sums,
+                n_rows, width, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), dropout_p,
+                HAS_DH=dh is not None, DROPOUT=seed is not None, STORE_DX=dx is not None,
+                HAS_WEIGHT=weight is not None, **wanted, **blocks,
+            )  # fmt: skip
+        return sums.sum(1) if whole else _parameter_gradients(dy, h, mean, rstd, wanted)
+
+    return _BACKWARD.launch(launch, h.device, width, h.dtype, dh is not None, seed is not None)
+
+
+def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, wanted: dict[str, bool]) -> Tensor:
+    """The gradients of weight and bias that are wanted, [0 to 2, C], by a pass of their own over the rows [M, C]."""
+    n_rows, width = h.shape
+
+    def launch(options: Options) -> Tensor:
+        blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
+        programs = min(options["sums"], triton.cdiv(n_rows, blocks["BM"]))
+        sums = h.new_empty(sum(wanted.values()), programs, width, dtype=torch.float32)
+        with runtime.on_device(h):
+            _layer_norm_parameters_kernel[(triton.cdiv(width, blocks["BN"]), programs)](
+                dy, h, mean, rstd, sums, n_rows, width,
+                triton.cdiv(triton.cdiv(n_rows, programs), blocks["BM"]) * blocks["BM"],
+                dy.stride(0), h.stride(0), **wanted, **blocks,
+            )  # fmt: skip
+        return sums.sum(1)
+
+    return (
+        _PARAMETERS.launch(launch, h.device, width, h.dtype)
+        if any(wanted.values())
+        else h.new_empty(0, width, dtype=torch.float32)
+    )
