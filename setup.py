@@ -19,7 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["gptfast", "kernels"],
-    package_data={"gptfast": ["py.typed"], "kernels": ["py.typed"]},
+    package_data={"gptfast": ["py.typed"], "kernels": ["py.typed", "launches/*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6,<3.10; sys_platform == 'linux'",

@@ -1,7 +1,7 @@
 """Everything that a CUDA machine can tell, within a time budget: `python -m benchmarks.gpu_check --out DIR`.
 
-The tests, then the operators, then whole models, then the report. A stage that is out of time is interrupted, so that
-it still writes what it has, and the next one starts.
+The tests, then the launch configurations, which the later stages use, then the operators, then whole models, then the
+report. A stage that is out of time is interrupted, so that it still writes what it has, and the next one starts.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Options:
     """Seconds for all of it."""
     skip_tests: bool = False
     """Leave the tests out: figures of kernels that were not tested."""
+    skip_tuning: bool = False
+    """Launch by the tables and rules that come with the package."""
 
 
 @dataclass
@@ -67,6 +69,8 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
+    # what is tuned here is for this run, and shows in its results
+    os.environ["GPTFAST_CACHE"] = str(out / "cache")
     outcomes = []
     for stage, seconds, command in stages(options, deadline):
         print(f"{stage}: at most {seconds:.0f} s", flush=True)
@@ -86,6 +90,8 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
 
     if not options.skip_tests:
         yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow"]
+    if not options.skip_tuning:
+        yield "tuning", left(0.25), [*python, "benchmarks.tune", "--out", str(Path(options.out, "launches"))]
     for stage, suites, share in SUITES:
         seconds = left(share)
         files = [str(ROOT / "benchmarks" / suite) for suite in suites]

@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kernels import reference, runtime
+from kernels.preparation import warmup
 
 if TYPE_CHECKING:
     from kernels.attention import causal_attention
     from kernels.ffn import gelu_ffn
     from kernels.norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "causal_attention", "gelu_ffn", "layer_norm", "reference"]
+__all__ = ["add_layer_norm", "causal_attention", "gelu_ffn", "layer_norm", "reference", "warmup"]
 
 _MODULE_OF = {
     "add_layer_norm": "norm",

@@ -353,7 +353,7 @@ def _forward(
 
     def launch(options: Options) -> None:
         with runtime.on_device(q):
-            _attention_forward_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
+            _attention_forward_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 q, k, v, o, lse, seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
                 heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p,
                 D=head_size, BD=padded, DROPOUT=seed is not None, PRECISION=runtime.dot_precision(q.dtype), **options,
@@ -393,19 +393,19 @@ def _backward(
 
     def launch_dk_dv(options: Options) -> None:
         with runtime.on_device(q):
-            _attention_dk_dv_kernel[(triton.cdiv(n_keys, options["BN"]) * batch * heads,)](
+            _attention_dk_dv_kernel[(runtime.cdiv(n_keys, options["BN"]) * batch * heads,)](
                 q, k, v, do, lse, delta, dk, dv, seed, *inputs, *dk.stride()[:3], *sizes, **constants, **options,
             )  # fmt: skip
 
     def launch_dq(options: Options) -> None:
         with runtime.on_device(q):
-            _attention_dq_kernel[(triton.cdiv(n_queries, options["BM"]) * batch * heads,)](
+            _attention_dq_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 q, k, v, do, lse, delta, dq, seed, *inputs, *dq.stride()[:3], *sizes, **constants, **options,
             )  # fmt: skip
 
-    delta_rows = max(16, 4096 // problem[0])
+    delta_rows = max(16, 2048 // problem[0])
     with runtime.on_device(q):
-        _attention_delta_kernel[(triton.cdiv(n_queries, delta_rows) * batch * heads,)](
+        _attention_delta_kernel[(runtime.cdiv(n_queries, delta_rows) * batch * heads,)](
             o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
             BM=delta_rows, D=head_size, BD=problem[0],
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of every kernel for GPUs that are not there, and what came out.
 
 `python -m kernels.codegen` prints registers, spills, shared memory, occupancy and instruction counts of each kernel, as
-the operators launch it, for each target. No GPU is needed: the launches are recorded on CPU tensors, then compiled.
+the operators launch it, in every configuration that tuning tries, for each target. No GPU is needed: the launches are
+recorded on CPU tensors, then compiled.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import attention, ffn, norm, tile
+from kernels import attention, ffn, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
+
+CANDIDATES = 4  # of a launch at most
 
 _TYPE_OF_DTYPE = {
     torch.float32: "*fp32",
@@ -69,10 +72,10 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         case, x, w = f"layer_norm C={width}", tensor(64, width), tensor(width)
         statistics = tensor(64, dtype=torch.float32)
         launches += record(case, norm._forward, x, w, w, 1e-5)
-        launches += record(case, norm._backward, x, x, w, statistics, statistics, True)
+        launches += record(case, norm._backward, x, x, w, statistics, statistics, True, True)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):
             case = f"add_layer_norm C={width}" + ("" if seed is None else " dropout")
-            both = (statistics, statistics, seed, 0.1, True, dtype, dtype)
+            both = (statistics, statistics, seed, 0.1, dtype, dtype, True, True)
             launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1)
             launches += record(case, norm._add_backward, x, x, x, w, *both)
     x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
@@ -109,27 +112,50 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
     return target.compile(ASTSource(launch.kernel, signature, constexprs, attributes), launch.options)
 
 
+def launches_for(target: Target, dtype: torch.dtype) -> list[Launch]:
+    """Every launch on `target` once: with the rule's configuration first, then with the other candidates."""
+    launches: dict[str, Launch] = {}
+    with tuning.assumed(target.name):
+        for index in range(CANDIDATES):
+            with tuning.candidate(index):
+                for launch in operator_launches(dtype):
+                    launches.setdefault(f"{launch.case} {launch.kernel.__name__} {_configuration(launch)}", launch)
+    return list(launches.values())
+
+
+def _configuration(launch: Launch) -> dict[str, int]:
+    """Block shape and compiler options."""
+    blocks = {name: launch.arguments[name] for name in ("BM", "BN", "BK") if name in launch.arguments}
+    return blocks | launch.options
+
+
 def results(targets: tuple[Target, ...] = TARGETS) -> Iterator[tuple[Launch, str, Target, Compiled]]:
     """Every launch in bfloat16 and float32 on each target: the launch, its dtype, the target and what came out."""
     for dtype in (torch.bfloat16, torch.float32):
-        for launch in operator_launches(dtype):
-            for target in targets:
+        for target in targets:
+            for launch in launches_for(target, dtype):
                 yield launch, str(dtype).removeprefix("torch."), target, compile_for(launch, target)
 
 
 def _line(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
     return (
-        f"{launch.case:34} {launch.kernel.__name__:36} {dtype:9} {target.name:7} {got.registers:4} "
-        f"{got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} {got.matrix_instructions:6} "
-        f"{got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
+        f"{launch.case:34} {launch.kernel.__name__:36} {_blocks(launch):18} {dtype:9} {target.name:7} "
+        f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} "
+        f"{got.matrix_instructions:6} {got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
     )
 
 
+def _blocks(launch: Launch) -> str:
+    """Such as 128x64x64 w8 s3: block shape, warps and pipeline stages."""
+    sizes = "x".join(str(launch.arguments[name]) for name in ("BM", "BN", "BK") if name in launch.arguments)
+    stages = f" s{launch.options['num_stages']}" if "num_stages" in launch.options else ""
+    return f"{sizes} w{launch.options.get('num_warps', 4)}{stages}"
+
+
 def _json(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
-    blocks = {name: launch.arguments[name] for name in ("BM", "BN") if name in launch.arguments}
     return json.dumps(
         {"case": launch.case, "kernel": launch.kernel.__name__, "dtype": dtype, "target": target.name}
-        | blocks
+        | _configuration(launch)
         | dataclasses.asdict(got)
     )
 
@@ -146,7 +172,7 @@ def main() -> None:
         sys.exit(2)
     if not options.json:
         print(f"triton {triton.__version__}")
-        head = f"{'case':34} {'kernel':36} {'dtype':9} {'target':7}"
+        head = f"{'case':34} {'kernel':36} {'blocks':18} {'dtype':9} {'target':7}"
         print(f"{head} regs spill shared occupancy matrix loads stores 16-byte")
     failed = False
     for launch, dtype, target, got in results(tuple(t for t in TARGETS if options.target in (None, t.name))):

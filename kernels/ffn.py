@@ -88,7 +88,7 @@ _DOWN_BACKWARD = Tunable("ffn_down_backward", _blocks_rule)
 
 
 def _grid(n_rows: int, n_hidden: int, options: Options) -> tuple[int]:
-    return (triton.cdiv(n_rows, options["BM"]) * triton.cdiv(n_hidden, options["BN"]),)
+    return (runtime.cdiv(n_rows, options["BM"]) * runtime.cdiv(n_hidden, options["BN"]),)
 
 
 @torch.library.custom_op("gptfast::gelu_ffn", mutates_args=())

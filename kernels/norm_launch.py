@@ -21,40 +21,54 @@ from kernels.tuning import Options, Tunable
 _WIDEST, _WIDEST_DROPOUT_BACKWARD = 8192, 4096
 
 
-def _blocks(width: int, elements: int, per_warp: int = 512) -> dict[str, int]:
+def _threads(architecture: str) -> int:
+    """Of a warp."""
+    return 64 if architecture.startswith("gfx") else 32
+
+
+def _blocks(architecture: str, width: int, elements: int, per_thread: int = 16) -> dict[str, int]:
     """Block shape and warps of a program that holds about `elements` numbers per tensor, whole rows always."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(32, elements // columns))
-    return {"BM": rows, "BN": columns, "num_warps": min(32, max(4, rows * columns // per_warp))}
+    warps = rows * columns // (per_thread * _threads(architecture))
+    return {"BM": rows, "BN": columns, "num_warps": min(16, max(4, warps))}
 
 
-def _chunks(columns: int) -> dict[str, int]:
-    return {"BM": 1, "BN": columns, "num_warps": columns // 256}
+def _chunks(architecture: str, columns: int) -> dict[str, int]:
+    return {"BM": 1, "BN": columns, "num_warps": columns // (8 * _threads(architecture))}
+
+
+def _other_chunks(architecture: str, width: int) -> list[Options]:
+    return [_chunks(architecture, columns) for columns in (2048, 8192) if columns < width]
 
 
 def _forward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
-    return _blocks(width, elements=4096) if width <= _WIDEST else _chunks(4096)
+    return _blocks(architecture, width, elements=4096) if width <= _WIDEST else _chunks(architecture, 4096)
 
 
 def _forward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
     if width > _WIDEST:
-        return [_chunks(2048), _chunks(8192)]
-    return [_blocks(width, 2048), _blocks(width, 8192), _blocks(width, 4096, per_warp=256)]
+        return _other_chunks(architecture, width)
+    return [
+        _blocks(architecture, width, 2048),
+        _blocks(architecture, width, 8192),
+        _blocks(architecture, width, 4096, per_thread=8),
+    ]
 
 
 def _backward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
     if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
-        return _chunks(4096)
-    return {**_blocks(width, elements=2048), "per_processor": 8}
+        return _chunks(architecture, 4096)
+    return {**_blocks(architecture, width, elements=2048), "per_processor": 8}
 
 
 def _backward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
     if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
-        return [_chunks(2048), _chunks(8192)]
+        return _other_chunks(architecture, width)
     return [
-        {**_blocks(width, 2048), "per_processor": 4},
-        {**_blocks(width, 1024), "per_processor": 8},
-        {**_blocks(width, 4096, per_warp=256), "per_processor": 4},
+        {**_blocks(architecture, width, 2048), "per_processor": 4},
+        {**_blocks(architecture, width, 1024), "per_processor": 8},
+        {**_blocks(architecture, width, 4096, per_thread=8), "per_processor": 4},
     ]
 
 
@@ -95,7 +109,7 @@ def launch_forward(
         whole = options["BN"] >= width
         kernel = _layer_norm_forward_kernel if whole else _layer_norm_forward_chunked_kernel
         with runtime.on_device(x):
-            kernel[(triton.cdiv(n_rows, options["BM"]),)](
+            kernel[(runtime.cdiv(n_rows, options["BM"]),)](
                 rows, residual_rows, weight, bias, seed, y, h, mean, rstd,
                 n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps, dropout_p,
                 ADD=residual is not None, DROPOUT=seed is not None, HAS_WEIGHT=weight is not None,
@@ -122,7 +136,7 @@ def launch_backward(
     def launch(options: Options) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
         whole = blocks["BN"] >= width
-        programs = triton.cdiv(n_rows, blocks["BM"])
+        programs = runtime.cdiv(n_rows, blocks["BM"])
         if whole:
             programs = min(programs, runtime.program_count(h.device, options["per_processor"]))
         # partial sums, a row for each program, added below in a fixed order: the same bits on every run
@@ -146,12 +160,12 @@ def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, want
 
     def launch(options: Options) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
-        programs = min(options["sums"], triton.cdiv(n_rows, blocks["BM"]))
+        programs = min(options["sums"], runtime.cdiv(n_rows, blocks["BM"]))
         sums = h.new_empty(sum(wanted.values()), programs, width, dtype=torch.float32)
         with runtime.on_device(h):
-            _layer_norm_parameters_kernel[(triton.cdiv(width, blocks["BN"]), programs)](
+            _layer_norm_parameters_kernel[(runtime.cdiv(width, blocks["BN"]), programs)](
                 dy, h, mean, rstd, sums, n_rows, width,
-                triton.cdiv(triton.cdiv(n_rows, programs), blocks["BM"]) * blocks["BM"],
+                runtime.cdiv(runtime.cdiv(n_rows, programs), blocks["BM"]) * blocks["BM"],
                 dy.stride(0), h.stride(0), **wanted, **blocks,
             )  # fmt: skip
         return sums.sum(1)

@@ -88,7 +88,8 @@ class Tunable:
             if _requested and len(candidates) > 1 and device.type == "cuda":
                 if torch.cuda.is_current_stream_capturing():
                     return candidates[0]
-                measured = _fastest(self.name, run, candidates)
+                with torch.cuda.device(device):
+                    measured = _fastest(self.name, run, candidates)
                 _keep(device, self.name, problem, measured)
         if measured is None:
             measured = _table(architecture(device)).get(self.name, {}).get(_text(problem))
@@ -181,11 +182,10 @@ def _table(architecture: str) -> dict[str, dict[str, Options]]:
 
 def cache_file(device: torch.device) -> Path:
     """Where measurements on this GPU with this Triton are kept."""
-    folder = os.environ.get("GPTFAST_CACHE")
-    if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast")
+    folder = Path(os.environ.get("GPTFAST_CACHE") or default)
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
-    return Path(folder, "launches", f"{gpu}-triton-{triton.__version__}.json")
+    return folder / "launches" / f"{gpu}-triton-{triton.__version__}.json"
 
 
 def _measured(device: torch.device) -> dict[str, dict[str, Options]]:
@@ -195,8 +195,9 @@ def _measured(device: torch.device) -> dict[str, dict[str, Options]]:
 
 def _read_cache(path: Path) -> dict[str, dict[str, Options]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["launches"]
-    except FileNotFoundError:
+        launches = dict(json.loads(path.read_text(encoding="utf-8"))["launches"])
+        return {name: dict(problems) for name, problems in launches.items()}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"the tuned launches in {path} cannot be read, going on without: {error}", stacklevel=2)

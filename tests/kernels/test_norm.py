@@ -1,9 +1,10 @@
 """What only the norms promise."""
 
+import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import norm, reference
 from oracle import DEVICE
 
 
@@ -77,3 +78,15 @@ def test_blocks_may_be_chained():
 
     for ours, theirs in zip(chain(kernels), chain(reference), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [48, 8200])
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_sums_are_kept_for_the_gradients_that_are_asked_for(width: int, wanted: tuple[bool, bool]):
+    x, dy = torch.randn(2, 5, width, device=DEVICE).unbind()
+    weight, bias = torch.randn(2, width, device=DEVICE).unbind()
+    _, mean, rstd = norm._forward(x, weight, bias, 1e-5)
+    dx, rows = norm._backward(dy, x, weight, mean, rstd, *wanted)
+    all_dx, all_rows = norm._backward(dy, x, weight, mean, rstd, True, True)
+    assert torch.equal(dx, all_dx)
+    assert torch.equal(rows, all_rows[torch.tensor(wanted, device=DEVICE)])

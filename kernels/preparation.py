@@ -1,0 +1,109 @@
+"""What has to happen once for a model's kernels, done before training instead of in its first steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import runtime
+
+
+class ModelShape(Protocol):
+    """What the kernels need to know of a model: these fields of a `gptfast.GPTConfig`, or of anything that has them."""
+
+    block_size: int
+    n_head: int
+    n_embd: int
+    bias: bool
+    dropout: float
+
+    @property
+    def activation(self) -> str: ...
+
+
+def warmup(
+    config: ModelShape,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    batch_size: int = 1,
+    autotune: bool = False,
+) -> None:
+    """Compile every kernel that a model's training and generation launch, and measure configurations if asked to.
+
+    Triton compiles a kernel when it first runs, and keeps the result on disk; this call takes those pauses, or those
+    of tuning, out of the first steps. Under `torch.autocast` it prepares what autocast makes of the operators.
+
+    Args:
+        config: the model's shape, a `gptfast.GPTConfig` for instance.
+        dtype: of the model's parameters.
+        device: where it will run.
+        batch_size: sequences of `config.block_size` tokens in a batch. The kernels are the same for most sizes; what
+            is measured is measured at this one.
+        autotune: try the candidate configurations of each kernel and keep the fastest one, in memory and on disk; see
+            `kernels.tuning`.
+
+    Raises:
+        ValueError: Triton cannot run there; the message names the reason.
+        TypeError: a dtype that the kernels do not compute in.
+    """
+    device = torch.device(device)
+    if dtype not in runtime.DTYPES:
+        raise TypeError(f"warmup: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if batch_size < 1:
+        raise ValueError(f"warmup: batch_size must be at least 1, got {batch_size}")
+    reason = runtime.why_not(device)
+    if reason is not None:
+        raise ValueError(f"warmup: {reason}")
+    from kernels import tuning  # imports Triton
+
+    model = _Operators(config, dtype, device)
+    with tuning.autotune() if autotune else nullcontext():
+        for dropout_p in {0.0, config.dropout}:
+            model.train(batch_size, config.block_size, dropout_p)
+        with torch.no_grad():
+            # prompts have any length: Triton compiles for multiples of 16, for others, and for 1
+            for length in (1, 16, 17, config.block_size):
+                model.forward(batch_size, min(length, config.block_size), 0.0)
+
+
+class _Operators:
+    """The operators of one transformer block, with parameters of their own, called as a model calls them."""
+
+    def __init__(self, config: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+        width, hidden = config.n_embd, 4 * config.n_embd
+        self.config, self.dtype, self.device = config, dtype, device
+        self.norm = (self._leaf(width), self._leaf(width) if config.bias else None)
+        self.ffn = (
+            self._leaf(hidden, width),
+            self._leaf(hidden) if config.bias else None,
+            self._leaf(width, hidden),
+            self._leaf(width) if config.bias else None,
+        )
+
+    def _leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device).normal_(std=0.02).requires_grad_()
+
+    def forward(self, batch: int, length: int, dropout_p: float) -> list[Tensor]:
+        """The results of all operators on [batch, length] tokens."""
+        config = self.config
+        width, head_size = config.n_embd, config.n_embd // config.n_head
+        products = runtime.autocast_dtype(self.device) or self.dtype  # what linear layers return
+        stream = self._leaf(batch, length, width)
+        sublayer = self._leaf(batch, length, width, dtype=products)
+        qkv = self._leaf(batch, length, 3, config.n_head, head_size, dtype=products)
+        y = kernels.layer_norm(stream, *self.norm)
+        added, h = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p)
+        # the last norm of a model: nobody else reads its sum
+        last, _ = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p)
+        hidden = kernels.gelu_ffn(added, *self.ffn, activation=config.activation)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
+        return [y, h, last, hidden, kernels.causal_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)]
+
+    def train(self, batch: int, length: int, dropout_p: float) -> None:
+        with torch.enable_grad():
+            results = self.forward(batch, length, dropout_p)
+            torch.autograd.backward(results, [torch.randn_like(y) for y in results])
