@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import runtime
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+FFN_IMPLEMENTATIONS = ("auto", "fused", "unfused")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -45,12 +46,16 @@ def _norm_parameters(operator: str, x: Tensor, weight: Tensor | None, bias: Tens
 
 
 def gelu_ffn(
-    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str
-) -> None:
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str,
+    implementation: str,
+) -> None:  # fmt: skip
     _tensors("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     _same_dtype("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     if activation not in ACTIVATIONS:
         raise ValueError(f"gelu_ffn: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if implementation not in FFN_IMPLEMENTATIONS:
+        accepted = ", ".join(FFN_IMPLEMENTATIONS)
+        raise ValueError(f"gelu_ffn: implementation must be one of {accepted}, got {implementation!r}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"gelu_ffn: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
     if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1] or w_up.shape[0] == 0:

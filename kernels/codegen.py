@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention, ffn, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
@@ -79,10 +80,11 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
             launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1)
             launches += record(case, norm._add_backward, x, x, x, w, *both)
     x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
+    needed = [False, False, True, True, False]  # what is computed beside products of PyTorch's
     for activation in ACTIVATIONS:
         case = f"gelu_ffn {activation}"
-        launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True)
-        launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, [False] * 5)
+        launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True, "auto")
+        launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, needed, "auto")
     for head_size in (64, 128, 256):
         q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):
@@ -100,6 +102,9 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constexprs[(position,)] = value
+        elif isinstance(value, TensorDescriptor):
+            dtype = _TYPE_OF_DTYPE[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPE_OF_DTYPE[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -125,8 +130,8 @@ def launches_for(target: Target, dtype: torch.dtype) -> list[Launch]:
 
 def _configuration(launch: Launch) -> dict[str, int]:
     """Block shape and compiler options."""
-    blocks = {name: launch.arguments[name] for name in ("BM", "BN", "BK") if name in launch.arguments}
-    return blocks | launch.options
+    names = ("BM", "BN", "BK", "BLOCK", "DESCRIPTORS")
+    return {name: launch.arguments[name] for name in names if name in launch.arguments} | launch.options
 
 
 def results(targets: tuple[Target, ...] = TARGETS) -> Iterator[tuple[Launch, str, Target, Compiled]]:
@@ -141,13 +146,13 @@ def _line(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
     return (
         f"{launch.case:34} {launch.kernel.__name__:36} {_blocks(launch):18} {dtype:9} {target.name:7} "
         f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} "
-        f"{got.matrix_instructions:6} {got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
+        f"{got.matrix_instructions:6} {got.bulk_copies:4} {got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
     )
 
 
 def _blocks(launch: Launch) -> str:
     """Such as 128x64x64 w8 s3: block shape, warps and pipeline stages."""
-    sizes = "x".join(str(launch.arguments[name]) for name in ("BM", "BN", "BK") if name in launch.arguments)
+    sizes = "x".join(str(launch.arguments[name]) for name in ("BM", "BN", "BK", "BLOCK") if name in launch.arguments)
     stages = f" s{launch.options['num_stages']}" if "num_stages" in launch.options else ""
     return f"{sizes} w{launch.options.get('num_warps', 4)}{stages}"
 
@@ -173,7 +178,7 @@ def main() -> None:
     if not options.json:
         print(f"triton {triton.__version__}")
         head = f"{'case':34} {'kernel':36} {'blocks':18} {'dtype':9} {'target':7}"
-        print(f"{head} regs spill shared occupancy matrix loads stores 16-byte")
+        print(f"{head} regs spill shared occupancy matrix bulk loads stores 16-byte")
     failed = False
     for launch, dtype, target, got in results(tuple(t for t in TARGETS if options.target in (None, t.name))):
         failed |= got.spilled_bytes > 0 or got.shared_bytes > target.shared_limit

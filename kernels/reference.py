@@ -103,6 +103,7 @@ def gelu_ffn(
     w_down: Tensor,
     b_down: Tensor | None,
     activation: str = "gelu_tanh",
+    implementation: str = "auto",
 ) -> Tensor:
     """The feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
 
@@ -113,6 +114,7 @@ def gelu_ffn(
         w_down: [C, F], as in `nn.Linear(F, C)`.
         b_down: [C] or None.
         activation: `gelu_tanh` (GPT-2's), `gelu` (erf) or `relu`.
+        implementation: `auto`, `fused` or `unfused`; makes no difference here.
 
     Returns:
         [..., C].
@@ -120,7 +122,7 @@ def gelu_ffn(
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
-    checks.gelu_ffn(x, w_up, b_up, w_down, b_down, activation)
+    checks.gelu_ffn(x, w_up, b_up, w_down, b_down, activation, implementation)
     return F.linear(activate(F.linear(x, w_up, b_up), activation), w_down, b_down)
 
 

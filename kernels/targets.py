@@ -26,6 +26,7 @@ class Compiled:
     shared_bytes: int  # per program
     occupancy: float  # the share of a processor's warps that can run at once
     matrix_instructions: int
+    bulk_copies: int  # of whole tiles between global and shared memory, by tensor descriptors
     loads: int  # of global memory, copies to shared memory included
     stores: int  # to global memory
     wide_share: float  # of the bytes that a thread loads and stores, those in accesses of 16 bytes
@@ -78,6 +79,7 @@ class Target:
             shared_bytes=shared,
             occupancy=self.occupancy(compiled.metadata.num_warps, registers, shared),
             matrix_instructions=len(re.findall(rf"\b(?:{self.matrix})", assembly)),
+            bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.tensor", assembly)),
             loads=sum(kind == "load" for kind, _ in accesses),
             stores=sum(kind == "store" for kind, _ in accesses),
             wide_share=sum(size for _, size in accesses if size == 16) / moved if moved else 1.0,

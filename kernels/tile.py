@@ -26,17 +26,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def matmul(
-    a_ptr, b_ptr, rows, cols, n_rows, n_cols, n_inner,
+    a_ptr, b_ptr, row, col, n_rows, n_cols, n_inner,
     stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The float32 tile (a @ b)[rows, cols] of a [n_rows, n_inner] and b [n_inner, n_cols], both by strides.
+    """The float32 tile (a @ b)[row : row + BM, col : col + BN] of a [n_rows, n_inner], b [n_inner, n_cols], by strides.
 
     Rows and columns past the end wrap around, so that no load needs a mask for them: their results are not stored.
     """
     inner = tl.arange(0, BK)
-    p_a = a_ptr + (rows % n_rows)[:, None] * stride_a_row + inner[None, :].to(tl.int64) * stride_a_inner  # [BM, BK]
-    p_b = b_ptr + inner[:, None].to(tl.int64) * stride_b_inner + (cols % n_cols)[None, :] * stride_b_col  # [BK, BN]
+    rows = ((row + tl.arange(0, BM)) % n_rows).to(tl.int64)
+    cols = ((col + tl.arange(0, BN)) % n_cols).to(tl.int64)
+    p_a = a_ptr + rows[:, None] * stride_a_row + inner[None, :].to(tl.int64) * stride_a_inner  # [BM, BK]
+    p_b = b_ptr + inner[:, None].to(tl.int64) * stride_b_inner + cols[None, :] * stride_b_col  # [BK, BN]
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, n_inner, BK):
         a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
@@ -49,18 +51,74 @@ def matmul(
 
 
 @triton.jit
-def grouped_tile(n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile of an [n_rows, n_cols] result, as int64 row and column indices [BM], [BN].
+def matmul_by_descriptors(
+    a, b, row, col, n_inner, B_BY_COLUMNS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`matmul` of operands that tensor descriptors tell: the memory system copies whole tiles, zeros past the end.
 
-    Programs walk down GROUP tiles before they step right, so that those running together share operands in L2.
+    b is [n_inner, n_cols], or [n_cols, n_inner] if B_BY_COLUMNS.
     """
-    program = tl.program_id(0)
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, n_inner, BK):
+        tile_a = a.load([row, start])  # [BM, BK]
+        if B_BY_COLUMNS:
+            tile_b = tl.trans(b.load([col, start]))  # [BK, BN]
+        else:
+            tile_b = b.load([start, col])  # [BK, BN]
+        acc = dot(tile_a, tile_b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def grouped_tile(index, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of the tile with this index of an [n_rows, n_cols] result.
+
+    Indices walk down GROUP tiles before they step right, so that those running together share operands in L2.
+    """
     row_tiles = tl.cdiv(n_rows, BM)
     group_size = GROUP * tl.cdiv(n_cols, BN)
-    first_row = program // group_size * GROUP
+    first_row = index // group_size * GROUP
     height = tl.minimum(row_tiles - first_row, GROUP)
-    row_tile = first_row + program % group_size % height
-    col_tile = program % group_size // height
-    rows = row_tile.to(tl.int64) * BM + tl.arange(0, BM)
-    cols = col_tile.to(tl.int64) * BN + tl.arange(0, BN)
-    return rows, cols
+    row = (first_row + index % group_size % height) * BM
+    col = index % group_size // height * BN
+    return row, col
+
+
+@triton.jit
+def halves(values, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and right half of a tile [BM, BN], [BM, BN / 2] each."""
+    return tl.split(tl.permute(tl.reshape(values, [BM, 2, BN // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _offsets(row, col, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr):
+    """Offsets [BM, BN] of a tile of a contiguous [n_rows, n_cols], and where it is inside."""
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    return rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask
+
+
+@triton.jit
+def load(
+    source, row, col, n_rows, n_cols, DESCRIPTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """The tile [BM, BN] at (row, col) of a contiguous [n_rows, n_cols], zero outside."""
+    if DESCRIPTOR:
+        values = source.load([row, col])
+    else:
+        offsets, mask = _offsets(row, col, n_rows, n_cols, BM, BN)
+        values = tl.load(source + offsets, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def store(
+    target, values, row, col, n_rows, n_cols, DESCRIPTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Write a tile [BM, BN] to (row, col) of a contiguous [n_rows, n_cols], in its dtype."""
+    if DESCRIPTOR:
+        target.store([row, col], values.to(target.dtype))
+    else:
+        offsets, mask = _offsets(row, col, n_rows, n_cols, BM, BN)
+        tl.store(target + offsets, values.to(target.dtype.element_ty), mask=mask)

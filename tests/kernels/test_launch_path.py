@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import attention, checks, ffn, norm_launch, runtime
+from kernels import attention, checks, ffn_launch, norm_launch, runtime
 from kernels.tuning import Tunable
 
 CPU = torch.device("cpu")
@@ -31,8 +31,9 @@ def norm_with_addition() -> None:
 
 
 def feed_forward() -> None:
-    checks.gelu_ffn(X, UP, None, DOWN, None, "gelu")
-    choose(ffn._UP, torch.float32)
+    checks.gelu_ffn(X, UP, None, DOWN, None, "gelu", "fused")
+    aligned = ffn_launch._aligned(X, UP)
+    choose(ffn_launch._UP, ffn_launch._rows_like(8), 64, torch.float32, "gelu", False, True, aligned, "fused")
 
 
 def attend() -> None:

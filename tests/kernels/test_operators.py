@@ -65,7 +65,7 @@ def test_every_launch_configuration_is_right(case: Case, configuration: dict, dt
 
 @pytest.mark.parametrize("index", range(1, 4))
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate_of_tuning_is_right(case: Case, index: int, dtype: torch.dtype):
     with tuning.candidate(index):
         assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))

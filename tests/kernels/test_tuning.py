@@ -240,8 +240,16 @@ PROBLEMS = {
     "layer_norm_forward": [(width, torch.bfloat16, True, True) for width in (1, 768, 8192, 65_536)],
     "layer_norm_backward": [(width, torch.bfloat16, True, True) for width in (1, 768, 8192, 65_536)],
     "layer_norm_parameters": [(65_536, torch.bfloat16)],
-    "ffn_up": [(torch.bfloat16,), (torch.float32,)],
-    "ffn_down_backward": [(torch.bfloat16,), (torch.float32,)],
+    "ffn_up": [
+        (1024, width, dtype, "gelu", True, True, aligned, implementation)
+        for width in (768, 4096)
+        for dtype in (torch.bfloat16, torch.float32)
+        for aligned in (True, False)
+        for implementation in ("auto", "fused", "unfused")
+    ],
+    "ffn_down_backward": [(1024, 768, torch.bfloat16, "gelu", True, True, "auto")],
+    "ffn_activation": [(torch.bfloat16,)],
+    "ffn_activation_backward": [(torch.bfloat16,)],
     "attention_forward": [(64, torch.bfloat16, False), (256, torch.float32, True)],
     "attention_dk_dv": [(64, torch.bfloat16, False), (256, torch.float32, True)],
     "attention_dq": [(64, torch.bfloat16, False), (256, torch.float32, True)],
@@ -255,9 +263,11 @@ def test_no_launch_has_more_candidates_than_are_tested():
     import kernels.norm  # noqa: F401
 
     assert set(PROBLEMS) == set(TUNABLES)
-    for name, problems in PROBLEMS.items():
-        for problem in problems:
-            assert 1 <= len(TUNABLES[name].candidates(CPU, *problem)) <= 4
+    for architecture in ("none", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        for name, problems in PROBLEMS.items():
+            for problem in problems:
+                with tuning.assumed(architecture):
+                    assert 1 <= len(TUNABLES[name].candidates(CPU, *problem)) <= 4
 
 
 @pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)

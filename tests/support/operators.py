@@ -208,8 +208,9 @@ def _attention_blocks(block_m: int, block_n: int) -> dict[str, dict[str, int]]:
     return {f"attention_{name}": blocks for name in ("forward", "dk_dv", "dq")}
 
 
-def _ffn_blocks(**blocks: int) -> dict[str, dict[str, int]]:
-    return {name: {**blocks, "num_warps": 4, "num_stages": 2} for name in ("ffn_up", "ffn_down_backward")}
+def _ffn_blocks(**blocks: int) -> dict[str, Options]:
+    others = {"implementation": "fused", "DESCRIPTORS": False, "per_processor": 1, "num_warps": 4, "num_stages": 2}
+    return {name: {**others, **blocks} for name in ("ffn_up", "ffn_down_backward")}
 
 
 # more rows than the programs of the backward take in one go, 32 each at this width
@@ -315,31 +316,65 @@ _TABLE = (
         "gelu_ffn",
         batched=("x",),
         cases=(
-            gelu_ffn(1, width=1, hidden=1),
-            gelu_ffn(37, width=33, hidden=65),
-            gelu_ffn(37, width=33, hidden=65, activation="gelu"),
-            gelu_ffn(2, 19, width=16, hidden=48, activation="relu"),
-            gelu_ffn(11, width=97, hidden=101),
-            gelu_ffn(200, width=80, hidden=144, biases=False),
-            gelu_ffn(70, width=768, hidden=130),
-            gelu_ffn(width=19, hidden=7),
-            gelu_ffn(0, width=16, hidden=32),
+            *(
+                gelu_ffn(*rows, width=width, hidden=hidden, implementation=implementation, **options)
+                for implementation in ("fused", "unfused")
+                for rows, width, hidden, options in (
+                    ((1,), 1, 1, {}),
+                    ((37,), 33, 65, {}),
+                    ((37,), 33, 65, {"activation": "gelu"}),
+                    ((2, 19), 16, 48, {"activation": "relu"}),
+                    ((11,), 97, 101, {}),
+                    ((200,), 80, 144, {"biases": False}),
+                    ((70,), 768, 130, {}),
+                    ((), 19, 7, {}),
+                    ((0,), 16, 32, {}),
+                    # long sums: over C in the first product, over the rows in the weights' gradients
+                    ((3,), 16_384, 24, {}),
+                    ((16_384,), 8, 24, {}),
+                )
+            ),
+            # rows that descriptors can tell, and more tiles than programs
+            gelu_ffn(300, width=72, hidden=520, implementation="fused"),
+            gelu_ffn(129, width=136, hidden=264, activation="gelu", biases=False, implementation="fused"),
+            gelu_ffn(130, width=2056, hidden=264, activation="relu", implementation="fused"),
+            gelu_ffn(5, width=33, hidden=65),
         ),
-        small=(gelu_ffn(2, 7, width=33, hidden=65), gelu_ffn(2, 7, width=33, hidden=65, biases=False)),
+        small=(
+            gelu_ffn(2, 7, width=33, hidden=65, implementation="fused"),
+            gelu_ffn(2, 7, width=32, hidden=64, biases=False, implementation="fused"),
+            gelu_ffn(2, 7, width=33, hidden=65, implementation="unfused"),
+            gelu_ffn(2, 7, width=32, hidden=64, activation="gelu"),
+        ),
         drawn=st.builds(
-            lambda rows, width, hidden, biases: gelu_ffn(*rows, width=width, hidden=hidden, biases=biases),
-            _rows, st.integers(1, 70), st.integers(1, 70), _flag,
+            lambda rows, width, hidden, biases, implementation: gelu_ffn(
+                *rows, width=width, hidden=hidden, biases=biases, implementation=implementation
+            ),
+            _rows, st.integers(1, 70), st.integers(1, 70), _flag, st.sampled_from(["fused", "unfused"]),
         ),
         large=(
-            gelu_ffn(8, 512, width=768, hidden=3072),
-            gelu_ffn(8, 512, width=768, hidden=3072, activation="gelu"),
-            gelu_ffn(1000, width=1600, hidden=6400, biases=False),
-            gelu_ffn(1000, width=397, hidden=1001, activation="relu"),
+            *(
+                gelu_ffn(*rows, width=width, hidden=hidden, implementation=implementation, **options)
+                for implementation in ("fused", "unfused")
+                for rows, width, hidden, options in (
+                    ((8, 512), 768, 3072, {}),
+                    ((8, 512), 768, 3072, {"activation": "gelu"}),
+                    ((1000,), 1600, 6400, {"biases": False}),
+                    ((1000,), 397, 1001, {"activation": "relu"}),
+                    ((200,), 16_384, 512, {}),
+                    ((64,), 1024, 16_384, {}),
+                    ((1,), 768, 3072, {}),
+                )
+            ),
         ),
-        far=(gelu_ffn(2**21 + 8, width=1024, hidden=64), gelu_ffn(2**21 + 8, width=64, hidden=1024)),
+        far=tuple(
+            gelu_ffn(2**21 + 8, width=width, hidden=hidden, implementation=implementation)
+            for width, hidden in ((1024, 64), (64, 1024))
+            for implementation in ("fused", "unfused")
+        ),
         configurations={
-            "small blocks, one group": _ffn_blocks(BM=16, BN=32, BK=16, GROUP=1),
-            "wide blocks": _ffn_blocks(BM=32, BN=128, BK=32, GROUP=3),
+            "small blocks, one group": _ffn_blocks(BM=16, BN=32, BK=16, GROUP=1, PARTS=1),
+            "wide blocks in halves": _ffn_blocks(BM=32, BN=128, BK=32, GROUP=3, PARTS=2),
         },
     ),
     Operator(
