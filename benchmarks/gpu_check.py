@@ -24,7 +24,13 @@ ROOT = Path(__file__).parents[1]
 SUITES = (
     (
         "operators",
-        ("test_causal_attention.py", "test_gelu_ffn.py", "test_layer_norm.py", "test_add_layer_norm.py"),
+        (
+            "test_causal_attention.py",
+            "test_gelu_ffn.py",
+            "test_ffn_up.py",
+            "test_layer_norm.py",
+            "test_add_layer_norm.py",
+        ),
         0.5,
     ),
     ("training", ("test_training.py",), 0.7),

@@ -14,8 +14,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-@torch.library.custom_op("gptfast::gelu_ffn", mutates_args=())
-def _forward(
+def _compute(
     x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str, save_z: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -24,6 +23,9 @@ def _forward(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(0, w_up.shape[0])
     h, z = launch_up(rows, w_up, _contiguous(b_up), activation, save_z, implementation)
     return torch.nn.functional.linear(h, w_down, b_down).view(x.shape), z
+
+
+_forward = torch.library.custom_op("gptfast::gelu_ffn", _compute, mutates_args=())
 
 
 @_forward.register_fake
@@ -136,10 +138,12 @@ def gelu_ffn(
     if not tile.launchable(x.device):
         return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, activation, implementation)
     runtime.require_dtype("gelu_ffn", x)
-    tensors = [x, w_up, b_up, w_down, b_down]
     dtype = runtime.autocast_dtype(x.device)
     if dtype is not None:
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        x, w_up, w_down = x.to(dtype), w_up.to(dtype), w_down.to(dtype)
+        b_up, b_down = (None if b is None else b.to(dtype) for b in (b_up, b_down))
+    tensors = (x, w_up, b_up, w_down, b_down)
     save_z = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, _ = _forward(*tensors, activation, save_z, implementation)
+    forward = _compute if runtime.unobserved(*tensors) else _forward
+    y, _ = forward(x, w_up, b_up, w_down, b_down, activation, save_z, implementation)
     return y

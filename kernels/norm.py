@@ -18,9 +18,11 @@ def _parameter_gradients(x: Tensor, *wanted: bool) -> Tensor:
     return x.new_empty(sum(wanted), x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("gptfast::layer_norm", mutates_args=())
-def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return launch_forward(x, None, weight, bias, eps, None, 0.0, None)
+
+
+_forward = torch.library.custom_op("gptfast::layer_norm", _compute, mutates_args=())
 
 
 @_forward.register_fake
@@ -76,14 +78,16 @@ def _split(
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("gptfast::add_layer_norm", mutates_args=())
-def _add_forward(
+def _add_compute(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     y, mean, rstd = launch_forward(x, residual, weight, bias, eps, seed, dropout_p, h)
     return y, h, mean, rstd
+
+
+_add_forward = torch.library.custom_op("gptfast::add_layer_norm", _add_compute, mutates_args=())
 
 
 @_add_forward.register_fake
@@ -169,7 +173,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     runtime.require_dtype("layer_norm", x)
     if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
         x = x.float()
-    y, _, _ = _forward(x, weight, bias, float(eps))
+    forward = _compute if runtime.unobserved(x, weight, bias) else _forward
+    y, _, _ = forward(x, weight, bias, float(eps))
     return y
 
 
@@ -214,5 +219,6 @@ def add_layer_norm(
     if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
         residual = residual.float()
     seed = runtime.dropout_seed(dropout_p, seed, x.device)
-    y, h, _, _ = _add_forward(x, residual, weight, bias, seed, float(eps), float(dropout_p))
+    forward = _add_compute if runtime.unobserved(x, residual, weight, bias) else _add_forward
+    y, h, _, _ = forward(x, residual, weight, bias, seed, float(eps), float(dropout_p))
     return y, h

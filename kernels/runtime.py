@@ -9,6 +9,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode as get_current_dispatch_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256  # of attention, a tile holds whole heads
@@ -79,6 +80,25 @@ def program_count(device: torch.device, per_processor: int) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def unobserved(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operator's forward may be called past PyTorch's dispatcher, which takes as long as two launches.
+
+    That is where nothing differentiates, compiles, traces, counts or fakes what is computed: plain inference.
+    """
+    if torch.compiler.is_compiling() or get_current_dispatch_mode() is not None:
+        return False
+    differentiated = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        # subclasses (FakeTensor, DTensor, functorch's wrappers) have dispatch rules of their own
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
+            return False
+        if differentiated and tensor.requires_grad:
+            return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def cdiv(a: int, b: int) -> int:

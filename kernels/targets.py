@@ -26,6 +26,7 @@ class Compiled:
     shared_bytes: int  # per program
     occupancy: float  # the share of a processor's warps that can run at once
     matrix_instructions: int
+    matrix_units: str  # the kinds of these instructions, such as "wgmma"
     bulk_copies: int  # of whole tiles between global and shared memory, by tensor descriptors
     loads: int  # of global memory, copies to shared memory included
     stores: int  # to global memory
@@ -49,7 +50,6 @@ class Target:
     warps: int  # of a processor
     programs: int  # of a processor
     read: Callable[[Any, Target], tuple[int, int, list[tuple[str, int]]]]  # registers, spills, accesses
-    matrix: str  # how the names of matrix instructions begin, as a regular expression
     reserved_shared: int = 1024  # bytes of every program that the system takes
 
     def occupancy(self, warps: int, registers: int, shared: int) -> float:
@@ -73,12 +73,14 @@ class Target:
         moved = sum(size for _, size in accesses)
         loaded, stored = _program_bytes(compiled.asm["ttir"])
         assembly = compiled.asm["ptx" if self.gpu.backend == "cuda" else "amdgcn"]
+        matrix = {unit: len(re.findall(rf"\b{name}", assembly)) for unit, name in _MATRIX_INSTRUCTIONS.items()}
         return Compiled(
             registers=registers,
             spilled_bytes=spilled,
             shared_bytes=shared,
             occupancy=self.occupancy(compiled.metadata.num_warps, registers, shared),
-            matrix_instructions=len(re.findall(rf"\b(?:{self.matrix})", assembly)),
+            matrix_instructions=sum(matrix.values()),
+            matrix_units="+".join(unit for unit, count in matrix.items() if count > 0),
             bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.tensor", assembly)),
             loads=sum(kind == "load" for kind, _ in accesses),
             stores=sum(kind == "store" for kind, _ in accesses),
@@ -88,6 +90,12 @@ class Target:
         )
 
 
+_MATRIX_INSTRUCTIONS = {
+    "mma": r"mma\.sync",
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mfma": "v_mfma",
+}
 _BITS = {"bf16": 16, "f16": 16, "f32": 32, "i64": 64, "i32": 32, "i8": 8}
 
 
@@ -143,7 +151,7 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, 
     return field("vgpr_count"), 4 * field("vgpr_spill_count"), accesses
 
 
-_nvidia = partial(Target, read=_read_nvidia, registers=65_536, matrix=r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
+_nvidia = partial(Target, read=_read_nvidia, registers=65_536)
 
 TARGETS = (
     _nvidia(
@@ -189,7 +197,6 @@ TARGETS = (
         warps=32,
         programs=32,
         read=_read_amd,
-        matrix="v_mfma",
         reserved_shared=0,
     ),
 )

@@ -24,11 +24,15 @@ def compiled(case: Case) -> Operator:
 
 
 def triton(case: Case) -> Operator:
+    _require_triton()
+    return getattr(kernels, case.suite)
+
+
+def _require_triton() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = runtime.why_not(device)
     if reason is not None:
         raise UnavailableError(reason)
-    return getattr(kernels, case.suite)
 
 
 OWN_PROVIDERS = [Provider("triton", triton), Provider("eager", eager), Provider("eager compiled", compiled)]
@@ -65,6 +69,28 @@ def _addmm_activation(case: Case) -> Operator:
     return ffn
 
 
+def _implementation(name: str) -> Callable[[Case], Operator]:
+    """One of the feed-forward's implementations, whichever the operator itself would take."""
+
+    def build(case: Case) -> Operator:
+        return partial(triton(case), implementation=name)
+
+    return build
+
+
+def _triton_up(case: Case) -> Operator:
+    """The fused product as `gelu_ffn` launches it."""
+    _require_triton()
+    from kernels.ffn_launch import launch_up
+
+    return lambda x, w_up, b_up: launch_up(x, w_up, b_up, "relu", save_z=False, implementation="fused")[0]
+
+
+def _addmm_relu(case: Case) -> Operator:
+    """CuBLASLt's product with its own ReLU epilogue."""
+    return lambda x, w_up, b_up: torch._addmm_activation(b_up, x, w_up.t(), use_gelu=False)
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[Case], Operator]:
     """PyTorch's attention by one backend: left to itself it takes the first that fits, not the fastest."""
 
@@ -99,8 +125,18 @@ PROVIDERS = {
             Provider("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION)),
             Provider("FlexAttention", _flex_attention),
         ],
-        "gelu_ffn": [Provider("_addmm_activation", _addmm_activation, modes=("forward",))],
+        "gelu_ffn": [
+            Provider("triton fused", _implementation("fused")),
+            Provider("triton unfused", _implementation("unfused")),
+            Provider("_addmm_activation", _addmm_activation, modes=("forward",)),
+        ],
         "layer_norm": [Provider("Liger-Kernel", _liger_layer_norm)],
         "add_layer_norm": [Provider("Liger-Kernel", _liger_add_layer_norm)],
     }.items()
+} | {
+    "ffn_up": {
+        "triton": Provider("triton", _triton_up, modes=("forward",)),
+        "eager": Provider("eager", eager, modes=("forward",)),
+        "_addmm_activation": Provider("_addmm_activation", _addmm_relu, modes=("forward",)),
+    }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measuring.comparison import Case
@@ -51,6 +52,18 @@ def gelu_ffn(rows: int, width: int, dtype: torch.dtype) -> Case:
         },
         passes=costs.gelu_ffn(rows, width, hidden, dtype.itemsize),
         reference=reference.gelu_ffn,
+    )
+
+
+def ffn_up(rows: int, width: int, hidden: int, dtype: torch.dtype) -> Case:
+    """The first product of a feed-forward alone, with the cheapest activation: a matrix product's own speed."""
+    return Case(
+        suite="ffn_up",
+        dims={"N": rows, "C": width, "F": hidden},
+        dtype=dtype,
+        shapes={"x": (rows, width), "w_up": (hidden, width), "b_up": (hidden,)},
+        passes=costs.linear(rows, width, hidden, dtype.itemsize),
+        reference=lambda x, w_up, b_up: F.relu(F.linear(x, w_up, b_up)),
     )
 
 
@@ -112,6 +125,9 @@ FFN = [
     quick(gelu_ffn(16_384, 2048, BF16)),
     quick(gelu_ffn(8192, 768, FP32)),
 ]
+
+
+FFN_UP = [ffn_up(8192, 8192, 8192, BF16), quick(ffn_up(32_768, 768, 3072, BF16))]
 
 
 def _sixteen_thousand_tokens(length: int, head_size: int) -> Case:

@@ -28,6 +28,8 @@ PALETTE = {
     "peer": ("#a9b4c0", "#5d6875"),
     "peer-loss": ("#e3b7a8", "#84564b"),
     "triton": ("#1261c7", "#5c9cff"),
+    "triton-fused": ("#0a3a7a", "#9cc5ff"),
+    "triton-unfused": ("#2b6b4f", "#63c79b"),
     "triton-compiled": ("#7048c6", "#b191ff"),
     "eager": ("#69717a", "#a2abb5"),
     "eager-compiled": ("#6b3f16", "#c98d5c"),
@@ -39,6 +41,8 @@ PALETTE = {
 }
 _STYLES = {  # colour and marker
     "triton": ("triton", "o"),
+    "triton fused": ("triton-fused", "p"),
+    "triton unfused": ("triton-unfused", "h"),
     "triton compiled": ("triton-compiled", "D"),
     "eager": ("eager", "s"),
     "eager compiled": ("eager-compiled", "P"),

@@ -13,6 +13,7 @@ SUITES = {
     "layer_norm": "Layer norm",
     "add_layer_norm": "Residual addition and layer norm",
     "gelu_ffn": "GELU feed-forward",
+    "ffn_up": "Product with ReLU",
     "causal_attention": "Causal attention",
 }
 MODES = {
@@ -24,7 +25,7 @@ MODES = {
 }
 BASELINE = "eager"
 # gptfast's own; of an operator's only the Triton ones are, "eager" is then plain PyTorch
-OWN = ("triton", "triton compiled", "eager", "eager compiled")
+OWN = ("triton", "triton fused", "triton unfused", "triton compiled", "eager", "eager compiled")
 
 Key = tuple[str, str, str, str]
 

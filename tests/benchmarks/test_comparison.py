@@ -26,6 +26,21 @@ def compare(case, **operators):
     return Comparison(case, providers, DEVICE, LIMITS)
 
 
+@pytest.mark.parametrize("name", ["triton fused", "triton unfused"])
+def test_both_implementations_of_the_feed_forward_are_measured(name):
+    case = shapes.gelu_ffn(40, 16, torch.float32)
+    comparison = Comparison(case, [PROVIDERS["gelu_ffn"][name]], DEVICE, LIMITS)
+    assert all(comparison.row(name, mode)[1]["error"] < 1e-2 for mode in MODES)
+
+
+def test_the_product_alone_is_measured():
+    case = shapes.ffn_up(40, 16, 24, torch.float32)
+    providers = PROVIDERS["ffn_up"]
+    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
+    rows = [comparison.row(name, "forward")[1] for name in providers]
+    assert [row["flops"] for row in rows] == [2 * 40 * 16 * 24] * 3
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_our_kernels_and_eager_are_measured_in_every_mode(case):
     comparison = Comparison(case, [PROVIDERS[case.suite][name] for name in ("triton", "eager")], DEVICE, LIMITS)

@@ -29,13 +29,16 @@ KERNELS = {
     "_layer_norm_parameters_kernel",
     "_ffn_up_kernel",
     "_ffn_down_backward_kernel",
+    "_activation_kernel",
+    "_activation_backward_kernel",
     "_attention_forward_kernel",
     "_attention_delta_kernel",
     "_attention_dk_dv_kernel",
     "_attention_dq_kernel",
 }
 MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq")
-KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "num_warps", "num_stages")
+KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "DESCRIPTORS", "num_warps", "num_stages")
+UNITS = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
@@ -89,6 +92,21 @@ def test_products_are_the_matrix_units_work(target):
         multiplies = row["kernel"].startswith(MULTIPLY)
         if row["dtype"] == "bfloat16" or not multiplies:
             assert (row["matrix_instructions"] > 0) is multiplies, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_feed_forward_fits_every_chip_and_takes_its_best_instructions(target):
+    rows = [row for row in compiled(target) if row["case"].startswith("gelu_ffn")]
+    assert [row for row in rows if row["spilled_bytes"] > 0] == []
+    assert all(row["shared_bytes"] <= SHARED_LIMIT[target] for row in rows)
+    fused = [row for row in rows if row["kernel"].startswith("_ffn") and row["dtype"] == "bfloat16"]
+    assert {row["matrix_units"] for row in fused} == {UNITS[target]}
+    # with descriptors every tile is copied whole: two operands, and what is read and written in the epilogue
+    described = {row["kernel"] for row in fused if row["DESCRIPTORS"]}
+    assert described == (set() if target in ("sm_80", "sm_89", "gfx942") else {row["kernel"] for row in fused})
+    for row in fused:
+        assert (row["bulk_copies"] >= 4) is row["DESCRIPTORS"], row
 
 
 @pytest.mark.slow

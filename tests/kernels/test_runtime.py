@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import runtime, tile
 
@@ -69,3 +71,27 @@ def test_interpreting_needs_neither(gpu, monkeypatch):
     gpu.unlink()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert runtime.why_not(torch.device("cuda")) is None
+
+
+def test_plain_inference_goes_past_the_dispatcher():
+    x, parameter = torch.ones(2, 3), torch.nn.Parameter(torch.ones(3))
+    assert runtime.unobserved(x, None)
+    assert not runtime.unobserved(x, parameter)
+    with torch.no_grad():
+        assert runtime.unobserved(x, parameter)
+
+
+def test_what_observes_an_operator_finds_it():
+    x = torch.ones(2, 3)
+    assert not runtime.unobserved(x.to("meta"))
+    with FakeTensorMode() as mode:
+        assert not runtime.unobserved(mode.from_tensor(x))
+    assert not runtime.unobserved(mode.from_tensor(x))
+    with FlopCounterMode(display=False):
+        assert not runtime.unobserved(x)
+    seen = []
+    torch.vmap(lambda row: seen.append(runtime.unobserved(row)) or row)(x)
+    torch.func.grad(lambda row: seen.append(runtime.unobserved(x, row)) or row.sum())(x)
+    torch.compile(lambda row: seen.append(runtime.unobserved(row)) or row, backend="eager")(x)
+    assert seen == [False] * 3
+    assert runtime.unobserved(x)
