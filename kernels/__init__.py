@@ -12,15 +12,24 @@ from kernels import reference, runtime
 from kernels.preparation import warmup
 
 if TYPE_CHECKING:
-    from kernels.attention import causal_attention
+    from kernels.attention import causal_attention, causal_attention_qkvpacked
     from kernels.ffn import gelu_ffn
     from kernels.norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "causal_attention", "gelu_ffn", "layer_norm", "reference", "warmup"]
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "causal_attention_qkvpacked",
+    "gelu_ffn",
+    "layer_norm",
+    "reference",
+    "warmup",
+]
 
 _MODULE_OF = {
     "add_layer_norm": "norm",
     "causal_attention": "attention",
+    "causal_attention_qkvpacked": "attention",
     "gelu_ffn": "ffn",
     "layer_norm": "norm",
 }

@@ -91,9 +91,23 @@ def causal_attention(
             f"causal_attention: q has T = {queries} rows and k only S = {k.shape[2]}; T <= S is needed, "
             "the last query belongs to the last key"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"causal_attention: scale must be finite, got {scale}")
+    _scale("causal_attention", scale)
     _dropout("causal_attention", dropout_p, seed, "q", q.device)
+
+
+def causal_attention_qkvpacked(qkv: Tensor, scale: float | None, dropout_p: float, seed: int | Tensor | None) -> None:
+    _tensors("causal_attention_qkvpacked", qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
+        raise ValueError(
+            f"causal_attention_qkvpacked: qkv must be [B, T, 3, H, D] with D >= 1, got shape {tuple(qkv.shape)}"
+        )
+    _scale("causal_attention_qkvpacked", scale)
+    _dropout("causal_attention_qkvpacked", dropout_p, seed, "qkv", qkv.device)
+
+
+def _scale(operator: str, scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{operator}: scale must be finite, got {scale}")
 
 
 def _dropout(operator: str, dropout_p: float, seed: int | Tensor | None, beside: str, device: torch.device) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import runtime, tile
+from kernels.descriptors import describable, describe, on_chip
 from kernels.ffn_kernels import (
     _activation_backward_kernel,
     _activation_kernel,
@@ -57,7 +57,7 @@ def _fused_options(architecture: str, forward: bool, width: int, dtype: torch.dt
         return [_POINTERS_FLOAT32]
     small = architecture in ("sm_86", "sm_89") or architecture.startswith(("sm_12", "gfx"))
     pointers = [_POINTERS_SMALL if small else _POINTERS]
-    if not aligned or not architecture.startswith(("sm_9", "sm_10", "sm_12", "none")):
+    if not aligned or not on_chip(architecture):
         return pointers
     if architecture.startswith("sm_12"):
         return [_UP_OVERLAPPED if forward else _DOWN_WIDE, *pointers]
@@ -116,19 +116,6 @@ def _rows_like(n_rows: int) -> int:
     return min(1 << (n_rows - 1).bit_length(), 65_536)
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can tell these matrices: adjacent columns, rows on multiples of 16 bytes."""
-    for tensor in tensors:
-        if tensor.stride(1) != 1 or tensor.stride(0) * tensor.itemsize % 16 != 0 or tensor.data_ptr() % 16 != 0:
-            return False
-    # Triton's interpreter gets descriptors of bfloat16 wrong
-    return not (tile.INTERPRETED.value and tensors[0].dtype == torch.bfloat16)
-
-
-def _descriptor(tensor: Tensor | None, *block: int) -> TensorDescriptor | None:
-    return None if tensor is None else TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [*block])
-
-
 def _launch_options(options: Options) -> Options:
     return {name: value for name, value in options.items() if name not in ("implementation", "per_processor")}
 
@@ -144,7 +131,7 @@ def launch_up(
     """H = activation(z) and z = x @ w.T + b, [M, F] each, for x [M, C] with M >= 1; None for z unless it is saved."""
     n_rows, width = x.shape
     n_hidden = w.shape[0]
-    aligned = _aligned(x, w) and n_hidden * x.itemsize % 16 == 0
+    aligned = describable(x, w) and n_hidden * x.itemsize % 16 == 0
 
     def launch(options: Options) -> tuple[Tensor, Tensor]:
         if options["implementation"] == "unfused":
@@ -155,8 +142,8 @@ def launch_up(
         if options["DESCRIPTORS"]:
             rows, cols, inner, part = options["BM"], options["BN"], options["BK"], options["BN"] // options["PARTS"]
             tensors = (
-                _descriptor(x, rows, inner), _descriptor(w, cols, inner), b,
-                _descriptor(h, rows, part), _descriptor(z if save_z else None, rows, part),
+                describe(x, rows, inner), describe(w, cols, inner), b,
+                describe(h, rows, part), describe(z if save_z else None, rows, part),
             )  # fmt: skip
         with runtime.on_device(x):
             _ffn_up_kernel[_grid(n_rows, n_hidden, options, x.device)](
@@ -197,7 +184,7 @@ def launch_down_backward(
     """
     n_rows, width = dy.shape
     n_hidden = w.shape[1]
-    aligned = _aligned(dy, w, z)
+    aligned = describable(dy, w, z)
 
     def launch(options: Options) -> tuple[Tensor, Tensor, Tensor]:
         if options["implementation"] == "unfused":
@@ -210,8 +197,8 @@ def launch_down_backward(
         if options["DESCRIPTORS"]:
             rows, cols, inner, part = options["BM"], options["BN"], options["BK"], options["BN"] // options["PARTS"]
             tensors = (
-                _descriptor(dy, rows, inner), _descriptor(w, inner, cols), _descriptor(z, rows, part),
-                _descriptor(dz, rows, part), _descriptor(h if store_h else None, rows, part),
+                describe(dy, rows, inner), describe(w, inner, cols), describe(z, rows, part),
+                describe(dz, rows, part), describe(h if store_h else None, rows, part),
             )  # fmt: skip
         with runtime.on_device(dy):
             _ffn_down_backward_kernel[_grid(n_rows, n_hidden, options, dy.device)](

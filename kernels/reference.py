@@ -165,6 +165,31 @@ def causal_attention(
     )
 
 
+def causal_attention_qkvpacked(
+    qkv: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """`causal_attention` of queries, keys and values in one tensor, as one projection writes them.
+
+    Args:
+        qkv: [B, T, 3, H, D]: queries, keys and values along the third dimension.
+        scale: multiplies the scores; D**-0.5 if None.
+        dropout_p: as in `causal_attention`.
+        seed: as in `causal_attention`.
+
+    Returns:
+        [B, T, H, D], contiguous.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
+    return causal_attention(q, k, v, scale, dropout_p, seed).transpose(1, 2).contiguous()
+
+
 def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor) -> Tensor:
     """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale

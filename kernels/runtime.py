@@ -9,12 +9,18 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.compiler.config
 from torch.utils._python_dispatch import _get_current_dispatch_mode as get_current_dispatch_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256  # of attention, a tile holds whole heads
 # the oldest NVIDIA GPUs whose shared memory holds the kernels' blocks, and the first with bfloat16 and TF32
 LOWEST_CAPABILITY = (8, 0)
+
+# Part of the keys by which torch.compile keeps graphs on disk: they call operators by the signatures they were compiled
+# with, and PyTorch does not see that those have changed. To be raised when they do.
+_SIGNATURES = 2
+torch.compiler.config.cache_key_tag += f"gptfast-{_SIGNATURES}"
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 

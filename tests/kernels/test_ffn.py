@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
 from kernels import ffn_launch, tile, tuning
+from kernels.descriptors import describable
 from oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -71,11 +72,11 @@ def matrix(rows: int = 16, cols: int = 32, offset: int = 0, stride: int | None =
 
 
 def test_what_descriptors_can_tell():
-    assert ffn_launch._aligned(matrix(), matrix(stride=40))
-    assert not ffn_launch._aligned(matrix(), matrix(offset=1))
-    assert not ffn_launch._aligned(matrix(), matrix(stride=33))
-    assert not ffn_launch._aligned(matrix(), matrix().T)
-    assert ffn_launch._aligned(matrix(offset=8))
+    assert describable(matrix(), matrix(stride=40))
+    assert not describable(matrix(), matrix(offset=1))
+    assert not describable(matrix(), matrix(stride=33))
+    assert not describable(matrix(), matrix().T)
+    assert describable(matrix(offset=8))
 
 
 def tensors(rows: int = 70, width: int = 32, hidden: int = 64, dtype: torch.dtype = torch.float16) -> list[Tensor]:

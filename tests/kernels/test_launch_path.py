@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import attention, checks, ffn_launch, norm_launch, runtime
+from kernels import attention_launch, checks, ffn_launch, norm_launch, runtime
+from kernels.descriptors import describable
 from kernels.tuning import Tunable
 
 CPU = torch.device("cpu")
@@ -32,13 +33,14 @@ def norm_with_addition() -> None:
 
 def feed_forward() -> None:
     checks.gelu_ffn(X, UP, None, DOWN, None, "gelu", "fused")
-    aligned = ffn_launch._aligned(X, UP)
+    aligned = describable(X, UP)
     choose(ffn_launch._UP, ffn_launch._rows_like(8), 64, torch.float32, "gelu", False, True, aligned, "fused")
 
 
 def attend() -> None:
     checks.causal_attention(Q, Q, Q, None, 0.1, None)
-    choose(attention._FORWARD, 32, torch.float32, True)
+    described = describable(Q, Q, Q, Q)
+    choose(attention_launch._FORWARD, *attention_launch._problem(Q, Q, None, described))
 
 
 @pytest.mark.parametrize("call", [norm, norm_with_addition, feed_forward, attend])

@@ -80,7 +80,7 @@ class Case:
 
     def upstream(self, dtype: torch.dtype, used: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """A random gradient for each result, or for those that are `used`."""
-        shape = next(iter(self.shapes.values()))
+        shape = self.row.result_shape(next(iter(self.shapes.values())))
         generator = torch.Generator().manual_seed(1)
         drawn = {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in self.row.results}
         return {name: gradient for name, gradient in drawn.items() if used is None or name in used}
@@ -120,6 +120,7 @@ class Operator:
     far: tuple[Case, ...]  # more than 2**31 elements
     configurations: dict[str, dict[str, Options]]  # forced upon launches by name, beside the candidates of tuning
     results: tuple[str, ...] = ("result",)
+    result_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda first: first  # from that of the first argument
     dropout: Dropout | None = None
 
     @property
@@ -162,6 +163,10 @@ def attention(batch: int, heads: int, queries: int, keys: int, head_size: int, *
     return Case("causal_attention", {"q": (batch, heads, queries, head_size), "k": key_shape, "v": key_shape}, options)
 
 
+def packed(batch: int, length: int, heads: int, head_size: int, **options: Any) -> Case:
+    return Case("causal_attention_qkvpacked", {"qkv": (batch, length, 3, heads, head_size)}, options)
+
+
 def _added_mask(case: Case) -> Tensor:
     """Ones through the dropout, added to nothing."""
     ones = torch.ones(case.shapes["x"], device=DEVICE)
@@ -177,6 +182,22 @@ def _attention_mask(case: Case) -> Tensor:
     options = {name: case.options[name] for name in ("dropout_p", "seed")}
     identity = torch.eye(keys, device=DEVICE).expand(batch, heads, keys, keys)
     return kernels.causal_attention(q, k, identity, **options) != 0
+
+
+def _packed_mask(case: Case) -> Tensor:
+    """That of the same heads unpacked."""
+    batch, length, _, heads, head_size = case.shapes["qkv"]
+    return _attention_mask(attention(batch, heads, length, length, head_size, **case.options))
+
+
+def _packed_candidates(case: Case) -> Tensor:
+    batch, length, _, heads, _ = case.shapes["qkv"]
+    return reference.causal_mask(length, length, DEVICE).expand(batch, heads, length, length)
+
+
+def _packed_with_mask(qkv: Tensor, dropout_p: float, kept: Tensor, scale: float | None = None) -> Tensor:
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return reference.attention_with_mask(q, k, v, scale, dropout_p, kept).transpose(1, 2).contiguous()
 
 
 def _attention_candidates(case: Case) -> Tensor:
@@ -204,7 +225,7 @@ _NORM_CONFIGURATIONS = {
 
 
 def _attention_blocks(block_m: int, block_n: int) -> dict[str, dict[str, int]]:
-    blocks = {"BM": block_m, "BN": block_n, "num_warps": 4, "num_stages": 1}
+    blocks = {"DESCRIPTORS": False, "BM": block_m, "BN": block_n, "num_warps": 4, "num_stages": 1}
     return {f"attention_{name}": blocks for name in ("forward", "dk_dv", "dq")}
 
 
@@ -421,6 +442,31 @@ _TABLE = (
             candidates=_attention_candidates,
             reference=lambda scale=None, **arguments: reference.attention_with_mask(scale=scale, **arguments),
         ),
+    ),
+    Operator(
+        "causal_attention_qkvpacked",
+        batched=("qkv",),
+        cases=(
+            packed(1, 1, 1, 16),
+            packed(2, 77, 3, 20),
+            packed(1, 129, 2, 64, scale=0.3),
+            packed(1, 70, 1, 128),
+            packed(1, 40, 2, 80),
+            packed(1, 33, 1, 256),
+            packed(2, 80, 2, 16, dropout_p=0.3, seed=5),
+            packed(0, 8, 2, 16),
+            packed(1, 0, 2, 16),
+        ),
+        small=(packed(2, 17, 3, 20), packed(2, 17, 1, 24, dropout_p=0.3, seed=5)),
+        drawn=st.builds(
+            lambda batch, length, heads, head_size, options: packed(batch, length, heads, head_size, **options),
+            st.integers(0, 2), st.integers(0, 40), st.integers(1, 2), st.integers(1, 40), _dropouts,
+        ),
+        large=(packed(2, 1024, 4, 64), packed(2, 1000, 4, 96), packed(1, 512, 3, 128, dropout_p=0.1, seed=3)),
+        far=(packed(1032, 1024, 12, 64),),
+        configurations={"square blocks": _attention_blocks(16, 16)},
+        result_shape=lambda qkv: (*qkv[:2], *qkv[3:]),
+        dropout=Dropout(_packed_mask, candidates=_packed_candidates, reference=_packed_with_mask),
     ),
 )  # fmt: skip
 
