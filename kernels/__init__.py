@@ -13,6 +13,7 @@ from kernels.preparation import warmup
 
 if TYPE_CHECKING:
     from kernels.attention import causal_attention, causal_attention_qkvpacked
+    from kernels.decode import decode_attention
     from kernels.ffn import gelu_ffn
     from kernels.norm import add_layer_norm, layer_norm
 
@@ -20,6 +21,7 @@ __all__ = [
     "add_layer_norm",
     "causal_attention",
     "causal_attention_qkvpacked",
+    "decode_attention",
     "gelu_ffn",
     "layer_norm",
     "reference",
@@ -30,6 +32,7 @@ _MODULE_OF = {
     "add_layer_norm": "norm",
     "causal_attention": "attention",
     "causal_attention_qkvpacked": "attention",
+    "decode_attention": "decode",
     "gelu_ffn": "ffn",
     "layer_norm": "norm",
 }

@@ -30,9 +30,9 @@ _POINTERS_HALF: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
 }
 _POINTERS_HALF_DROPOUT: dict[str, tuple[Blocks, Blocks, Blocks]] = {
-    "forward": ((128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-    "dk_dv": ((16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
-    "dq": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+    "forward": ((128, 32, 8, 3), (64, 32, 8, 3), (64, 32, 8, 2)),
+    "dk_dv": ((16, 128, 8, 2), (16, 64, 8, 2), (32, 32, 8, 1)),
+    "dq": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
 }
 _FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "forward": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
@@ -44,6 +44,17 @@ _FLOAT32_DROPOUT: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "dk_dv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
 }
+# AMD's: warps of 64 threads, 64 KiB of shared memory and no copies in the background
+_AMD_HALF: dict[str, tuple[Blocks, Blocks, Blocks]] = {
+    "forward": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+    "dk_dv": ((32, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1)),
+    "dq": ((64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+}
+_AMD_FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
+    "forward": ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    "dk_dv": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+}
 # by tensor descriptors; where there is none the pointers' blocks are taken
 _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
@@ -52,7 +63,7 @@ _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
 }
 _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "dk_dv": ((32, 128, 8, 2), (32, 64, 8, 2), None),
+    "dk_dv": ((32, 64, 8, 2), (32, 64, 8, 2), None),
     "dq": ((128, 32, 8, 2), (128, 32, 8, 2), None),
 }
 # what a measurement tries beside them
@@ -64,6 +75,8 @@ _OTHER_DESCRIPTORS: dict[str, tuple[tuple[Blocks, ...], ...]] = {
 
 
 def _pointers(pass_name: str, architecture: str, size: int, dtype: torch.dtype, dropout: bool) -> Blocks:
+    if architecture.startswith("gfx"):
+        return (_AMD_FLOAT32 if dtype == torch.float32 else _AMD_HALF)[pass_name][size]
     if dtype == torch.float32:
         return (_FLOAT32_DROPOUT if dropout else _FLOAT32)[pass_name][size]
     return (_POINTERS_HALF_DROPOUT if dropout else _POINTERS_HALF)[pass_name][size]
@@ -76,9 +89,15 @@ def _choices(
     size = 0 if head_size <= 64 else 1 if head_size == 128 else 2
     pointers = _options(False, _pointers(pass_name, architecture, size, dtype, dropout))
     first = (_DESCRIPTORS_DROPOUT if dropout else _DESCRIPTORS)[pass_name][size]
-    if first is None or not described or not on_chip(architecture):
+    few_registers = architecture.startswith("sm_12")  # products there take their operands through registers
+    if (
+        first is None
+        or not described
+        or not on_chip(architecture)
+        or (few_registers and (pass_name != "forward" or size == 2))
+    ):
         return [pointers]
-    others = () if dropout else _OTHER_DESCRIPTORS[pass_name][size]
+    others = () if dropout or few_registers else _OTHER_DESCRIPTORS[pass_name][size]
     return [_options(True, blocks) for blocks in (first, *others)] + [pointers]
 
 

@@ -105,6 +105,33 @@ def causal_attention_qkvpacked(qkv: Tensor, scale: float | None, dropout_p: floa
     _dropout("causal_attention_qkvpacked", dropout_p, seed, "qkv", qkv.device)
 
 
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None) -> None:
+    _tensors("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    _same_dtype("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    if q.dim() != 4 or q.shape[2] != 1 or q.shape[3] == 0:
+        raise ValueError(f"decode_attention: q must be [B, H, 1, D] with D >= 1, got shape {tuple(q.shape)}")
+    batch, heads, _, head_size = q.shape
+    if k_cache.dim() != 4 or (k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]) != (batch, heads, head_size):
+        raise ValueError(
+            f"decode_attention: k_cache must be [B, H, S, D] = [{batch}, {heads}, S, {head_size}], "
+            f"got {tuple(k_cache.shape)}"
+        )
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"decode_attention: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        given = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"decode_attention: lengths must be an int32 or int64 tensor, got {given}")
+    if lengths.shape != (batch,) or lengths.device != q.device:
+        raise ValueError(
+            f"decode_attention: lengths must be [B] = [{batch}] on {q.device}, "
+            f"got shape {tuple(lengths.shape)} on {lengths.device}"
+        )
+    _scale("decode_attention", scale)
+
+
 def _scale(operator: str, scale: float | None) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{operator}: scale must be finite, got {scale}")

@@ -85,7 +85,7 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         case = f"gelu_ffn {activation}"
         launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True, "auto")
         launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, needed, "auto")
-    for head_size in (64, 128, 256):
+    for head_size in (64, 80, 128, 256):
         q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):
             case = f"causal_attention D={head_size}" + ("" if seed is None else " dropout")

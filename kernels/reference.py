@@ -190,6 +190,30 @@ def causal_attention_qkvpacked(
     return causal_attention(q, k, v, scale, dropout_p, seed).transpose(1, 2).contiguous()
 
 
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention of one query per sequence over the first `lengths` keys of its cache.
+
+    Args:
+        q: [B, H, 1, D].
+        k_cache: [B, H, S, D].
+        v_cache: [B, H, S, D].
+        lengths: [B] int32 or int64, how many keys of each sequence count; of none the result is 0.
+        scale: multiplies the scores; D**-0.5 if None.
+
+    Returns:
+        [B, H, 1, D].
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+    """
+    checks.decode_attention(q, k_cache, v_cache, lengths, scale)
+    seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # [B, S]
+    o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen[:, None, None, :], scale=scale)
+    return o.masked_fill((lengths <= 0)[:, None, None, None], 0.0)
+
+
 def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor) -> Tensor:
     """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale

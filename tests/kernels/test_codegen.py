@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 
 import pytest
 
@@ -38,6 +39,7 @@ KERNELS = {
 }
 MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq")
 KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "DESCRIPTORS", "num_warps", "num_stages")
+OLD_TRITON = version("triton").startswith("3.6.")
 UNITS = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
@@ -107,6 +109,25 @@ def test_the_feed_forward_fits_every_chip_and_takes_its_best_instructions(target
     assert described == (set() if target in ("sm_80", "sm_89", "gfx942") else {row["kernel"] for row in fused})
     for row in fused:
         assert (row["bulk_copies"] >= 4) is row["DESCRIPTORS"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_fits_every_chip(target):
+    """Heads of 256 are too wide for the registers of two chips; Triton 3.6 is a few bytes short on one of them."""
+    rows = [row for row in compiled(target) if row["case"].startswith("causal_attention")]
+    assert all(row["shared_bytes"] <= SHARED_LIMIT[target] for row in rows)
+    wide = [row for row in rows if "D=256" in row["case"]]
+    spilling = [row for row in rows if row["spilled_bytes"] > (28 if target == "sm_100" and OLD_TRITON else 0)]
+    assert [row for row in spilling if row not in wide or target not in ("sm_100", "gfx942")] == []
+    described = {row["kernel"] for row in rows if row.get("DESCRIPTORS")}
+    expected = {"_attention_forward_kernel", "_attention_dk_dv_kernel", "_attention_dq_kernel"}
+    if target == "sm_120":
+        expected = {"_attention_forward_kernel"}
+    assert described == (expected if target in ("sm_90", "sm_100", "sm_120") else set())
+    for row in rows:
+        assert (row["bulk_copies"] >= 4) is bool(row.get("DESCRIPTORS")), row
+    assert {row["matrix_units"] for row in rows if row.get("DESCRIPTORS")} <= {UNITS[target]}
 
 
 @pytest.mark.slow

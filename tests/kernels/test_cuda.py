@@ -24,7 +24,7 @@ def test_a_device_that_is_not_the_current_one(case: Case):
     outcome = run(case.kernel, case, there, {name: t.to("cuda:1") for name, t in upstream.items()})
     here = Outcome(
         {name: t.to(DEVICE) for name, t in outcome.results.items()},
-        {name: t.to(DEVICE) for name, t in outcome.gradients.items()},
+        {name: t.to(DEVICE) for name, t in outcome.gradients.items() if t is not None},
     )
     assert_equal_to_reference(case, inputs, upstream, here)
 
@@ -32,6 +32,8 @@ def test_a_device_that_is_not_the_current_one(case: Case):
 def forward_and_backward(case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor]) -> Outcome:
     """Without `.grad`, which a graph would have to own."""
     results = call(case.kernel, case, inputs)
+    if not case.row.differentiable:
+        return Outcome({n: y.detach() for n, y in results.items()}, {})
     wanted = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     gradients = torch.autograd.grad(list(results.values()), list(wanted.values()), list(upstream.values()))
     return Outcome({n: y.detach() for n, y in results.items()}, dict(zip(wanted, gradients, strict=True)))
@@ -145,25 +147,31 @@ def test_more_elements_than_32_bits_count(case: Case):
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     end = case.with_batch(rows)
-    inputs = {name: None if t is None else t.requires_grad_() for name, t in end.inputs(dtype).items()}
+    inputs = leaves(end.inputs(dtype))
     for name in case.row.batched:
+        if name == "lengths":
+            inputs[name] = torch.full(case.shapes[name], case.shapes["k_cache"][2], device=DEVICE)
+            continue
         tensor = torch.empty(case.shapes[name], dtype=dtype, device=DEVICE)
-        inputs[name] = tensor.normal_(generator=generator).requires_grad_()
+        inputs[name] = tensor.normal_(generator=generator).requires_grad_(case.row.differentiable)
     largest = max(max(t.numel() for t in inputs.values() if t is not None), case.largest_intermediate())
     assert largest > 2**31
     upstream = end.upstream(dtype)
     results = call(case.kernel, case, inputs)
+    outcome = Outcome({name: far_end(y) for name, y in results.items()}, {})
+    alone = {name: far_end(t) if name in case.row.batched else t for name, t in inputs.items()}
+    if not case.row.differentiable:
+        assert_equal_to_reference(end, alone, upstream, outcome)
+        return
     gradients = []
     for name, dy in upstream.items():
         whole = torch.zeros_like(results[name])
         whole[-rows:] = dy
         gradients.append(whole)
     torch.autograd.backward(list(results.values()), gradients)
-    outcome = Outcome(
-        {name: far_end(y) for name, y in results.items()},
-        {name: far_end(t.grad) if name in case.row.batched else t.grad for name, t in inputs.items() if t is not None},
-    )
-    alone = {name: far_end(t) if name in case.row.batched else t for name, t in inputs.items()}
+    outcome.gradients = {
+        name: far_end(t.grad) if name in case.row.batched else t.grad for name, t in inputs.items() if t is not None
+    }
     assert_equal_to_reference(end, alone, upstream, outcome)
     for name in case.row.batched:
         assert not inputs[name].grad[:rows].any(), f"gradient of {name}: not zero where none arrives"

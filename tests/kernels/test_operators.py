@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import tuning
 from layouts import LAYOUTS, Layout, layouts
-from operators import CASES, DTYPES, OPERATORS, SMALL, Case
+from operators import CASES, DIFFERENTIABLE, DTYPES, OPERATORS, SMALL, Case
 from oracle import DEVICE
 from running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
 
@@ -100,7 +100,7 @@ def test_shapes_strides_and_offsets_as_they_come(name: str, data: st.DataObject)
     assert_equal_to_reference(case, lay_out(case.inputs(dtype)), upstream, magnitude=4.0)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_the_gradient_that_a_sum_sends_back(case: Case):
     """One number, expanded over the result by zero strides."""
     upstream = {name: torch.ones((), device=DEVICE).expand_as(dy) for name, dy in case.upstream(FLOAT32).items()}
@@ -122,7 +122,7 @@ def test_inputs_and_upstream_gradients_are_left_alone(case: Case):
         assert all(tensor is None or torch.equal(tensor, drawn[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_one_gradient_alone_is_the_one_that_all_together_give(case: Case):
     """One input at a time requires a gradient."""
     upstream = case.upstream(FLOAT32)
@@ -149,14 +149,13 @@ def test_without_gradients_nothing_is_recorded(case: Case):
 def test_registration(case: Case):
     """PyTorch's own check of schema, fake implementation and autograd, for the forward as it is called."""
     recorded = record_operator_calls(case)
-    assert {call[0] for call in recorded} == {
-        getattr(torch.ops.gptfast, case.operator).default,
-        getattr(torch.ops.gptfast, f"{case.operator}_backward").default,
-    }
+    names = [case.operator] + [f"{case.operator}_backward"] * case.row.differentiable
+    assert {call[0] for call in recorded} == {getattr(torch.ops.gptfast, name).default for name in names}
     for operator, arguments in recorded:
         backward = operator.name().endswith("_backward")
-        # the backward has no derivative by design, so it is not asked for one
-        tests = ("test_schema", "test_faketensor") if backward else torch.library.opcheck.__kwdefaults__["test_utils"]
+        # what has no derivative by design is not asked for one
+        plain = backward or not case.row.differentiable
+        tests = ("test_schema", "test_faketensor") if plain else torch.library.opcheck.__kwdefaults__["test_utils"]
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
@@ -232,7 +231,7 @@ def test_exports(case: Case):
     assert all(torch.equal(exported[name], result) for name, result in expected.items())
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_activation_checkpointing_gives_the_same_bits(case: Case):
     """The forward runs a second time in the backward, and draws the same dropout: by a seed, or by PyTorch's own."""
     cases = [case]
@@ -268,6 +267,8 @@ def test_autocast_gives_the_dtype_of_the_reference(case: Case, dtype: torch.dtyp
         widened = DEVICE.type == "cuda" and name == "h"
         assert result.dtype == (torch.float32 if widened else expected[name].dtype)
         torch.testing.assert_close(result, expected[name], rtol=0.05, atol=0.05, check_dtype=False)
+    if not case.row.differentiable:
+        return
     backward(results, case.upstream(dtype))
     assert all(tensor.grad.dtype == tensor.dtype for tensor in inputs.values() if tensor is not None)
 
@@ -293,7 +294,7 @@ def test_shapes_without_data(case: Case):
                 assert kind == "gradients" or other.stride() == tensor.stride(), f"{kind}: {name}"
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_second_derivative_is_refused(case: Case):
     inputs = leaves(case.inputs(FLOAT32))
     first = next(iter(inputs.values()))
@@ -301,6 +302,13 @@ def test_second_derivative_is_refused(case: Case):
     (gradient,) = torch.autograd.grad(sum((y * y).sum() for y in results), first, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if not case.row.differentiable], ids=str)
+def test_a_derivative_is_refused_where_there_is_none(case: Case):
+    (result,) = call(case.kernel, case, leaves(case.inputs(FLOAT32))).values()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        result.sum().backward()
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

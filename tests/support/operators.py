@@ -72,6 +72,8 @@ class Case:
         def draw(name: str, shape: tuple[int, ...] | None) -> Tensor | None:
             if shape is None:
                 return None
+            if name == "lengths":
+                return torch.randint(0, self.shapes["k_cache"][2] + 1, shape, generator=generator).to(DEVICE)
             scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
             own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype
             return (scale * torch.randn(shape, generator=generator)).to(DEVICE, own)
@@ -80,6 +82,8 @@ class Case:
 
     def upstream(self, dtype: torch.dtype, used: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """A random gradient for each result, or for those that are `used`."""
+        if not self.row.differentiable:
+            return {}
         shape = self.row.result_shape(next(iter(self.shapes.values())))
         generator = torch.Generator().manual_seed(1)
         drawn = {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in self.row.results}
@@ -122,6 +126,7 @@ class Operator:
     results: tuple[str, ...] = ("result",)
     result_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda first: first  # from that of the first argument
     dropout: Dropout | None = None
+    differentiable: bool = True
 
     @property
     def uses(self) -> list[tuple[str, ...]]:
@@ -165,6 +170,12 @@ def attention(batch: int, heads: int, queries: int, keys: int, head_size: int, *
 
 def packed(batch: int, length: int, heads: int, head_size: int, **options: Any) -> Case:
     return Case("causal_attention_qkvpacked", {"qkv": (batch, length, 3, heads, head_size)}, options)
+
+
+def decode(batch: int, heads: int, keys: int, head_size: int, **options: Any) -> Case:
+    cache = (batch, heads, keys, head_size)
+    shapes = {"q": (batch, heads, 1, head_size), "k_cache": cache, "v_cache": cache, "lengths": (batch,)}
+    return Case("decode_attention", shapes, options)
 
 
 def _added_mask(case: Case) -> Tensor:
@@ -468,9 +479,40 @@ _TABLE = (
         result_shape=lambda qkv: (*qkv[:2], *qkv[3:]),
         dropout=Dropout(_packed_mask, candidates=_packed_candidates, reference=_packed_with_mask),
     ),
+    Operator(
+        "decode_attention",
+        batched=("q", "k_cache", "v_cache", "lengths"),
+        cases=(
+            decode(1, 1, 1, 16),
+            decode(5, 3, 77, 20),
+            decode(2, 2, 300, 64, scale=0.3),
+            decode(1, 1, 1100, 31),
+            decode(3, 1, 65, 128),
+            decode(1, 2, 40, 256),
+            decode(0, 2, 8, 16),
+        ),
+        small=(decode(3, 2, 41, 20), decode(1, 1, 600, 16)),
+        drawn=st.builds(
+            lambda batch, heads, keys, head_size: decode(batch, heads, keys, head_size),
+            st.integers(0, 3), st.integers(1, 2), st.integers(1, 70), st.integers(1, 40),
+        ),
+        large=(
+            decode(1, 12, 32_768, 64),
+            decode(64, 12, 1024, 64),
+            decode(512, 4, 100, 128),
+            decode(2, 3, 131_072, 80),
+        ),
+        far=(decode(2112, 16, 1024, 64),),
+        configurations={
+            "parts of a few keys": {"decode": {"BN": 16, "num_warps": 4, "per_processor": 64, "shortest": 16}},
+            "one part": {"decode": {"BN": 32, "num_warps": 4, "per_processor": 1, "shortest": 2**20}},
+        },
+        differentiable=False,
+    ),
 )  # fmt: skip
 
 OPERATORS = {operator.name: operator for operator in _TABLE}
 CASES = [case for operator in _TABLE for case in operator.cases]
 SMALL = [case for operator in _TABLE for case in operator.small]
+DIFFERENTIABLE = [case for case in SMALL if case.row.differentiable]
 DROPOUT = [case for case in SMALL if case.has_dropout]

@@ -24,7 +24,9 @@ class Outcome:
 def leaves(inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
     """Tensors on the same memory that gather gradients, or copies in another dtype."""
     return {
-        name: None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+        name: tensor
+        if tensor is None or not tensor.is_floating_point()
+        else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
         for name, tensor in inputs.items()
     }
 
@@ -47,10 +49,12 @@ def run(
 ) -> Outcome:  # fmt: skip
     """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
     own = leaves(inputs, dtype)
+    if not case.row.differentiable:
+        own = {name: None if tensor is None else tensor.detach() for name, tensor in own.items()}
     results = call(function, case, own)
     if upstream:
         backward(results, upstream)
-    gradients = {name: tensor.grad for name, tensor in own.items() if tensor is not None}
+    gradients = {n: t.grad for n, t in own.items() if t is not None and case.row.differentiable}
     return Outcome({name: y.detach() for name, y in results.items()}, gradients)
 
 
