@@ -18,7 +18,7 @@ Request = str | Mapping[str, str]
 OPERATORS = {
     "layer_norm": ("layer_norm", "add_layer_norm"),
     "ffn": ("gelu_ffn",),
-    "attention": ("causal_attention",),
+    "attention": ("causal_attention", "causal_attention_qkvpacked", "decode_attention"),
     "loss": (),
 }
 # what has no Triton kernel: "triton" for all operators leaves it eager, "triton" for it alone is an error
@@ -36,6 +36,8 @@ class Backend(Mapping[str, Choice]):
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     gelu_ffn: Callable[..., Tensor]
     causal_attention: Callable[..., Tensor]
+    causal_attention_qkvpacked: Callable[..., Tensor]
+    decode_attention: Callable[..., Tensor]
 
     def __init__(self, **choices: Choice) -> None:
         if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptfast.cache import KVCache
+
 if TYPE_CHECKING:
     from gptfast.model import GPT
 
@@ -22,6 +24,9 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Continue each row of `idx` one sampled token at a time; beyond `block_size` the model sees the last tokens.
+
+    Keys and values are kept, so that each token is computed once, until the window of `block_size` tokens is full and
+    moves on with every token: then it is computed anew.
 
     Dropout is off while it runs. The model is left in the mode it was in.
 
@@ -50,8 +55,13 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        window = model.config.block_size
+        cache = KVCache(model.config.n_layer, min(window, idx.shape[1] + max_new_tokens))
         for _ in range(max_new_tokens):
-            logits, _ = model(idx[:, -model.config.block_size :])
+            # positions are counted from the window's start: once it moves, all of it is new
+            if idx.shape[1] > window or cache.length == 0:
+                cache.clear()
+            logits, _ = model(idx[:, -window:][:, cache.length :], cache=cache)
             following = sample(logits[:, -1], temperature, top_k, generator)  # [B, 1]
             idx = torch.cat((idx, following), dim=1)
     finally:

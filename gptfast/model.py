@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptfast import flops, generation, peaks
 from gptfast.backend import Backend, Request, parse, resolve
+from gptfast.cache import KVCache
 from gptfast.config import GPTConfig
 from kernels import runtime
 
@@ -49,23 +50,35 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, [B, T, C] -> [B, T, C]."""
+    """Multi-head causal self-attention, [B, T, C] -> [B, T, C].
+
+    With a cache the T tokens follow those that are in it, whose keys and values they see and to which theirs are added.
+    """
 
     backend: Backend
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         # query, key and value of all heads in one product
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None:
+            y = self.backend.causal_attention_qkvpacked(qkv, dropout_p=dropout)  # [B, T, H, D]
+            return self.c_proj(y.reshape(B, T, C))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
-        y = self.backend.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
+        if T == 1 and dropout == 0.0:
+            y = self.backend.decode_attention(q, k, v, x.new_full((B,), k.shape[2], dtype=torch.int32))
+        else:
+            y = self.backend.causal_attention(q, k, v, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -97,24 +110,26 @@ class Block(nn.Module):
     output unadded. Norms after the sublayers take the addition with them, and leave nothing to be added.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
         self.norm_position = config.norm_position
 
-    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, pending: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.norm_position == "post":
-            x, _ = self.ln_1(self.attn(x), x)
+            x, _ = self.ln_1(self.attn(x, cache), x)
             x, _ = self.ln_2(self.mlp(x), x)
             return x, None
         if pending is None:
             y = self.ln_1(x)
         else:
             y, x = self.ln_1(pending, x)
-        y, x = self.ln_2(self.attn(y), x)
+        y, x = self.ln_2(self.attn(y, cache), x)
         return x, self.mlp(y)
 
 
@@ -126,22 +141,26 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # post-norm blocks end in a norm of their own
         self.ln_f = LayerNorm(config) if config.norm_position == "pre" else None
         self.sinusoidal = config.position == "sinusoidal"
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
+        first = 0 if cache is None else cache.length
+        end = first + idx.shape[1]
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+            x = x + self.wpe(torch.arange(first, end, device=idx.device))
         elif self.sinusoidal:
             # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
-            x = x * math.sqrt(x.shape[-1]) + sinusoids(idx.shape[1], x.shape[-1], x)
+            x = x * math.sqrt(x.shape[-1]) + sinusoids(end, x.shape[-1], x)[first:]
         x = self.drop(x)
         pending = None
         for block in self.h:
-            x, pending = block(x, pending)
+            x, pending = block(x, pending, cache)
+        if cache is not None:
+            cache.advance(idx.shape[1])
         return x if self.ln_f is None else self.ln_f(pending, x)[0]
 
 
@@ -206,13 +225,17 @@ class GPT(nn.Module):
         self._install(resolve(self._asked, *self._placement(), self.config.head_size))
         return self
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits and, given targets, the mean cross-entropy.
 
         Args:
             idx: [B, T] int64 token ids, T at most `block_size`.
             targets: [B, T] int64, the token that follows each position; negative ones (nanoGPT's -1, PyTorch's -100)
                 are left out of the loss.
+            cache: keys and values of the tokens before `idx`, to which those of `idx` are added; together at most
+                `block_size` tokens.
 
         Returns:
             Logits [B, T, V] and the loss with targets; without, logits [B, 1, V] of the last position and None.
@@ -220,8 +243,8 @@ class GPT(nn.Module):
         Raises:
             ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels.
         """
-        self._check_tokens(idx, targets)
-        x = self.transformer(idx)  # [B, T, C]
+        self._check_tokens(idx, targets, 0 if cache is None else cache.length)
+        x = self.transformer(idx, cache)  # [B, T, C]
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # [B, 1, V]: generation needs no more
         logits = self.lm_head(x)  # [B, T, V]
@@ -232,12 +255,13 @@ class GPT(nn.Module):
         )
         return logits, loss
 
-    def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
+    def _check_tokens(self, idx: Tensor, targets: Tensor | None, before: int) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
-        if idx.shape[1] > self.config.block_size:
+        length = before + idx.shape[1]
+        if length > self.config.block_size:
             raise ValueError(
-                f"a sequence of {idx.shape[1]} tokens is longer than block_size={self.config.block_size}; crop it"
+                f"a sequence of {length} tokens is longer than block_size={self.config.block_size}; crop it"
             )
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, ffn, norm, tile, tuning
+from kernels import attention, decode, ffn, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
 
@@ -91,6 +91,9 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
             case = f"causal_attention D={head_size}" + ("" if seed is None else " dropout")
             launches += record(case, attention._forward, q, q, q, 0.1, 0.1, seed)
             launches += record(case, attention._backward, q, q, q, q, q, lse, 0.1, 0.1, seed)
+        cache, lengths = tensor(1, 2, 4096, head_size), torch.zeros(1, dtype=torch.int64)
+        case = f"decode_attention D={head_size}"
+        launches += record(case, decode._compute, q[:, :, :1], cache, cache, lengths, 0.1)
     return launches
 
 

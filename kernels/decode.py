@@ -97,7 +97,7 @@ _PART = Tunable(
     "decode",
     lambda architecture, head_size, keys, heads, dtype: _blocks(head_size, 4096, 4),
     lambda architecture, head_size, keys, heads, dtype: [
-        _blocks(head_size, elements, warps) for elements, warps in ((8192, 4), (8192, 8), (2048, 2))
+        _blocks(head_size, elements, warps) for elements, warps in ((8192, 4), (8192, 8), (2048, 4))
     ],
 )
 _MOST_PARTS = 64

@@ -72,10 +72,11 @@ def wrong(change) -> ModelProvider:
 
 
 def forget_the_mask(model) -> None:
-    def attention(q, k, v, **_):
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+    def attention(qkv, **_):
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    model.transformer.h[0].attn.backend = type("Broken", (), {"causal_attention": staticmethod(attention)})()
+    model.transformer.h[0].attn.backend = type("Broken", (), {"causal_attention_qkvpacked": staticmethod(attention)})()
 
 
 def test_wrong_training_has_no_speed():

@@ -7,7 +7,9 @@ import torch
 
 import kernels
 from kernels import reference
+from operators import attention, packed
 from oracle import DEVICE, assert_equal_to_oracle
+from running import assert_equal_to_reference, call, leaves
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
@@ -23,6 +25,100 @@ def test_the_future_is_not_seen():
     after = kernels.causal_attention(q, k, v)
     assert torch.equal(after[:, :, :97], before[:, :, :97])
     assert (after[:, :, 97:] - before[:, :, 97:]).abs().min() > 0
+
+
+def test_gradients_do_not_see_the_future_either():
+    """Queries up to t get the same bits whatever follows, and keys from t on none of what queries before t are sent."""
+    do, t = torch.randn(1, 2, 150, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE), 97
+
+    def gradients(change: bool) -> list[torch.Tensor]:
+        tensors = [tensor.requires_grad_() for tensor in qkv(1, 2, 150, 32)]
+        upstream = do.clone()
+        with torch.no_grad():
+            if change:
+                tensors[1][:, :, t:] = 3.0
+                tensors[2][:, :, t:] = 100.0
+            else:
+                upstream[:, :, t:] = 0.0
+        return torch.autograd.grad(kernels.causal_attention(*tensors), tensors, upstream)
+
+    changed, cut = gradients(True), gradients(False)
+    assert torch.equal(changed[0][:, :, :t], cut[0][:, :, :t])
+    assert not cut[1][:, :, t:].any()
+    assert not cut[2][:, :, t:].any()
+
+
+BOUNDARIES = [(block + more) for block in (16, 32, 64, 128) for more in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("length", BOUNDARIES)
+def test_at_the_edges_of_blocks(length: int, dtype: torch.dtype):
+    """As many queries as keys, and the last few queries of as many keys."""
+    for queries in (length, min(length, 15)):
+        case = attention(1, 1, queries, length, 16)
+        assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 7}, {"scale": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_is_unpacked_bit_for_bit(dtype: torch.dtype, options: dict):
+    case = packed(2, 77, 3, 24, **options)
+    (joined,) = leaves(case.inputs(dtype)).values()
+    parts = [part.transpose(1, 2).detach().requires_grad_() for part in joined.unbind(2)]
+    (upstream,) = case.upstream(dtype).values()
+    (o,) = call(case.kernel, case, {"qkv": joined}).values()
+    expected = kernels.causal_attention(*parts, **options).transpose(1, 2)
+    assert torch.equal(o, expected)
+    o.backward(upstream)
+    expected.backward(upstream)
+    assert joined.grad.is_contiguous()
+    for gradient, part in zip(joined.grad.unbind(2), parts, strict=True):
+        assert torch.equal(gradient.transpose(1, 2), part.grad)
+
+
+def test_decoding_is_the_last_row_of_the_whole():
+    q, k, v = qkv(3, 2, 90, 32)
+    whole = kernels.causal_attention(q, k, v)
+    lengths = torch.tensor([90, 41, 1], device=DEVICE)
+    last = torch.stack([q[i, :, n - 1 : n] for i, n in enumerate(lengths.tolist())])  # [B, H, 1, D]
+    expected = torch.stack([whole[i, :, n - 1 : n] for i, n in enumerate(lengths.tolist())])
+    torch.testing.assert_close(kernels.decode_attention(last, k, v, lengths), expected)
+
+
+def test_decoding_reads_no_more_than_the_length():
+    q, k, v = qkv(2, 1, 50, 16)
+    lengths = torch.tensor([7, 33], device=DEVICE)
+    expected = kernels.decode_attention(q[:, :, :1], k, v, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        k[i, :, length:], v[i, :, length:] = float("nan"), float("nan")
+    assert torch.equal(kernels.decode_attention(q[:, :, :1], k, v, lengths), expected)
+
+
+def test_of_no_key_the_result_is_zero_and_of_too_many_that_of_all():
+    q, k, v = qkv(2, 1, 50, 16)
+    o = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([0, 99], device=DEVICE))
+    whole = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([50, 50], device=DEVICE))
+    assert not o[0].any()
+    assert torch.equal(o[1], whole[1])
+
+
+def test_what_is_kept_for_the_backward_grows_as_the_sequence():
+    """Inputs, the result and a number per query: nothing of the size of the scores."""
+
+    def kept(length: int) -> int:
+        sizes = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        joined = torch.randn(1, length, 3, 2, 16, device=DEVICE, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kernels.causal_attention_qkvpacked(joined)
+        return sum(sizes.values())
+
+    assert kept(128) == 2 * kept(64) == 128 * 2 * (4 * 16 + 1)
 
 
 def test_fewer_queries_than_keys_are_the_last_ones():
@@ -44,3 +140,6 @@ def test_scores_of_extreme_size(magnitude: float):
     y = kernels.causal_attention(q, k, v)
     exact = reference.causal_attention(q.double(), k.double(), v.double())
     assert_equal_to_oracle("result", y, reference.causal_attention(q, k, v), exact)
+    tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
+    gradients = torch.autograd.grad(kernels.causal_attention(*tensors), tensors, torch.randn_like(y))
+    assert all(gradient.isfinite().all() for gradient in gradients)

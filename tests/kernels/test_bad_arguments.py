@@ -88,11 +88,34 @@ ATTENTION = [
         "one dtype, got q torch.float32, k torch.float32, v torch.float16",
     ),
 ]
+QKV = t(1, 2, 3, 1, 4)
+PACKED = [
+    ((t(1, 2, 4, 1, 4),), ValueError, r"qkv must be \[B, T, 3, H, D\] with D >= 1, got shape \(1, 2, 4, 1, 4\)"),
+    ((t(1, 2, 3, 4),), ValueError, r"qkv must be \[B, T, 3, H, D\]"),
+    ((t(1, 2, 3, 1, 0),), ValueError, "with D >= 1"),
+    ((QKV, float("inf")), ValueError, "scale must be finite, got inf"),
+    ((QKV, None, -0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+    ((QKV, None, 0.1, 0.5), TypeError, "seed must be an int.* got float"),
+    ((3,), TypeError, "qkv must be a tensor, got int"),
+]
+CACHE, LENGTHS = t(2, 1, 5, 4), torch.ones(2, dtype=torch.int64)
+DECODE = [
+    ((t(2, 1, 2, 4), CACHE, CACHE, LENGTHS), ValueError, r"q must be \[B, H, 1, D\] .* got shape \(2, 1, 2, 4\)"),
+    ((t(2, 1, 1, 4), t(2, 2, 5, 4), CACHE, LENGTHS), ValueError, r"k_cache must be \[B, H, S, D\] = \[2, 1, S, 4\]"),
+    ((t(2, 1, 1, 4), CACHE, t(2, 1, 6, 4), LENGTHS), ValueError, "v_cache must have the shape of k_cache"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, t(2)), TypeError, "lengths must be an int32 or int64 tensor, got torch.float32"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, 5), TypeError, "lengths must be an int32 or int64 tensor, got int"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS[:1]), ValueError, r"lengths must be \[B\] = \[2\] on cpu, got shape \(1,\)"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS, float("nan")), ValueError, "scale must be finite, got nan"),
+    ((t(2, 1, 1, 4), CACHE, CACHE.half(), LENGTHS), TypeError, "all tensors must have one dtype"),
+]
 ROWS = {
     "layer_norm": LAYER_NORM,
     "add_layer_norm": ADD_LAYER_NORM,
     "gelu_ffn": GELU_FFN,
     "causal_attention": ATTENTION,
+    "causal_attention_qkvpacked": PACKED,
+    "decode_attention": DECODE,
 }
 CASES = [(operator, *row) for operator, rows in ROWS.items() for row in rows]
 
@@ -107,6 +130,10 @@ def test_refused_with_the_name_of_the_argument(namespace, operator, arguments, e
 def test_the_kernels_say_what_they_cannot_hold():
     with pytest.raises(ValueError, match="head size D must be at most 256, got 257"):
         kernels.causal_attention(*(t(1, 1, 2, 257) for _ in range(3)))
+    with pytest.raises(ValueError, match="causal_attention_qkvpacked: the head size D must be at most 256, got 257"):
+        kernels.causal_attention_qkvpacked(t(1, 2, 3, 1, 257))
+    with pytest.raises(ValueError, match="decode_attention: the head size D must be at most 256, got 257"):
+        kernels.decode_attention(t(2, 1, 1, 257), t(2, 1, 5, 257), t(2, 1, 5, 257), LENGTHS)
 
 
 def test_every_operator_refuses_something():

@@ -36,6 +36,8 @@ KERNELS = {
     "_attention_delta_kernel",
     "_attention_dk_dv_kernel",
     "_attention_dq_kernel",
+    "_decode_part_kernel",
+    "_decode_merge_kernel",
 }
 MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq")
 KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "DESCRIPTORS", "num_warps", "num_stages")
@@ -128,6 +130,16 @@ def test_attention_fits_every_chip(target):
     for row in rows:
         assert (row["bulk_copies"] >= 4) is bool(row.get("DESCRIPTORS")), row
     assert {row["matrix_units"] for row in rows if row.get("DESCRIPTORS")} <= {UNITS[target]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_decoding_reads_the_cache_in_wide_pieces(target):
+    rows = [row for row in compiled(target) if row["case"].startswith("decode_attention")]
+    assert [row for row in rows if row["spilled_bytes"] > 0] == []
+    parts = [row for row in rows if row["kernel"] == "_decode_part_kernel"]
+    for row in parts:
+        assert row["wide_share"] >= 0.8, row
 
 
 @pytest.mark.slow

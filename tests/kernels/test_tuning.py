@@ -250,15 +250,24 @@ PROBLEMS = {
     "ffn_down_backward": [(1024, 768, torch.bfloat16, "gelu", True, True, "auto")],
     "ffn_activation": [(torch.bfloat16,)],
     "ffn_activation_backward": [(torch.bfloat16,)],
-    "attention_forward": [(64, torch.bfloat16, False), (256, torch.float32, True)],
-    "attention_dk_dv": [(64, torch.bfloat16, False), (256, torch.float32, True)],
-    "attention_dq": [(64, torch.bfloat16, False), (256, torch.float32, True)],
+    **{
+        f"attention_{name}": [
+            (head_size, 1024, dtype, dropout, described)
+            for head_size in (64, 128, 256)
+            for dtype in (torch.bfloat16, torch.float32)
+            for dropout in (False, True)
+            for described in (False, True)
+        ]
+        for name in ("forward", "dk_dv", "dq")
+    },
+    "decode": [(head_size, 1024, 12, torch.bfloat16) for head_size in (16, 64, 256)],
 }
 
 
 def test_no_launch_has_more_candidates_than_are_tested():
     """Each operator is tested with the candidates 0 to 3."""
     import kernels.attention
+    import kernels.decode
     import kernels.ffn
     import kernels.norm  # noqa: F401
 
