@@ -26,6 +26,8 @@ SUITES = (
         "operators",
         (
             "test_causal_attention.py",
+            "test_causal_attention_qkvpacked.py",
+            "test_decode_attention.py",
             "test_gelu_ffn.py",
             "test_ffn_up.py",
             "test_layer_norm.py",

@@ -22,7 +22,7 @@ class KVCache:
         """Add the keys and values [B, H, T, D] of T new tokens to a layer.
 
         Returns:
-            All keys and all values of the layer, [B, H, length + T, D] each, views of the cache.
+            The keys and values of the layer, [B, H, S, D] each, of which the first `length` + T are there.
 
         Raises:
             ValueError: they do not fit.
@@ -39,8 +39,7 @@ class KVCache:
             self._layers[layer] = memory
         for whole, new in zip(memory, (k, v), strict=True):
             whole[:, :, self.length : end] = new
-        keys, values = memory
-        return keys[:, :, :end], values[:, :, :end]
+        return memory
 
     def advance(self, tokens: int) -> None:
         """Count the new tokens as seen, once every layer has them."""

@@ -68,6 +68,7 @@ def warmup(
             # prompts have any length: Triton compiles for multiples of 16, for others, and for 1
             for length in (1, 16, 17, config.block_size):
                 model.forward(batch_size, min(length, config.block_size), 0.0)
+            model.decode(batch_size, config.block_size)
 
 
 class _Operators:
@@ -102,6 +103,22 @@ class _Operators:
         hidden = kernels.gelu_ffn(added, *self.ffn, activation=config.activation)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         return [y, h, last, hidden, kernels.causal_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)]
+
+    def decode(self, batch: int, capacity: int) -> None:
+        """One token of each sequence, over a cache for `capacity` tokens, and a few at once."""
+        heads, head_size = self.config.n_head, self.config.n_embd // self.config.n_head
+        products = runtime.autocast_dtype(self.device) or self.dtype
+        cache = self._leaf(batch, heads, capacity, head_size, dtype=products)
+        for length in (1, 16, 17):
+            qkv = self._leaf(batch, min(length, capacity), 3, heads, head_size, dtype=products)
+            q = qkv[:, :, 0].transpose(1, 2)  # [B, H, T, D]
+            if length == 1:
+                lengths = torch.full((batch,), capacity, dtype=torch.int32, device=self.device)
+                kernels.decode_attention(q, cache, cache, lengths)
+                continue
+            for seen in (q.shape[2], 32, 33, capacity):
+                keys = cache[:, :, : max(q.shape[2], min(seen, capacity))]
+                kernels.causal_attention(q, keys, keys)
 
     def train(self, batch: int, length: int, dropout_p: float) -> None:
         with torch.enable_grad():

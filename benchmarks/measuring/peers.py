@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from benchmarks.measuring.comparison import Case, Operator, Provider, UnavailableError
+from benchmarks.measuring.shapes import full_lengths
 from kernels import runtime
 
 
@@ -91,6 +92,17 @@ def _addmm_relu(case: Case) -> Operator:
     return lambda x, w_up, b_up: torch._addmm_activation(b_up, x, w_up.t(), use_gelu=False)
 
 
+def _decode(case: Case) -> Operator:
+    _require_triton()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return partial(kernels.decode_attention, lengths=full_lengths(case.dims["B"], case.dims["S"], device))
+
+
+def _sdpa_default(case: Case) -> Operator:
+    """PyTorch's attention over the whole cache, which needs no mask: without lengths, so for full caches alone."""
+    return F.scaled_dot_product_attention
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[Case], Operator]:
     """PyTorch's attention by one backend: left to itself it takes the first that fits, not the fastest."""
 
@@ -125,6 +137,7 @@ PROVIDERS = {
             Provider("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION)),
             Provider("FlexAttention", _flex_attention),
         ],
+        "causal_attention_qkvpacked": [],
         "gelu_ffn": [
             Provider("triton fused", _implementation("fused")),
             Provider("triton unfused", _implementation("unfused")),
@@ -134,9 +147,14 @@ PROVIDERS = {
         "add_layer_norm": [Provider("Liger-Kernel", _liger_add_layer_norm)],
     }.items()
 } | {
+    "decode_attention": {
+        "triton": Provider("triton", _decode, modes=("forward",)),
+        "eager": Provider("eager", eager, modes=("forward",)),
+        "SDPA": Provider("SDPA", _sdpa_default, modes=("forward",)),
+    },
     "ffn_up": {
         "triton": Provider("triton", _triton_up, modes=("forward",)),
         "eager": Provider("eager", eager, modes=("forward",)),
         "_addmm_activation": Provider("_addmm_activation", _addmm_relu, modes=("forward",)),
-    }
+    },
 }

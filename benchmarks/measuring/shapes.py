@@ -89,6 +89,42 @@ def causal_attention(batch: int, heads: int, length: int, head_size: int, dtype:
     )
 
 
+def causal_attention_qkvpacked(batch: int, heads: int, length: int, head_size: int, dtype: torch.dtype) -> Case:
+    def last_sequence(tensor: Tensor) -> Tensor:
+        return tensor[-1:]
+
+    return Case(
+        suite="causal_attention_qkvpacked",
+        dims={"B": batch, "H": heads, "T": length, "D": head_size},
+        dtype=dtype,
+        shapes={"qkv": (batch, length, 3, heads, head_size)},
+        passes=costs.causal_attention(batch, heads, length, length, head_size, dtype.itemsize),
+        reference=reference.causal_attention_qkvpacked,
+        part=last_sequence,
+    )
+
+
+def decode_attention(batch: int, heads: int, keys: int, head_size: int, dtype: torch.dtype) -> Case:
+    """A full cache: the whole of it is read."""
+    cache = (batch, heads, keys, head_size)
+
+    def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return reference.decode_attention(q, k_cache, v_cache, full_lengths(batch, keys, q.device))
+
+    return Case(
+        suite="decode_attention",
+        dims={"B": batch, "H": heads, "S": keys, "D": head_size},
+        dtype=dtype,
+        shapes={"q": (batch, heads, 1, head_size), "k_cache": cache, "v_cache": cache},
+        passes=costs.causal_attention(batch, heads, 1, keys, head_size, dtype.itemsize),
+        reference=decode,
+    )
+
+
+def full_lengths(batch: int, keys: int, device: torch.device) -> Tensor:
+    return torch.full((batch,), keys, dtype=torch.int32, device=device)
+
+
 # compiling takes longer than measuring: not for every size
 COMPILED = ("eager compiled", "FlexAttention")
 
@@ -140,4 +176,11 @@ ATTENTION = [
     *(_sixteen_thousand_tokens(length, head_size) for length in (4096, 1024, 16_384) for head_size in (64, 128)),
     *(quick(_sixteen_thousand_tokens(length, head_size)) for length in (2048, 8192) for head_size in (64, 128)),
     quick(causal_attention(4, 12, 1024, 64, FP32)),
+]
+PACKED = [causal_attention_qkvpacked(32, 12, 1024, 64, BF16), quick(causal_attention_qkvpacked(4, 16, 4096, 128, BF16))]
+DECODE = [
+    decode_attention(1, 12, 32_768, 64, BF16),
+    decode_attention(1, 32, 32_768, 128, BF16),
+    decode_attention(64, 12, 1024, 64, BF16),
+    decode_attention(1, 12, 1024, 64, BF16),
 ]

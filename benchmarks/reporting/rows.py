@@ -15,6 +15,8 @@ SUITES = {
     "gelu_ffn": "GELU feed-forward",
     "ffn_up": "Product with ReLU",
     "causal_attention": "Causal attention",
+    "causal_attention_qkvpacked": "Causal attention of packed projections",
+    "decode_attention": "Decode attention",
 }
 MODES = {
     "step": "step",

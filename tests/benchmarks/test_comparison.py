@@ -17,6 +17,7 @@ SMALL = [
     shapes.add_layer_norm(40, 48, torch.float32),
     shapes.causal_attention(2, 3, 40, 16, torch.float32),
     shapes.causal_attention(1, 2, 40, 16, torch.float16),
+    shapes.causal_attention_qkvpacked(2, 3, 40, 16, torch.float32),
 ]
 NORM = SMALL[0]
 
@@ -31,6 +32,14 @@ def test_both_implementations_of_the_feed_forward_are_measured(name):
     case = shapes.gelu_ffn(40, 16, torch.float32)
     comparison = Comparison(case, [PROVIDERS["gelu_ffn"][name]], DEVICE, LIMITS)
     assert all(comparison.row(name, mode)[1]["error"] < 1e-2 for mode in MODES)
+
+
+def test_decoding_is_measured():
+    case = shapes.decode_attention(2, 3, 40, 16, torch.float32)
+    providers = PROVIDERS["decode_attention"]
+    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
+    rows = [comparison.row(name, "forward")[1] for name in providers]
+    assert [row["bytes"] for row in rows] == [4 * 2 * 3 * (2 * 16 + 2 * 40 * 16)] * 3
 
 
 def test_the_product_alone_is_measured():

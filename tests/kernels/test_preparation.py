@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from gptfast import GPT, GPTConfig
+from gptfast.cache import KVCache
 from kernels import runtime, tile
 from oracle import DEVICE
 
@@ -68,6 +69,9 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(config: GPTConfig, dtyp
             model(idx, idx)
             for length in (1, 5, 16, config.block_size):
                 model(idx[:, :length])
+            cache = KVCache(config.n_layer, config.block_size)
+            for length in (16, 1, 5, 1):
+                model(idx[:, :length], cache=cache)
     assert {name for name, _, _ in launched} <= {name for name, _, _ in warmed_up}
     assert launched <= warmed_up
 

@@ -1,0 +1,19 @@
+"""`causal_attention_qkvpacked` against eager PyTorch and the peers, forward, backward and both."""
+
+import pytest
+
+from benchmarks.measuring import peers, shapes
+from benchmarks.measuring.comparison import MODES
+from benchmarks.measuring.harness import CLOCK, case_id, report
+
+
+@pytest.fixture(scope="module", params=shapes.PACKED, ids=case_id)
+def case(request):
+    return request.param
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", peers.PROVIDERS["causal_attention_qkvpacked"])
+@pytest.mark.parametrize("mode", MODES)
+def test_causal_attention_qkvpacked(benchmark, comparison, mode, provider):
+    report(benchmark, comparison, provider, mode)
