@@ -114,7 +114,14 @@ def run_stage(stage: str, command: list[str], seconds: float, log: Path) -> Outc
     """Run `command` with its output in `log`; after `seconds` it is interrupted, and killed if that does not help."""
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_listen,
+        )
         try:
             code = process.wait(timeout=seconds)
             status = "passed" if code == 0 else f"failed with exit status {code}, see {log.name}"
@@ -124,6 +131,11 @@ def run_stage(stage: str, command: list[str], seconds: float, log: Path) -> Outc
             _kill(process)
             raise
     return Outcome(stage, status, time.monotonic() - start)
+
+
+def _listen() -> None:
+    """Let an interrupt reach the stage: a shell has its background jobs ignore them, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> str:

@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -22,11 +23,16 @@ def test_a_stage_passes_or_fails_and_leaves_its_output(tmp_path):
     assert failed.status == "failed with exit status 3, see bad.log"
 
 
-def test_a_stage_without_time_is_interrupted_and_writes_what_it_has(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "in the background"])
+def test_a_stage_without_time_is_interrupted_and_writes_what_it_has(tmp_path, ignored):
     # a shell is ready at once, however busy the machine is
     command = ["bash", "-c", "trap 'echo what there is; exit 130' INT; while true; do sleep 0.1; done"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     start = time.monotonic()
-    outcome = run_stage("slow", command, 1.0, tmp_path / "slow.log")
+    try:
+        outcome = run_stage("slow", command, 1.0, tmp_path / "slow.log")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.status == "interrupted: out of time"
     assert (tmp_path / "slow.log").read_text() == "what there is\n"
     assert time.monotonic() - start < 20
