@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +198,13 @@ def test_an_interpreted_compilation_is_refused():
 def test_a_table_cannot_be_empty():
     with pytest.raises(RuntimeError, match="nothing: no launch of a kernel was recorded"):
         codegen_module.record("nothing", lambda: None)
+
+
+def test_no_product_takes_the_transpose_of_what_a_product_gave():
+    """Triton before 3.7.1 miscompiles `tl.dot(tl.trans(x), y)` for Hopper where x comes from an earlier product."""
+    folder = Path(codegen_module.__file__).parent
+    transposed = {
+        name for path in folder.glob("*.py") for name in re.findall(r"tl\.trans\((.+?)\)", path.read_text("utf-8"))
+    }
+    # tiles as they were loaded
+    assert transposed == {"k", "b_k", "b_q", "b_v", "b_do", "b.load([col, start]"}
