@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0  # tokens that are in it; moved on by `advance`, when all layers have theirs
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
+        self._seen: Tensor | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values [B, H, T, D] of T new tokens to a layer.
@@ -41,10 +43,21 @@ class KVCache:
             whole[:, :, self.length : end] = new
         return memory
 
+    def seen(self, tokens: int, like: Tensor) -> Tensor:
+        """How many keys each sequence has with its new `tokens`, [B] int32 on the device of `like` [B, ...].
+
+        Made once for all layers: a launch for each would take longer than the attention of a short sequence.
+        """
+        if self._seen is None:
+            self._seen = like.new_full((like.shape[0],), self.length + tokens, dtype=torch.int32)
+        return self._seen
+
     def advance(self, tokens: int) -> None:
         """Count the new tokens as seen, once every layer has them."""
         self.length += tokens
+        self._seen = None
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
+        self._seen = None

@@ -75,10 +75,10 @@ class CausalSelfAttention(nn.Module):
             return self.c_proj(y.reshape(B, T, C))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
-        seen = cache.length + T
         if T == 1 and dropout == 0.0:
-            y = self.backend.decode_attention(q, k, v, x.new_full((B,), seen, dtype=torch.int32))
+            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))
         else:
+            seen = cache.length + T
             y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
