@@ -76,7 +76,9 @@ def test_what_descriptors_can_tell():
     assert not describable(matrix(), matrix(offset=1))
     assert not describable(matrix(), matrix(stride=33))
     assert not describable(matrix(), matrix().T)
+    assert not describable(matrix()[:1].expand(16, 32))
     assert describable(matrix(offset=8))
+    assert describable(matrix(1, 32, stride=33))  # one row: its stride is never taken
 
 
 def tensors(rows: int = 70, width: int = 32, hidden: int = 64, dtype: torch.dtype = torch.float16) -> list[Tensor]:
