@@ -68,7 +68,6 @@ def _backward_candidates(architecture: str, width: int, dtype: torch.dtype, add:
     return [
         {**_blocks(architecture, width, 2048), "per_processor": 4},
         {**_blocks(architecture, width, 1024), "per_processor": 8},
-        {**_blocks(architecture, width, 4096, per_thread=8), "per_processor": 4},
     ]
 
 
