@@ -90,6 +90,7 @@ def _blocks(head_size: int, elements: int, warps: int) -> Options:
     saves.
     """
     keys = max(16, min(256, elements // head_size))
+    warps = max(warps, 8) if head_size > 128 else warps  # rows of such heads are long
     return {"BN": keys, "num_warps": warps, "per_processor": 4, "shortest": max(keys, 128)}
 
 
@@ -97,7 +98,7 @@ _PART = Tunable(
     "decode",
     lambda architecture, head_size, keys, heads, dtype: _blocks(head_size, 4096, 4),
     lambda architecture, head_size, keys, heads, dtype: [
-        _blocks(head_size, elements, warps) for elements, warps in ((8192, 4), (8192, 8), (2048, 4))
+        _blocks(head_size, elements, warps) for elements, warps in ((8192, 8), (2048, 4))
     ],
 )
 _MOST_PARTS = 64
