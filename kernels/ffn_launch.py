@@ -128,7 +128,10 @@ def _grid(n_rows: int, n_hidden: int, options: Options, device: torch.device) ->
 def launch_up(
     x: Tensor, w: Tensor, b: Tensor | None, activation: str, save_z: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """H = activation(z) and z = x @ w.T + b, [M, F] each, for x [M, C] with M >= 1; None for z unless it is saved."""
+    """Compute h = activation(z) and z = x @ w.T + b, [M, F] each, for x [M, C] with M >= 1.
+
+    z has no rows unless it is saved.
+    """
     n_rows, width = x.shape
     n_hidden = w.shape[0]
     aligned = describable(x, w) and n_hidden * x.itemsize % 16 == 0
@@ -178,9 +181,9 @@ def _up_unfused(x: Tensor, w: Tensor, b: Tensor | None, activation: str, save_z:
 def launch_down_backward(
     dy: Tensor, w: Tensor, z: Tensor, activation: str, store_h: bool, bias_gradient: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dz = (dy @ w) * activation'(z), h = activation(z) and dz summed over rows, from dy [M, C] with M >= 1.
+    """Compute dz = (dy @ w) * activation'(z), h = activation(z) and dz summed over rows, from dy [M, C] with M >= 1.
 
-    The latter two are None unless asked for; the sum is in float32.
+    h has no rows and the sum, which is in float32, is zero unless they are asked for.
     """
     n_rows, width = dy.shape
     n_hidden = w.shape[1]

@@ -156,6 +156,8 @@ def launch_backward(
 def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, wanted: dict[str, bool]) -> Tensor:
     """The gradients of weight and bias that are wanted, [0 to 2, C], by a pass of their own over the rows [M, C]."""
     n_rows, width = h.shape
+    if not any(wanted.values()):
+        return h.new_empty(0, width, dtype=torch.float32)
 
     def launch(options: Options) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
@@ -169,8 +171,4 @@ def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, want
             )  # fmt: skip
         return sums.sum(1)
 
-    return (
-        _PARAMETERS.launch(launch, h.device, width, h.dtype)
-        if any(wanted.values())
-        else h.new_empty(0, width, dtype=torch.float32)
-    )
+    return _PARAMETERS.launch(launch, h.device, width, h.dtype)
