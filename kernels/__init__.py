@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kernels.attention import causal_attention, causal_attention_qkvpacked
     from kernels.decode import decode_attention
     from kernels.ffn import gelu_ffn
+    from kernels.loss import linear_cross_entropy
     from kernels.norm import add_layer_norm, layer_norm
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "decode_attention",
     "gelu_ffn",
     "layer_norm",
+    "linear_cross_entropy",
     "reference",
     "warmup",
 ]
@@ -35,6 +37,7 @@ _MODULE_OF = {
     "decode_attention": "decode",
     "gelu_ffn": "ffn",
     "layer_norm": "norm",
+    "linear_cross_entropy": "loss",
 }
 
 

@@ -11,10 +11,11 @@ from kernels import runtime
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 FFN_IMPLEMENTATIONS = ("auto", "fused", "unfused")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    _tensors("layer_norm", x=x, weight=weight, bias=bias)
+    _tensors("layer_norm", ("weight", "bias"), x=x, weight=weight, bias=bias)
     _norm_parameters("layer_norm", x, weight, bias, eps)
 
 
@@ -22,7 +23,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
     seed: int | Tensor | None,
 ) -> None:  # fmt: skip
-    _tensors("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    _tensors("add_layer_norm", ("weight", "bias"), x=x, residual=residual, weight=weight, bias=bias)
     _norm_parameters("add_layer_norm", x, weight, bias, eps)
     if residual.shape != x.shape:
         raise ValueError(
@@ -49,7 +50,7 @@ def gelu_ffn(
     x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str,
     implementation: str,
 ) -> None:  # fmt: skip
-    _tensors("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
+    _tensors("gelu_ffn", ("b_up", "b_down"), x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     _same_dtype("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     if activation not in ACTIVATIONS:
         raise ValueError(f"gelu_ffn: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -132,6 +133,57 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     _scale("decode_attention", scale)
 
 
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, vocab_size: int | None,
+    label_smoothing: float, z_loss: float, workspace_bytes: int,
+) -> None:  # fmt: skip
+    operator = "linear_cross_entropy"
+    _tensors(operator, x=x, weight=weight)
+    _same_dtype(operator, x=x, weight=weight)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{operator}: weight must be [V, C] = [V, {x.shape[-1]}] with V >= 1, got shape {tuple(weight.shape)}"
+        )
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        given = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"{operator}: targets must be an int64 tensor, got {given}")
+    if targets.shape != x.shape[:-1] or targets.device != x.device:
+        raise ValueError(
+            f"{operator}: targets must be {list(x.shape[:-1])} on {x.device} for x of shape {tuple(x.shape)}, "
+            f"got shape {tuple(targets.shape)} on {targets.device}"
+        )
+    for name, number, lowest in (
+        ("ignore_index", ignore_index, -(2**63)), ("vocab_size", vocab_size, 1), ("workspace_bytes", workspace_bytes, 1)
+    ):  # fmt: skip
+        if number is None and name == "vocab_size":
+            continue
+        if not isinstance(number, (int, torch.SymInt)) or isinstance(number, bool) or number < lowest:
+            raise ValueError(f"{operator}: {name} must be an integer of at least {lowest}, got {number!r}")
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"{operator}: vocab_size must be at most V = {weight.shape[0]}, got {vocab_size}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{operator}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"{operator}: z_loss must be at least 0 and finite, got {z_loss}")
+    _classes(operator, targets, ignore_index, weight.shape[0] if vocab_size is None else vocab_size)
+
+
+def _classes(operator: str, targets: Tensor, ignore_index: int, classes: int) -> None:
+    """Targets in range, where they can be looked at without stalling a GPU or breaking a graph."""
+    if type(targets) is not Tensor or targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
+    if wrong.any():
+        raise ValueError(
+            f"{operator}: targets must be in [0, {classes}) or ignore_index = {ignore_index}, "
+            f"got {int(targets[wrong][0])}"
+        )
+
+
 def _scale(operator: str, scale: float | None) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{operator}: scale must be finite, got {scale}")
@@ -151,11 +203,11 @@ def _dropout(operator: str, dropout_p: float, seed: int | Tensor | None, beside:
         raise TypeError(f"{operator}: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
 
 
-def _tensors(operator: str, **tensors: Tensor | None) -> None:
-    """Every argument that is not None: a floating tensor, on the device of the first one."""
+def _tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """Every argument: a floating tensor on the device of the first one, or None where that is `optional`."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None and (name.startswith("b") or name == "weight"):  # biases and norms' weights may be absent
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, decode, ffn, norm, tile, tuning
+from kernels import attention, decode, ffn, loss, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
 
@@ -85,6 +85,11 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         case = f"gelu_ffn {activation}"
         launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True, "auto")
         launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, needed, "auto")
+    for classes in (128, 50_257):
+        case, x, w = f"linear_cross_entropy V={classes}", tensor(64, 64), tensor(classes, 64)
+        targets, options = torch.zeros(64, dtype=torch.int64), (classes, 0.1, 1e-4, 2**29)
+        launches += record(case, loss._compute, x, w, targets, -100, "mean", *options, [True, True])
+        launches += record(f"{case} inference", loss._compute, x, w, targets, -100, "mean", *options, [False, False])
     for head_size in (64, 80, 128, 256):
         q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):

@@ -219,6 +219,68 @@ def decode_attention(
     return o.masked_fill((lengths <= 0)[:, None, None, None], 0.0)
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    workspace_bytes: int = 2**29,
+) -> Tensor:
+    """Cross-entropy of softmax(x @ weight.T) and targets. Logits of half precision are widened to float32 for it.
+
+    Args:
+        x: [..., C].
+        weight: [V, C], as in `nn.Linear(C, V)`.
+        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`.
+        ignore_index: the target of rows that do not count.
+        reduction: `mean` over the rows that count (NaN where none does), `sum`, or `none`.
+        vocab_size: the number of classes; rows of weight beyond it are padding and take no part. V if None.
+        label_smoothing: the share of the target spread evenly over all classes (Szegedy et al. 2015,
+            arXiv:1512.00567), in [0, 1].
+        z_loss: the weight of log(Z)^2, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022,
+            arXiv:2204.02311, section 5).
+        workspace_bytes: makes no difference here, all logits are held.
+
+    Returns:
+        The loss, a scalar, or [...] with reduction "none", where ignored rows have 0; float32, or float64 for such.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit, named with what is
+            accepted.
+    """
+    checks.linear_cross_entropy(
+        x, weight, targets, ignore_index, reduction, vocab_size, label_smoothing, z_loss, workspace_bytes
+    )
+    logits = F.linear(x, weight)[..., :vocab_size]  # [..., classes]
+    return cross_entropy(logits, targets, ignore_index, reduction, label_smoothing, z_loss)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`linear_cross_entropy` of logits [..., classes] that are there already."""
+    rows = logits.reshape(-1, logits.shape[-1])  # [N, classes]
+    rows = rows.float() if rows.dtype.itemsize < 4 else rows
+    flat = targets.reshape(-1)  # [N]
+    loss = F.cross_entropy(rows, flat, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if z_loss > 0.0:
+        counted = flat != ignore_index
+        squares = rows.logsumexp(-1).square().masked_fill(~counted, 0.0)  # [N]
+        if reduction != "none":
+            squares = squares.sum() / (counted.sum() if reduction == "mean" else 1)
+        loss = loss + z_loss * squares
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
 def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor) -> Tensor:
     """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -109,6 +109,31 @@ DECODE = [
     ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS, float("nan")), ValueError, "scale must be finite, got nan"),
     ((t(2, 1, 1, 4), CACHE, CACHE.half(), LENGTHS), TypeError, "all tensors must have one dtype"),
 ]
+X, W, Y = t(2, 3, 4), t(7, 4), torch.ones(2, 3, dtype=torch.int64, device=DEVICE)
+LOSS = [
+    ((t(2, 0), t(7, 0), Y[:, 0]), ValueError, r"x must be \[\.\.\., C\] with C >= 1, got shape \(2, 0\)"),
+    ((X, t(7, 5), Y), ValueError, r"weight must be \[V, C\] = \[V, 4\] with V >= 1, got shape \(7, 5\)"),
+    ((X, t(0, 4), Y), ValueError, "weight must be .* with V >= 1"),
+    ((X, None, Y), TypeError, "weight must be a tensor, got NoneType"),
+    ((X, W.half(), Y), TypeError, "one dtype, got x torch.float32, weight torch.float16"),
+    ((X, W, Y.int()), TypeError, "targets must be an int64 tensor, got torch.int32"),
+    ((X, W, 3), TypeError, "targets must be an int64 tensor, got int"),
+    ((X, W, Y.view(-1)), ValueError, r"targets must be \[2, 3\] on .* got shape \(6,\)"),
+    ((X, W, Y.to("meta")), ValueError, r"targets must be \[2, 3\] on .* got shape \(2, 3\) on meta"),
+    ((X, W, Y, 0.5), ValueError, "ignore_index must be an integer of at least -92.*, got 0.5"),
+    ((X, W, Y, -1, "max"), ValueError, "reduction must be one of none, mean, sum, got 'max'"),
+    ((X, W, Y, -1, "mean", 8), ValueError, "vocab_size must be at most V = 7, got 8"),
+    ((X, W, Y, -1, "mean", 0), ValueError, "vocab_size must be an integer of at least 1, got 0"),
+    ((X, W, Y, -1, "mean", None, 1.1), ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
+    ((X, W, Y, -1, "mean", None, 0.0, -1.0), ValueError, "z_loss must be at least 0 and finite, got -1.0"),
+    ((X, W, Y, -1, "mean", None, 0.0, 0.0, 0), ValueError, "workspace_bytes must be an integer of at least 1, got 0"),
+]
+if DEVICE.type == "cpu":  # nobody waits for a GPU to look at its targets
+    LOSS += [
+        ((X, W, 7 * Y), ValueError, r"targets must be in \[0, 7\) or ignore_index = -100, got 7"),
+        ((X, W, -Y), ValueError, r"targets must be in \[0, 7\) or ignore_index = -100, got -1"),
+        ((X, W, 5 * Y, -1, "mean", 5), ValueError, r"targets must be in \[0, 5\) or ignore_index = -1, got 5"),
+    ]
 ROWS = {
     "layer_norm": LAYER_NORM,
     "add_layer_norm": ADD_LAYER_NORM,
@@ -116,6 +141,7 @@ ROWS = {
     "causal_attention": ATTENTION,
     "causal_attention_qkvpacked": PACKED,
     "decode_attention": DECODE,
+    "linear_cross_entropy": LOSS,
 }
 CASES = [(operator, *row) for operator, rows in ROWS.items() for row in rows]
 

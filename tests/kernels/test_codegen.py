@@ -40,9 +40,10 @@ KERNELS = {
     "_attention_dq_kernel",
     "_decode_part_kernel",
     "_decode_merge_kernel",
+    "_cross_entropy_kernel",
 }
 MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq")
-KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "DESCRIPTORS", "num_warps", "num_stages")
+KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "BLOCK", "DESCRIPTORS", "num_warps", "num_stages")
 OLD_TRITON = version("triton").startswith("3.6.")
 UNITS = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -142,6 +143,29 @@ def test_decoding_reads_the_cache_in_wide_pieces(target):
     parts = [row for row in rows if row["kernel"] == "_decode_part_kernel"]
     for row in parts:  # the rest is the query and the result, a number to a thread
         assert row["wide_share"] >= 0.75, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loss_reads_logits_in_wide_pieces(target):
+    """Whatever the number of classes: 50,257 is odd."""
+    rows = [row for row in compiled(target) if row["kernel"] == "_cross_entropy_kernel"]
+    assert [row for row in rows if row["spilled_bytes"] > 0] == []
+    assert min(row["occupancy"] for row in rows) >= 0.5
+    # the rest is the target and its logit, a number to a thread; the widest threads have two to eight logits
+    assert [row for row in rows if row["wide_share"] < 0.5 and row["target"] != "gfx942"] == []
+    assert {row["case"].split("V=")[1].split()[0] for row in rows} == {"128", "50257"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+def test_the_loss_reads_logits_twice_and_writes_them_once(dtype):
+    """Code of the loops, each counted once: a block read for the sums, read again for the gradient, and written."""
+    case = ("linear_cross_entropy V=50257", dtype)
+    for row in (row for row in compiled("sm_90") if (row["case"], row["dtype"]) == case):
+        block = row["BLOCK"] * ITEMSIZE[dtype]
+        assert row["loaded_bytes"] == 2 * block + 8 + ITEMSIZE[dtype]  # the target, and its logit
+        assert row["stored_bytes"] == block + 4
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def _spaced(dims: int, dim: int) -> Layout:
 
 def _swapped(dims: int, first: int, second: int) -> Layout:
     order = list(range(dims))
-    order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
+    if dims > 0:  # a number has none
+        order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
     return Layout(tuple(order), (1,) * dims, (False,) * dims, 0)
 
 

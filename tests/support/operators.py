@@ -74,17 +74,27 @@ class Case:
                 return None
             if name == "lengths":
                 return torch.randint(0, self.shapes["k_cache"][2] + 1, shape, generator=generator).to(DEVICE)
-            scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
+            if name == "targets":
+                return self._targets(shape, generator).to(DEVICE)
+            matrix = name.startswith("w_") or (self.operator == "linear_cross_entropy" and name == "weight")
+            scale = shape[-1] ** -0.5 if matrix else 1.0
             own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype
             return (scale * torch.randn(shape, generator=generator)).to(DEVICE, own)
 
         return {name: draw(name, shape) for name, shape in self.shapes.items()}
 
+    def _targets(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Classes, and about one in five that is left out."""
+        classes = self.options.get("vocab_size") or self.shapes["weight"][0]
+        targets = torch.randint(0, classes, shape, generator=generator)
+        left_out = torch.rand(shape, generator=generator) < 0.2
+        return targets.masked_fill(left_out, self.options.get("ignore_index", -100))
+
     def upstream(self, dtype: torch.dtype, used: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """A random gradient for each result, or for those that are `used`."""
         if not self.row.differentiable:
             return {}
-        shape = self.row.result_shape(next(iter(self.shapes.values())))
+        shape = self.row.result_shape(self)
         generator = torch.Generator().manual_seed(1)
         drawn = {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in self.row.results}
         return {name: gradient for name, gradient in drawn.items() if used is None or name in used}
@@ -124,7 +134,7 @@ class Operator:
     far: tuple[Case, ...]  # more than 2**31 elements
     configurations: dict[str, dict[str, Options]]  # forced upon launches by name, beside the candidates of tuning
     results: tuple[str, ...] = ("result",)
-    result_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda first: first  # from that of the first argument
+    result_shape: Callable[[Case], tuple[int, ...]] = lambda case: next(iter(case.shapes.values()))
     dropout: Dropout | None = None
     differentiable: bool = True
 
@@ -176,6 +186,15 @@ def decode(batch: int, heads: int, keys: int, head_size: int, **options: Any) ->
     cache = (batch, heads, keys, head_size)
     shapes = {"q": (batch, heads, 1, head_size), "k_cache": cache, "v_cache": cache, "lengths": (batch,)}
     return Case("decode_attention", shapes, options)
+
+
+def linear_cross_entropy(*rows: int, width: int, classes: int, **options: Any) -> Case:
+    shapes = {"x": (*rows, width), "weight": (classes, width), "targets": rows}
+    return Case("linear_cross_entropy", shapes, options)
+
+
+def _loss_shape(case: Case) -> tuple[int, ...]:
+    return case.shapes["targets"] if case.options.get("reduction") == "none" else ()
 
 
 def _added_mask(case: Case) -> Tensor:
@@ -244,6 +263,9 @@ def _ffn_blocks(**blocks: int) -> dict[str, Options]:
     others = {"implementation": "fused", "DESCRIPTORS": False, "per_processor": 1, "num_warps": 4, "num_stages": 2}
     return {name: {**others, **blocks} for name in ("ffn_up", "ffn_down_backward")}
 
+
+_SHORT_LOSS = {"cross_entropy": {"BLOCK": 16, "num_warps": 1}}
+_CHUNKED = {"workspace_bytes": 2000}  # chunks of a few rows
 
 # more rows than the programs of the backward take in one go, 32 each at this width
 _MANY_ROWS = 32 * runtime.program_count(DEVICE, per_processor=8) + 5
@@ -478,7 +500,7 @@ _TABLE = (
         large=(packed(2, 1024, 4, 64), packed(2, 1000, 4, 96), packed(1, 512, 3, 128, dropout_p=0.1, seed=3)),
         far=(packed(1032, 1024, 12, 64),),
         configurations={"square blocks": _attention_blocks(16, 16)},
-        result_shape=lambda qkv: (*qkv[:2], *qkv[3:]),
+        result_shape=lambda case: (*case.shapes["qkv"][:2], *case.shapes["qkv"][3:]),
         dropout=Dropout(_packed_mask, candidates=_packed_candidates, reference=_packed_with_mask),
     ),
     Operator(
@@ -511,6 +533,60 @@ _TABLE = (
             "one part": {"decode": {"BN": 32, "num_warps": 4, "per_processor": 1, "shortest": 2**20}},
         },
         differentiable=False,
+    ),
+    Operator(
+        "linear_cross_entropy",
+        batched=("x", "targets"),
+        cases=(
+            linear_cross_entropy(1, width=1, classes=1),
+            linear_cross_entropy(37, width=33, classes=101),
+            linear_cross_entropy(37, width=33, classes=101, reduction="sum"),
+            linear_cross_entropy(37, width=33, classes=101, reduction="none"),
+            linear_cross_entropy(3, 5, width=64, classes=5000, reduction="none"),
+            linear_cross_entropy(3, 5, width=64, classes=9000, vocab_size=8193),
+            linear_cross_entropy(300, width=16, classes=70, workspace_bytes=160 * 128 * 4),
+            linear_cross_entropy(20, width=33, classes=101, label_smoothing=0.1),
+            linear_cross_entropy(20, width=33, classes=101, z_loss=1e-2, reduction="sum"),
+            linear_cross_entropy(
+                20, width=33, classes=128, z_loss=1e-2, label_smoothing=0.3, vocab_size=90, **_CHUNKED
+            ),
+            linear_cross_entropy(
+                20, width=33, classes=128, z_loss=1e-2, label_smoothing=1.0, vocab_size=90, reduction="none"
+            ),
+            linear_cross_entropy(20, width=33, classes=101, ignore_index=7),
+            linear_cross_entropy(20, width=33, classes=101, ignore_index=-1, reduction="none"),
+            linear_cross_entropy(width=19, classes=30),
+            linear_cross_entropy(0, width=16, classes=30, reduction="sum"),
+            linear_cross_entropy(0, width=16, classes=30, reduction="none"),
+        ),
+        small=(
+            linear_cross_entropy(2, 7, width=33, classes=50),
+            linear_cross_entropy(2, 7, width=33, classes=50, reduction="none", vocab_size=41, **_CHUNKED),
+            linear_cross_entropy(
+                2, 7, width=33, classes=50, reduction="sum", label_smoothing=0.1, z_loss=1e-2, **_CHUNKED
+            ),
+        ),
+        drawn=st.builds(
+            lambda rows, width, classes, padding, options: linear_cross_entropy(
+                *rows, width=width, classes=classes + padding, vocab_size=classes, **options
+            ),
+            _rows, st.integers(1, 40), st.integers(1, 70), st.integers(0, 9),
+            st.builds(
+                lambda reduction, others, workspace: {"reduction": reduction, **others, **workspace},
+                st.sampled_from(["sum", "none"]),
+                st.sampled_from([{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}]),
+                st.sampled_from([{}, _CHUNKED]),
+            ),
+        ),
+        large=(
+            linear_cross_entropy(8, 1024, width=768, classes=50304, vocab_size=50257),
+            linear_cross_entropy(1000, width=768, classes=50257, reduction="none"),
+            linear_cross_entropy(1000, width=1600, classes=50257, label_smoothing=0.1, z_loss=1e-4),
+            linear_cross_entropy(300, width=64, classes=262_144),
+        ),
+        far=(linear_cross_entropy(43_008, width=64, classes=50304, workspace_bytes=2**34),),
+        configurations={"short blocks": _SHORT_LOSS},
+        result_shape=_loss_shape,
     ),
 )  # fmt: skip
 

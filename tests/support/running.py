@@ -54,7 +54,8 @@ def run(
     results = call(function, case, own)
     if upstream:
         backward(results, upstream)
-    gradients = {n: t.grad for n, t in own.items() if t is not None and case.row.differentiable}
+    with_gradients = {n: t for n, t in own.items() if t is not None and t.is_floating_point()}
+    gradients = {n: t.grad for n, t in with_gradients.items() if case.row.differentiable}
     return Outcome({name: y.detach() for name, y in results.items()}, gradients)
 
 
