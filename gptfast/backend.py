@@ -19,10 +19,8 @@ OPERATORS = {
     "layer_norm": ("layer_norm", "add_layer_norm"),
     "ffn": ("gelu_ffn",),
     "attention": ("causal_attention", "causal_attention_qkvpacked", "decode_attention"),
-    "loss": (),
+    "loss": ("linear_cross_entropy",),
 }
-# what has no Triton kernel: "triton" for all operators leaves it eager, "triton" for it alone is an error
-EAGER_ONLY = ("loss",)
 
 
 class Backend(Mapping[str, Choice]):
@@ -38,6 +36,7 @@ class Backend(Mapping[str, Choice]):
     causal_attention: Callable[..., Tensor]
     causal_attention_qkvpacked: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
 
     def __init__(self, **choices: Choice) -> None:
         if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:
@@ -82,8 +81,6 @@ def parse(request: Request) -> dict[str, str]:
         if operator not in OPERATORS:
             raise ValueError(f"unknown operator {operator!r} in backend; accepted: {', '.join(OPERATORS)}")
         _require_word(word)
-        if word == "triton" and operator in EAGER_ONLY:
-            raise ValueError(f"the operator {operator!r} has no Triton kernel; accepted: auto, eager")
     return {operator: request.get(operator, "auto") for operator in OPERATORS}
 
 
@@ -106,7 +103,7 @@ def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, 
     """
     choices: dict[str, Choice] = {}
     for operator, word in asked.items():
-        if word == "eager" or operator in EAGER_ONLY or (word == "auto" and device.type != "cuda"):
+        if word == "eager" or (word == "auto" and device.type != "cuda"):
             choices[operator] = "eager"
             continue
         reason = _why_not(operator, device, dtype, head_size)

@@ -44,9 +44,12 @@ class GPTConfig:
     """Biases in the query, key and value projection; None follows `bias`."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    pad_vocab_size_to: int = 1
+    """Rows of the token embedding in memory are a multiple of this, which 128 makes fast for any vocabulary. Nobody
+    sees the padding: files, logits, samples and counts are of vocab_size."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_size_to"):
             value = getattr(self, name)
             try:
                 # NumPy's integers too, stored as Python's: settings are saved as JSON
@@ -81,6 +84,11 @@ class GPTConfig:
     def head_size(self) -> int:
         """Width of one attention head, n_embd / n_head."""
         return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding in memory."""
+        return -(-self.vocab_size // self.pad_vocab_size_to) * self.pad_vocab_size_to
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -9,14 +9,14 @@ from typing import overload
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, generation, peaks
+from gptfast import flops, generation, padding, peaks
 from gptfast.backend import Backend, Request, parse, resolve
 from gptfast.cache import KVCache
 from gptfast.config import GPTConfig
-from kernels import runtime
+from kernels import reference, runtime
 
 IGNORED_TARGET = -1
 
@@ -139,13 +139,15 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # post-norm blocks end in a norm of their own
         self.ln_f = LayerNorm(config) if config.norm_position == "pre" else None
         self.sinusoidal = config.position == "sinusoidal"
+        self.dropout = config.dropout
+        self.checkpointing = False
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
@@ -159,10 +161,23 @@ class Transformer(nn.Module):
         x = self.drop(x)
         pending = None
         for block in self.h:
-            x, pending = block(x, pending, cache)
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
+                x, pending = self._checkpointed(block, x, pending)
+            else:
+                x, pending = block(x, pending, cache)
         if cache is not None:
             cache.advance(idx.shape[1])
         return x if self.ln_f is None else self.ln_f(pending, x)[0]
+
+    def _checkpointed(self, block: nn.Module, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A block that keeps its inputs alone, and runs a second time in the backward with the same dropout."""
+        draws = self.training and self.dropout > 0.0
+        if draws and x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "activation checkpointing draws dropout twice, which a CUDA graph cannot; use torch.compile, or "
+                "dropout=0"
+            )
+        return checkpoint(block, x, pending, use_reentrant=False, preserve_rng_state=draws)
 
 
 class GPT(nn.Module):
@@ -181,10 +196,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()
+        padding.hide(self)
         self.set_backend(backend)
 
     def _init_weights(self) -> None:
@@ -198,6 +214,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
+        padding.clear(self)
 
     @property
     def backend(self) -> Backend:
@@ -228,7 +245,7 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and, given targets, the mean cross-entropy.
 
         Args:
@@ -239,22 +256,30 @@ class GPT(nn.Module):
                 `block_size` tokens.
 
         Returns:
-            Logits [B, T, V] and the loss with targets; without, logits [B, 1, V] of the last position and None.
+            Without targets logits [B, 1, V] of the last position, and None. With targets logits [B, T, V] and the loss
+            in float32; in training mode, a backend whose "loss" is "triton" gives None for the logits: it never has
+            them all.
 
         Raises:
-            ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels.
+            ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels,
+                and targets that are out of range make the loss NaN.
         """
         self._check_tokens(idx, targets, 0 if cache is None else cache.length)
         x = self.transformer(idx, cache)  # [B, T, C]
         if targets is None:
-            return self.lm_head(x[:, -1:]), None  # [B, 1, V]: generation needs no more
-        logits = self.lm_head(x)  # [B, T, V]
-        loss = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]),  # [B * T, V]
-            targets.reshape(-1).clamp(min=IGNORED_TARGET),  # [B * T]
-            ignore_index=IGNORED_TARGET,
+            return self._logits(x[:, -1:]), None  # [B, 1, V]: generation needs no more
+        targets = targets.clamp(min=IGNORED_TARGET)
+        if self.backend["loss"] == "eager":
+            logits = self._logits(x)  # [B, T, V]
+            return logits, reference.cross_entropy(logits, targets, IGNORED_TARGET)
+        loss = self.backend.linear_cross_entropy(
+            x, self.lm_head.weight, targets, IGNORED_TARGET, vocab_size=self.config.vocab_size
         )
-        return logits, loss
+        return None if self.training else self._logits(x), loss
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., V], without those of the padding."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
 
     def _check_tokens(self, idx: Tensor, targets: Tensor | None, before: int) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:
@@ -315,6 +340,8 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""
         count = sum(p.numel() for p in self.parameters())
+        padded = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        count -= padded * (1 if self.config.tie_weights else 2)
         if non_embedding and self.transformer.wpe is not None:
             count -= self.transformer.wpe.weight.numel()
         return count
@@ -349,6 +376,12 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             rows = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        """Keep the inputs of each block alone for the backward, which runs the block a second time (Chen et al. 2016,
+        arXiv:1604.06174): less memory for a third more of the blocks' arithmetic. The gradients are the same.
+        """
+        self.transformer.checkpointing = enabled
 
     @classmethod
     def from_pretrained(

@@ -30,15 +30,15 @@ def from_pretrained(model_type: str, override_args: dict[str, float] | None = No
     Args:
         model_type: a folder with `config.json` and `model.safetensors`, or "gpt2", "gpt2-medium", "gpt2-large" or
             "gpt2-xl", which are downloaded once through the package `huggingface_hub`.
-        override_args: {"dropout": p} to train on with another dropout than none.
+        override_args: "dropout" to train on with another one than none, and "pad_vocab_size_to".
         backend: as for `GPT`.
 
     Raises:
         ValueError: an unknown name, a file that is missing or does not fit, or a hub that cannot be reached.
     """
     overrides = dict(override_args or {})
-    if not set(overrides) <= {"dropout"}:
-        raise ValueError(f"override_args accepts only dropout, got {', '.join(overrides)}")
+    if not set(overrides) <= {"dropout", "pad_vocab_size_to"}:
+        raise ValueError(f"override_args accepts dropout and pad_vocab_size_to, got {', '.join(overrides)}")
     if model_type in HUB_NAMES:
         folder = _download(HUB_NAMES[model_type])
     elif Path(model_type).is_dir():

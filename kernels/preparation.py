@@ -16,6 +16,7 @@ class ModelShape(Protocol):
     """What the kernels need to know of a model: these fields of a `gptfast.GPTConfig`, or of anything that has them."""
 
     block_size: int
+    vocab_size: int
     n_head: int
     n_embd: int
     bias: bool
@@ -23,6 +24,9 @@ class ModelShape(Protocol):
 
     @property
     def activation(self) -> str: ...
+
+    @property
+    def padded_vocab_size(self) -> int: ...
 
 
 def warmup(
@@ -77,6 +81,7 @@ class _Operators:
     def __init__(self, config: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
         width, hidden = config.n_embd, 4 * config.n_embd
         self.config, self.dtype, self.device = config, dtype, device
+        self.head = self._leaf(config.padded_vocab_size, width)
         self.norm = (self._leaf(width), self._leaf(width) if config.bias else None)
         self.ffn = (
             self._leaf(hidden, width),
@@ -102,7 +107,9 @@ class _Operators:
         last, _ = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p)
         hidden = kernels.gelu_ffn(added, *self.ffn, activation=config.activation)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
-        return [y, h, last, hidden, kernels.causal_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)]
+        targets = torch.zeros(batch, length, dtype=torch.int64, device=self.device)
+        loss = kernels.linear_cross_entropy(last, self.head, targets, -1, vocab_size=config.vocab_size)
+        return [y, h, last, hidden, kernels.causal_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2), loss]
 
     def decode(self, batch: int, capacity: int) -> None:
         """One token of each sequence, over a cache for `capacity` tokens, and a few at once."""

@@ -26,7 +26,9 @@ def test_three_counts_agree_exactly(name, backend):
     idx = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as forward:
         _, loss = model(idx, idx)
-    assert forward.get_total_flops() == expected
+    # the Triton loss has both gradients of the head computed with the logits
+    early = 4 * BATCH * LENGTH * config.n_embd * config.vocab_size if backend == "triton" else 0
+    assert forward.get_total_flops() == expected + early
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     # by definition: the Triton backward computes the scores a second time, the model's count does not

@@ -13,7 +13,7 @@ from gptfast.backend import parse, resolve
 from kernels import reference, tile
 
 TINY = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
-ALL_TRITON = {"layer_norm": "triton", "ffn": "triton", "attention": "triton", "loss": "eager"}
+ALL_TRITON = {"layer_norm": "triton", "ffn": "triton", "attention": "triton", "loss": "triton"}
 
 
 def test_one_word_decides_for_all():
@@ -105,7 +105,6 @@ def test_a_refused_switch_changes_nothing():
         ("cuda", "unknown backend 'cuda'; accepted: auto, triton, eager"),
         ({"mlp": "triton"}, "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
         ({"ffn": "fast"}, "unknown backend 'fast'; accepted: auto, triton, eager"),
-        ({"loss": "triton"}, "the operator 'loss' has no Triton kernel; accepted: auto, eager"),
         (7, "backend must be a word or a mapping from operator to word, got int"),
     ],
 )

@@ -15,6 +15,7 @@ VARIANTS = {
     "untied, no qkv bias": {"tie_weights": False, "qkv_bias": False},
     "first transformer": {"norm_position": "post", "position": "sinusoidal", "activation": "relu"},
     "no positions": {"position": "none", "n_head": 1},
+    "padded vocabulary": {"pad_vocab_size_to": 16},
 }
 
 
@@ -59,8 +60,8 @@ def test_triton_equals_eager(settings):
 
     def run(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model = build(backend, **settings).to(dtype)
-        logits, loss = model(idx, targets)
-        loss.backward()
+        model(idx, targets)[1].backward()
+        logits, loss = model.eval()(idx, targets)  # training gets no logits of the Triton loss
         return {"logits": logits.detach(), "loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
 
     ours, theirs, exact = run("triton", torch.float32), run("eager", torch.float32), run("eager", torch.float64)
@@ -90,7 +91,9 @@ def test_one_graph_under_compile(backend: str):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled_logits, compiled_loss = compiled(idx, targets)
     compiled_loss.backward()
-    torch.testing.assert_close(compiled_logits, logits)
+    assert (logits is None) == (compiled_logits is None) == (backend == "triton")
+    if logits is not None:
+        torch.testing.assert_close(compiled_logits, logits)
     torch.testing.assert_close(compiled_loss, loss)
 
 
@@ -156,14 +159,69 @@ def test_without_targets_only_the_last_position_is_predicted():
     torch.testing.assert_close(logits, model(idx, idx)[0][:, -1:])
 
 
+def test_the_triton_loss_has_logits_in_evaluation_alone():
+    model, idx = build("triton"), tokens(2, 10)
+    assert model(idx, idx)[0] is None
+    logits, loss = model.eval()(idx, idx)
+    assert logits.shape == (2, 10, 31)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten()), loss)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("ignored", [-1, -100])
-def test_ignored_targets_do_not_count(ignored: int):
-    model = build()
+def test_ignored_targets_do_not_count(ignored: int, backend: str):
+    model = build(backend).eval()
     idx, targets = tokens(1, 10), tokens(1, 10, seed=1)
     logits, _ = model(idx, targets)
     targets[0, 4:] = ignored
     _, loss = model(idx, targets)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[0, :4], targets[0, :4]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_padding_of_the_vocabulary_is_seen_nowhere(backend: str, tied: bool):
+    """31 tokens, 48 rows: the same files, logits, loss, samples and counts, and zeros that stay zeros."""
+    plain, padded = build(backend, tie_weights=tied), build(backend, tie_weights=tied, pad_vocab_size_to=16)
+    assert padded.transformer.wte.weight.shape == padded.lm_head.weight.shape == (32, 32)
+    padded.load_state_dict(plain.state_dict())
+    idx = tokens(2, 10)
+    for model in (plain, padded):
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), DEVICE.type)
+        for _ in range(3):
+            model(idx, idx)[1].backward()
+            optimizer.step()
+        model.eval()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(padded.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    for weight in (padded.transformer.wte.weight, padded.lm_head.weight):
+        assert not weight[31:].any()
+    torch.testing.assert_close(padded(idx, idx), plain(idx, idx), rtol=1e-4, atol=1e-4)
+    assert padded(idx)[0].shape == (2, 1, 31)
+    assert padded.get_num_params() == plain.get_num_params()
+    assert padded.state_dict()["lm_head.weight"].shape == (31, 32)
+    with pytest.raises(ValueError, match="token id 31 is out of range; accepted: 0 to 30"):
+        padded(torch.full((1, 2), 31)) if DEVICE.type == "cpu" else padded.cpu()(torch.full((1, 2), 31))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_activation_checkpointing_changes_nothing_but_memory(backend: str, dropout: float):
+    """The same bits, dropout included, while a block keeps its inputs alone."""
+    idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
+
+    def run(enabled: bool) -> tuple[dict[str, torch.Tensor], int]:
+        model, kept = build(backend, dropout=dropout), []
+        model.set_activation_checkpointing(enabled)
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            _, loss = model(idx, targets)
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters()} | {"loss": loss.detach()}, sum(kept)
+
+    (expected, all_kept), (actual, kept) = run(False), run(True)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert kept < all_kept / 3
 
 
 def test_sinusoids_are_the_papers():
@@ -241,8 +299,8 @@ def test_autocast_trains_in_bfloat16():
         model = build(backend)
         idx = tokens(2, 16)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            logits, loss = model(idx, idx)
-        assert logits.dtype == torch.bfloat16
+            _, loss = model(idx, idx)
+            assert model(idx)[0].dtype == torch.bfloat16
         loss.backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
         torch.testing.assert_close(loss.float(), build()(idx, idx)[1], rtol=0.01, atol=0.01)
