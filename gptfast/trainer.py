@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from gptfast import corpus, data, devices, flops, peaks, tokenizer
@@ -20,6 +19,7 @@ from gptfast.backend import parse
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.run import RunFolder
+from gptfast.step import StepResult, TrainStep
 
 _DIVERGED = "lower --learning-rate or --grad-clip"
 
@@ -45,6 +45,12 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 64
     """Sequences per step."""
+    accumulation: int = 1
+    """Parts, equal in size, in which a batch goes through the model, for less memory."""
+    checkpoint_activations: bool = False
+    """Compute each block's activations anew in the backward, for less memory."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-4
@@ -71,12 +77,16 @@ class TrainConfig:
     """Seed of weights, batches and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_interval", "eval_batches", "log_interval"):
+        for name in ("steps", "batch_size", "accumulation", "eval_interval", "eval_batches", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         # far beyond any memory, and what NumPy says of sizes beyond its index names no setting
         if self.batch_size >= 2**31:
             raise ValueError(f"batch_size must be below 2**31, got {self.batch_size}")
+        if self.batch_size % self.accumulation != 0:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulation={self.accumulation}, got {self.batch_size}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
         for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
@@ -164,6 +174,8 @@ class _Training:
         self.optimizer = model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
         )
+        model.set_activation_checkpointing(config.checkpoint_activations)
+        self.step = TrainStep(model, self.optimizer, config.accumulation, config.grad_clip, dtype, config.compile)
         self.best = {"val_loss": math.inf, "train_loss": math.inf}
         self.timed_tokens, self.timed_seconds = 0, 0.0
 
@@ -197,18 +209,18 @@ class _Training:
         tokens_per_step = config.batch_size * config.model.block_size
         untimed_steps = 0
         for step in range(config.steps):
-            loss = self._step(step)
+            result = self._step(step)
             untimed_steps += 1
             done = step + 1
             # the first step sets things up and compiles kernels: it is not part of the speed
             if done == 1 or done % config.log_interval == 0 or done % config.eval_interval == 0 or done == config.steps:
-                value = float(loss)  # waits for the device
+                value, norm = result.loss, result.grad_norm  # waits for the device
                 seconds = time.perf_counter() - clock
                 speed = untimed_steps * tokens_per_step / seconds
                 if done > 1:
                     self.timed_tokens += untimed_steps * tokens_per_step
                     self.timed_seconds += seconds
-                self._report(done, value, speed, bar)
+                self._report(done, value, norm, speed, bar)
                 bar.update(untimed_steps)
                 untimed_steps = 0
                 yield done
@@ -216,28 +228,27 @@ class _Training:
             else:
                 yield done
 
-    def _step(self, step: int) -> Tensor:
-        """One optimizer step; the loss before it, still on the device."""
+    def _step(self, step: int) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        idx, targets = self.train_split.random_batch(self.config.batch_size, self.config.seed, step)
-        with devices.autocast(self.device, self.dtype):
-            _, loss = self.model(idx.to(self.device), targets.to(self.device))
-        loss.backward()
-        if self.config.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return self.step(*self.train_split.random_batch(self.config.batch_size, self.config.seed, step))
 
-    def _report(self, step: int, loss: float, speed: float, bar: tqdm) -> None:
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}; {_DIVERGED}")
+    def _report(self, step: int, loss: float, norm: float, speed: float, bar: tqdm) -> None:
+        for name, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise RuntimeError(f"the {name} is {value} at step {step}; {_DIVERGED}")
         mfu = self._mfu(speed)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
         rate = learning_rate(self.config, step - 1)
         self.folder.append_log(
-            {"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": speed, "mfu": mfu}
+            {
+                "step": step,
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+                "mfu": mfu,
+            }
         )
 
     def _evaluate(self, step: int, bar: tqdm) -> None:

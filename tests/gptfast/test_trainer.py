@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gptfast import GPT, GPTConfig, data, peaks, recipes, run, trainer
+from gptfast.step import StepResult, TrainStep
 from gptfast.trainer import TrainConfig
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
@@ -57,7 +58,7 @@ def test_a_run_folder(config, tmp_path):
     assert [entry["step"] for entry in losses] == [1, 5, 8, 10, 15, 16, 20]
     assert [entry["step"] for entry in evaluations] == [8, 16, 20]
     assert summary["val_loss"] == min(entry["val_loss"] for entry in evaluations)
-    assert losses[0].keys() == {"step", "loss", "learning_rate", "tokens_per_second", "mfu"}
+    assert losses[0].keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"}
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
@@ -108,9 +109,12 @@ def test_a_run_that_fails_later_keeps_what_it_has(config, tmp_path, monkeypatch)
     assert [entry["step"] for entry in log(tmp_path / "run")] == [1]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
-    monkeypatch.setattr(trainer._Training, "_step", lambda self, number: torch.tensor(float("nan")))
-    with pytest.raises(RuntimeError, match="the loss is nan at step 1; lower --learning-rate"):
+@pytest.mark.parametrize(
+    ("values", "message"), [((math.nan, 1.0), "loss is nan"), ((1.0, math.inf), "gradient's norm is inf")]
+)
+def test_a_step_that_is_no_number_ends_the_run(config, monkeypatch, values, message):
+    monkeypatch.setattr(trainer._Training, "_step", lambda self, number: StepResult(torch.tensor(values)))
+    with pytest.raises(RuntimeError, match=f"the {message} at step 1; lower --learning-rate"):
         trainer.train(config)
 
 
@@ -152,14 +156,22 @@ def test_learning_rate_rises_and_falls():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_the_gradient_is_clipped(config, monkeypatch):
-    norms = []
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
-    trainer.train(dataclasses.replace(config, grad_clip=0.5, steps=3))
-    assert norms == [0.5] * 3
-    trainer.train(dataclasses.replace(config, grad_clip=0.0, steps=3, out=config.out + "2"))
-    assert len(norms) == 3
+def test_the_settings_reach_the_step(config, monkeypatch):
+    made = []
+
+    def recorded(model, optimizer, *settings):
+        made.append((model.transformer.checkpointing, *settings))
+        return TrainStep(model, optimizer, *settings)
+
+    monkeypatch.setattr(trainer, "TrainStep", recorded)
+    trainer.train(dataclasses.replace(config, grad_clip=0.5, steps=1, accumulation=2, checkpoint_activations=True))
+    assert made == [(True, 2, 0.5, torch.float32, False)]
+
+
+def test_parts_of_a_batch_train_like_the_whole(config):
+    whole = trainer.train(config)
+    parts = trainer.train(dataclasses.replace(config, accumulation=4, out=config.out + "2"))
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
 
 
 def test_evaluation_weighs_every_sequence_the_same(config, monkeypatch):
@@ -178,9 +190,9 @@ def test_evaluation_weighs_every_sequence_the_same(config, monkeypatch):
     assert loop._mean_loss(loop.val_split) == pytest.approx(loop.model(idx, targets)[1].item(), rel=1e-5)
 
 
-def test_every_step_uses_its_batch_and_learning_rate_and_fresh_gradients(config, monkeypatch):
-    batches, rates, cleared = [], [], []
-    draw, step, zero_grad = data.Split.random_batch, torch.optim.AdamW.step, torch.optim.AdamW.zero_grad
+def test_every_step_uses_its_batch_and_learning_rate(config, monkeypatch):
+    batches, rates = [], []
+    draw, step = data.Split.random_batch, torch.optim.AdamW.step
 
     def recorded_step(self):
         rates.append([group["lr"] for group in self.param_groups])
@@ -188,14 +200,10 @@ def test_every_step_uses_its_batch_and_learning_rate_and_fresh_gradients(config,
 
     monkeypatch.setattr(data.Split, "random_batch", lambda self, *args: batches.append(args) or draw(self, *args))
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
-    monkeypatch.setattr(
-        torch.optim.AdamW, "zero_grad", lambda self, **options: cleared.append(1) or zero_grad(self, **options)
-    )
     config = dataclasses.replace(config, seed=5)
     trainer.train(config)
     assert batches == [(4, 5, number) for number in range(20)]
     assert rates == [[trainer.learning_rate(config, number)] * 2 for number in range(20)]
-    assert len(cleared) == 20
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(config, monkeypatch):
@@ -213,7 +221,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(config, monkeypatch):
 def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch):
     def slow_first_step(self, number):
         time.sleep(0.5 if number == 0 else 0.01)
-        return torch.tensor(1.0)
+        return StepResult(torch.ones(2))
 
     monkeypatch.setattr(trainer._Training, "_step", slow_first_step)
     monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: time.sleep(0.3) or 1.0)
@@ -229,6 +237,7 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
         ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
+        ({"accumulation": 3}, "batch_size must be a multiple of accumulation=3, got 64"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
