@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,15 +107,7 @@ def _options(descriptors: bool, blocks: Blocks) -> Options:
     return {"DESCRIPTORS": descriptors, **dict(zip(names, blocks, strict=True))}
 
 
-def _tunable(pass_name: str) -> Tunable:
-    return Tunable(
-        f"attention_{pass_name}",
-        lambda *problem: _choices(pass_name, *problem)[0],
-        lambda *problem: _choices(pass_name, *problem),
-    )
-
-
-_FORWARD, _DK_DV, _DQ = _tunable("forward"), _tunable("dk_dv"), _tunable("dq")
+_FORWARD, _DK_DV, _DQ = (Tunable(f"attention_{name}", partial(_choices, name)) for name in ("forward", "dk_dv", "dq"))
 
 
 def _problem(q: Tensor, k: Tensor, seed: Tensor | None, described: bool) -> tuple[Any, ...]:

@@ -96,9 +96,8 @@ def _blocks(head_size: int, elements: int, warps: int) -> Options:
 
 _PART = Tunable(
     "decode",
-    lambda architecture, head_size, keys, heads, dtype: _blocks(head_size, 4096, 4),
     lambda architecture, head_size, keys, heads, dtype: [
-        _blocks(head_size, elements, warps) for elements, warps in ((8192, 8), (2048, 4))
+        _blocks(head_size, elements, warps) for elements, warps in ((4096, 4), (8192, 8), (2048, 4))
     ],
 )
 _MOST_PARTS = 64

@@ -94,15 +94,13 @@ def _down_backward_choices(
     return _choices(wins, implementation, _fused_options(architecture, False, width, dtype, aligned))
 
 
-_UP = Tunable("ffn_up", lambda *problem: _up_choices(*problem)[0], _up_choices)
-_DOWN_BACKWARD = Tunable(
-    "ffn_down_backward", lambda *problem: _down_backward_choices(*problem)[0], _down_backward_choices
-)
+_UP = Tunable("ffn_up", _up_choices)
+_DOWN_BACKWARD = Tunable("ffn_down_backward", _down_backward_choices)
 # of the activation alone
-_ACTIVATION = Tunable("ffn_activation", lambda architecture, dtype: {"BLOCK": 2048, "num_warps": 4})
+_ACTIVATION = Tunable("ffn_activation", lambda architecture, dtype: [{"BLOCK": 2048, "num_warps": 4}])
 _ACTIVATION_BACKWARD = Tunable(
     "ffn_activation_backward",
-    lambda architecture, dtype: {"BM": 16, "BN": 128, "num_warps": 4, "sums": 64},
+    lambda architecture, dtype: [{"BM": 16, "BN": 128, "num_warps": 4, "sums": 64}],
 )
 
 

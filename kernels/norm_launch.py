@@ -34,51 +34,46 @@ def _blocks(architecture: str, width: int, elements: int, per_thread: int = 16) 
     return {"BM": rows, "BN": columns, "num_warps": min(16, max(4, warps))}
 
 
-def _chunks(architecture: str, columns: int) -> dict[str, int]:
-    return {"BM": 1, "BN": columns, "num_warps": columns // (8 * _threads(architecture))}
-
-
-def _other_chunks(architecture: str, width: int) -> list[Options]:
-    return [_chunks(architecture, columns) for columns in (2048, 8192) if columns < width]
-
-
-def _forward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
-    return _blocks(architecture, width, elements=4096) if width <= _WIDEST else _chunks(architecture, 4096)
-
-
-def _forward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
-    if width > _WIDEST:
-        return _other_chunks(architecture, width)
+def _chunks_below(architecture: str, width: int) -> list[Options]:
+    """Block shapes and warps of a program that reads a row in several chunks."""
     return [
+        {"BM": 1, "BN": columns, "num_warps": columns // (8 * _threads(architecture))}
+        for columns in (4096, 2048, 8192)
+        if columns < width
+    ]
+
+
+def _forward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
+    if width > _WIDEST:
+        return _chunks_below(architecture, width)
+    return [
+        _blocks(architecture, width, 4096),
         _blocks(architecture, width, 2048),
         _blocks(architecture, width, 8192),
         _blocks(architecture, width, 4096, per_thread=8),
     ]
 
 
-def _backward_rule(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> Options:
+def _backward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
     if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
-        return _chunks(architecture, 4096)
-    return {**_blocks(architecture, width, elements=2048), "per_processor": 8}
-
-
-def _backward_candidates(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
-    if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
-        return _other_chunks(architecture, width)
+        return _chunks_below(architecture, width)
     return [
+        {**_blocks(architecture, width, 2048), "per_processor": 8},
         {**_blocks(architecture, width, 2048), "per_processor": 4},
         {**_blocks(architecture, width, 1024), "per_processor": 8},
     ]
 
 
-_FORWARD = Tunable("layer_norm_forward", _forward_rule, _forward_candidates)
+_FORWARD = Tunable("layer_norm_forward", _forward_choices)
 # whole rows where BN holds them; else in chunks, the sums for weight and bias by a kernel of their own
-_BACKWARD = Tunable("layer_norm_backward", _backward_rule, _backward_candidates)
+_BACKWARD = Tunable("layer_norm_backward", _backward_choices)
 # `sums` rows of partial sums; the columns make for enough programs
 _PARAMETERS = Tunable(
     "layer_norm_parameters",
-    lambda architecture, width, dtype: {"BM": 32, "BN": 128, "num_warps": 4, "sums": 32},
-    lambda architecture, width, dtype: [{"BM": 16, "BN": 256, "num_warps": 4, "sums": 64}],
+    lambda architecture, width, dtype: [
+        {"BM": 32, "BN": 128, "num_warps": 4, "sums": 32},
+        {"BM": 16, "BN": 256, "num_warps": 4, "sums": 64},
+    ],
 )
 
 

@@ -2,9 +2,10 @@
 
 What a kernel is launched with (block shape, warps, pipeline stages) is decided once for each device and problem, by
 the first of these that knows: what was measured on this machine, kept in a file of the cache folder; the table of the
-architecture that comes with the package; the operator's rule. Nothing is measured unless it is asked for: inside
-`autotune()`, which `kernels.warmup(..., autotune=True)` uses, or everywhere with the environment variable
-GPTFAST_AUTOTUNE=1. The cache folder is GPTFAST_CACHE, else gptfast in XDG_CACHE_HOME or ~/.cache.
+architecture that comes with the package; the operator's rule, which lists its choices with the likeliest first. Nothing
+is measured unless it is asked for: inside `autotune()`, which `kernels.warmup(..., autotune=True)` uses, or everywhere
+with the environment variable GPTFAST_AUTOTUNE=1. The cache folder is GPTFAST_CACHE, else gptfast in XDG_CACHE_HOME or
+~/.cache.
 
 State is global, not bound to a context: gradients are computed in threads of their own.
 """
@@ -44,24 +45,20 @@ class Tunable:
 
     Args:
         name: of the launch, in tables and cache files.
-        rule: the configuration for an architecture and a problem that nobody has measured.
-        candidates: what a measurement tries for them. A table's entry that is not among them is out of date.
+        choices: the configurations for an architecture and a problem, the likeliest first: that one is taken where
+            nobody has measured, all are tried by a measurement. A table's entry that is not among them is out of date.
     """
 
-    def __init__(
-        self, name: str, rule: Callable[..., Options], candidates: Callable[..., list[Options]] | None = None
-    ) -> None:
+    def __init__(self, name: str, choices: Callable[..., list[Options]]) -> None:
         self.name = name
-        self._rule = rule
-        self._candidates = candidates
+        self._choices = choices
         self._chosen: dict[tuple, Options] = {}
         TUNABLES[name] = self
 
     def candidates(self, device: torch.device, *problem: object) -> list[Options]:
-        """The rule's choice first, then the others that a measurement tries."""
-        rule = self._rule(architecture(device), *problem)
-        others = [] if self._candidates is None else self._candidates(architecture(device), *problem)
-        return [rule, *(options for options in others if options != rule)]
+        """The choices for a problem, each once."""
+        choices = self._choices(architecture(device), *problem)
+        return [options for index, options in enumerate(choices) if options not in choices[:index]]
 
     def launch(self, run: Callable[[Options], Result], device: torch.device, *problem: object) -> Result:
         """Call `run` with the configuration for a problem: sizes, dtypes and flags, whatever the choice depends on.

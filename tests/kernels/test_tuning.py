@@ -47,7 +47,7 @@ def times(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tunable(times):
-    return Tunable("matmul", lambda *problem: RULE, lambda *problem: [SECOND, RULE, THIRD])
+    return Tunable("matmul", lambda *problem: [RULE, SECOND, RULE, THIRD])
 
 
 def chosen(tunable: Tunable, *problem: object, device: torch.device = GPU) -> dict:
@@ -76,7 +76,7 @@ def test_the_rule_decides_where_nobody_measured(tunable):
 
 def test_the_rule_is_told_the_architecture_and_the_problem(times):
     asked = []
-    tunable = Tunable("norm", lambda *problem: asked.append(problem) or RULE)
+    tunable = Tunable("norm", lambda *problem: asked.append(problem) or [RULE])
     chosen(tunable, 768, torch.bfloat16, True)
     chosen(tunable, 768, torch.bfloat16, True)  # decided once
     with tuning.assumed("gfx942"):
@@ -98,7 +98,7 @@ def test_the_table_of_the_architecture_is_used_for_its_problems(tunable):
     put_table("matmul", "768 bfloat16", SECOND)
     assert chosen(tunable) == SECOND
     assert chosen(tunable, 768, torch.float16) == RULE
-    assert chosen(Tunable("other", lambda *problem: RULE, lambda *problem: [SECOND])) == RULE
+    assert chosen(Tunable("other", lambda *problem: [RULE, SECOND])) == RULE
     with tuning.assumed("sm_80"):
         assert chosen(tunable) == RULE
 
@@ -130,7 +130,7 @@ def test_tuning_takes_the_fastest_and_keeps_it(tunable, times):
 def test_what_other_processes_kept_meanwhile_stays(tunable, times):
     with tuning.autotune():
         chosen(tunable)
-    other = Tunable("other", lambda *problem: RULE, lambda *problem: [SECOND])
+    other = Tunable("other", lambda *problem: [RULE, SECOND])
     with tuning.autotune():
         chosen(other)
     assert set(json.loads(tuning.cache_file(GPU).read_text())["launches"]) == {"matmul", "other"}
@@ -183,10 +183,10 @@ def test_nothing_is_measured_inside_a_capture(tunable, monkeypatch):
 
 def test_a_single_candidate_and_other_devices_need_no_measurement(times):
     times.clear()
-    alone = Tunable("alone", lambda *problem: RULE)
+    alone = Tunable("alone", lambda *problem: [RULE])
     with tuning.autotune():
         assert chosen(alone) == RULE
-        assert chosen(Tunable("two", lambda *p: RULE, lambda *p: [SECOND]), device=CPU) == RULE
+        assert chosen(Tunable("two", lambda *problem: [RULE, SECOND]), device=CPU) == RULE
     assert not tuning.cache_file(GPU).exists()
 
 
