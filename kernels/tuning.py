@@ -20,7 +20,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,57 +95,40 @@ class Tunable:
 
 
 @contextmanager
-def autotune() -> Iterator[None]:
+def _setting(name: str, value: object, forget_after: bool = True) -> Iterator[None]:
+    """Give the global `name` this value for a while. Choices are made anew with it, and after it if `forget_after`."""
+    before = globals()[name]
+    globals()[name] = value
+    _forget_all()
+    try:
+        yield
+    finally:
+        globals()[name] = before
+        if forget_after:
+            _forget_all()
+
+
+def autotune() -> AbstractContextManager[None]:
     """Measure what was not measured before: each kernel's first launch for a problem tries every candidate.
 
     Outcomes are kept on disk and are found again by later processes. Inside a CUDA graph's capture nothing is measured.
     """
-    global _requested
-    before, _requested = _requested, True
-    _forget_all()
-    try:
-        yield
-    finally:
-        _requested = before
+    return _setting("_requested", True, forget_after=False)  # what was measured stays chosen
 
 
-@contextmanager
-def forced(options: Mapping[str, Options]) -> Iterator[None]:
+def forced(options: Mapping[str, Options]) -> AbstractContextManager[None]:
     """Launch with these configurations, by the names of the launches, whatever was measured."""
-    global _forced
-    before, _forced = _forced, options
-    _forget_all()
-    try:
-        yield
-    finally:
-        _forced = before
-        _forget_all()
+    return _setting("_forced", options)
 
 
-@contextmanager
-def candidate(index: int) -> Iterator[None]:
+def candidate(index: int) -> AbstractContextManager[None]:
     """Launch each kernel with the candidate of this index, or its last one: for tests of all configurations."""
-    global _candidate
-    before, _candidate = _candidate, index
-    _forget_all()
-    try:
-        yield
-    finally:
-        _candidate = before
-        _forget_all()
+    return _setting("_candidate", index)
 
 
-@contextmanager
-def assumed(name: str) -> Iterator[None]:
+def assumed(name: str) -> AbstractContextManager[None]:
     """Decide as on a GPU of the architecture `name`, such as "sm_90"."""
-    global _assumed_architecture
-    before, _assumed_architecture = _assumed_architecture, name
-    _forget_all()
-    try:
-        yield
-    finally:
-        _assumed_architecture = before
-        _forget_all()
+    return _setting("_assumed_architecture", name)
 
 
 def _forget_all() -> None:
