@@ -10,10 +10,6 @@ from kernels import checks, reference, runtime, tile
 from kernels.ffn_launch import launch_down_backward, launch_up
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _compute(
     x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str, save_z: bool,
     implementation: str,
@@ -21,7 +17,7 @@ def _compute(
     rows = x.reshape(-1, x.shape[-1])  # [M, C]
     if rows.shape[0] == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(0, w_up.shape[0])
-    h, z = launch_up(rows, w_up, _contiguous(b_up), activation, save_z, implementation)
+    h, z = launch_up(rows, w_up, runtime.contiguous(b_up), activation, save_z, implementation)
     return torch.nn.functional.linear(h, w_down, b_down).view(x.shape), z
 
 

@@ -111,7 +111,7 @@ def _has_own_epilogue(activation: str) -> bool:
 
 def _rows_like(n_rows: int) -> int:
     """The numbers of rows that share a choice: up to a power of two."""
-    return min(1 << (n_rows - 1).bit_length(), 65_536)
+    return min(runtime.next_power_of_2(n_rows), 65_536)
 
 
 def _launch_options(options: Options) -> Options:
@@ -229,7 +229,7 @@ def _down_backward_unfused(
         with runtime.on_device(dy):
             _activation_backward_kernel[(runtime.cdiv(n_hidden, blocks["BN"]), programs)](
                 dz, z, dz, h, sums, n_rows, n_hidden,
-                runtime.cdiv(runtime.cdiv(n_rows, programs), blocks["BM"]) * blocks["BM"],
+                runtime.rows_per_program(n_rows, programs, blocks["BM"]),
                 ACTIVATION=activation, STORE_H=store_h, BIAS_GRADIENT=bias_gradient, **blocks,
             )  # fmt: skip
         return sums.sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import runtime
@@ -28,7 +27,7 @@ def _threads(architecture: str) -> int:
 
 def _blocks(architecture: str, width: int, elements: int, per_thread: int = 16) -> dict[str, int]:
     """Block shape and warps of a program that holds about `elements` numbers per tensor, whole rows always."""
-    columns = triton.next_power_of_2(width)
+    columns = runtime.next_power_of_2(width)
     rows = max(1, min(32, elements // columns))
     warps = rows * columns // (per_thread * _threads(architecture))
     return {"BM": rows, "BN": columns, "num_warps": min(16, max(4, warps))}
@@ -83,17 +82,13 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     seed: Tensor | None, dropout_p: float, h: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean and 1 / standard deviation of each row of x, or of residual + dropout(x), which is written to h."""
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    weight, bias = runtime.contiguous(weight), runtime.contiguous(bias)
     n_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype if h is None else h.dtype, device=x.device)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -121,7 +116,7 @@ def launch_backward(
     dresidual: Tensor, dx: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Write the gradients of the rows; return those wanted of weight and bias, in this order: [0 to 2, C], float32."""
-    dy, dh, h, weight = _rows(dy), None if dh is None else _rows(dh), _rows(h), _contiguous(weight)
+    dy, dh, h, weight = _rows(dy), None if dh is None else _rows(dh), _rows(h), runtime.contiguous(weight)
     n_rows, width = h.shape
     wanted = {"WEIGHT_GRADIENT": weight_gradient, "BIAS_GRADIENT": bias_gradient}
     if n_rows == 0:
@@ -161,7 +156,7 @@ def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, want
         with runtime.on_device(h):
             _layer_norm_parameters_kernel[(runtime.cdiv(width, blocks["BN"]), programs)](
                 dy, h, mean, rstd, sums, n_rows, width,
-                runtime.cdiv(runtime.cdiv(n_rows, programs), blocks["BM"]) * blocks["BM"],
+                runtime.rows_per_program(n_rows, programs, blocks["BM"]),
                 dy.stride(0), h.stride(0), **wanted, **blocks,
             )  # fmt: skip
         return sums.sum(1)

@@ -112,6 +112,20 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n. Triton's own takes as long as its cdiv."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_per_program(n_rows: int, programs: int, block: int) -> int:
+    """How many of the rows each of `programs` walks over, in whole blocks."""
+    return cdiv(cdiv(n_rows, programs), block) * block
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """What `tl.dot` is asked for: float32 follows PyTorch's setting for cuBLAS, by its older API or its newer one."""
     # the getter of the older API raises once the newer one was used; this one knows both

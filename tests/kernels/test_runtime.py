@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,6 +72,11 @@ def test_interpreting_needs_neither(gpu, monkeypatch):
     gpu.unlink()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert runtime.why_not(torch.device("cuda")) is None
+
+
+def test_powers_of_two_are_those_of_triton():
+    sizes = [*range(1, 300), 65_535, 65_536, 65_537, 2**31]
+    assert [runtime.next_power_of_2(n) for n in sizes] == [triton.next_power_of_2(n) for n in sizes]
 
 
 def test_plain_inference_goes_past_the_dispatcher():
