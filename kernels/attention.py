@@ -12,11 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 from kernels.attention_launch import launch_backward, launch_forward
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Return x with adjacent elements in its last dimension; a copy only where that is not so already."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+from kernels.heads import require_heads, scale_or_default, unit_stride
 
 
 def _empty_like_heads(x: Tensor) -> Tensor:
@@ -29,7 +25,7 @@ def _compute(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     o = _empty_like_heads(q)
-    return o, launch_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), o, scale, dropout_p, seed)
+    return o, launch_forward(unit_stride(q), unit_stride(k), unit_stride(v), o, scale, dropout_p, seed)
 
 
 _forward = torch.library.custom_op("gptfast::causal_attention", _compute, mutates_args=())
@@ -46,7 +42,7 @@ def _backward(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = (_empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v))
-    inputs = (_unit_stride(do), _unit_stride(q), _unit_stride(k), _unit_stride(v))
+    inputs = (unit_stride(do), unit_stride(q), unit_stride(k), unit_stride(v))
     launch_backward(*inputs, o, lse, *gradients, scale, dropout_p, seed)
     return gradients
 
@@ -91,7 +87,7 @@ def _heads_of(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed_compute(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, k, v = _heads_of(_unit_stride(qkv))
+    q, k, v = _heads_of(unit_stride(qkv))
     o = _empty_like_heads(q)
     lse = launch_forward(q, k, v, o, scale, dropout_p, seed)
     return o.transpose(1, 2), lse  # [B, T, H, D]
@@ -114,7 +110,7 @@ def _packed_backward(
     """One gradient tensor, [B, T, 3, H, D]: nothing is split, nothing joined."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     launch_backward(
-        _unit_stride(do).transpose(1, 2), *_heads_of(_unit_stride(qkv)), o.transpose(1, 2), lse, *_heads_of(dqkv),
+        unit_stride(do).transpose(1, 2), *_heads_of(unit_stride(qkv)), o.transpose(1, 2), lse, *_heads_of(dqkv),
         scale, dropout_p, seed,
     )  # fmt: skip
     return dqkv
@@ -152,12 +148,6 @@ def _packed_backward_flops(do_shape, qkv_shape, *args, **kwargs) -> int:
     return 10 * qkv_shape.numel() // 3 * qkv_shape[1]
 
 
-def _require(operator: str, x: Tensor) -> None:
-    runtime.require_dtype(operator, x)
-    if x.shape[-1] > runtime.MAX_HEAD_SIZE:
-        raise ValueError(f"{operator}: the head size D must be at most {runtime.MAX_HEAD_SIZE}, got {x.shape[-1]}")
-
-
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -193,13 +183,13 @@ def causal_attention(
     checks.causal_attention(q, k, v, scale, dropout_p, seed)
     if not tile.launchable(q.device):
         return reference.causal_attention(q, k, v, scale, dropout_p, seed)
-    _require("causal_attention", q)
+    require_heads("causal_attention", q)
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seed = runtime.dropout_seed(dropout_p, seed, q.device)
     forward = _compute if runtime.unobserved(q, k, v) else _forward
-    o, _ = forward(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p), seed)
+    o, _ = forward(q, k, v, scale_or_default(scale, q.shape[3]), float(dropout_p), seed)
     return o
 
 
@@ -231,11 +221,11 @@ def causal_attention_qkvpacked(
     checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
     if not tile.launchable(qkv.device):
         return reference.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
-    _require("causal_attention_qkvpacked", qkv)
+    require_heads("causal_attention_qkvpacked", qkv)
     dtype = runtime.autocast_dtype(qkv.device)
     if dtype is not None:
         qkv = qkv.to(dtype)
     seed = runtime.dropout_seed(dropout_p, seed, qkv.device)
     forward = _packed_compute if runtime.unobserved(qkv) else _packed_forward
-    o, _ = forward(qkv, qkv.shape[4] ** -0.5 if scale is None else float(scale), float(dropout_p), seed)
+    o, _ = forward(qkv, scale_or_default(scale, qkv.shape[4]), float(dropout_p), seed)
     return o

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import runtime
@@ -17,9 +16,8 @@ from kernels.attention_kernels import (
     _attention_forward_kernel,
 )
 from kernels.descriptors import describable, describe, on_chip
+from kernels.heads import LOG2_E, padded
 from kernels.tuning import Options, Tunable
-
-_LOG2_E = 1.4426950408889634
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages
 
@@ -112,17 +110,13 @@ _FORWARD, _DK_DV, _DQ = (Tunable(f"attention_{name}", partial(_choices, name)) f
 
 def _problem(q: Tensor, k: Tensor, seed: Tensor | None, described: bool) -> tuple[Any, ...]:
     """What the choice depends on: padded head size, keys up to a power of two, dtype, dropout, descriptors."""
-    return _padded(q.shape[3]), triton.next_power_of_2(k.shape[2]), q.dtype, seed is not None, described
-
-
-def _padded(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))
+    return padded(q.shape[3]), runtime.next_power_of_2(k.shape[2]), q.dtype, seed is not None, described
 
 
 def _constants(q: Tensor, seed: Tensor | None, options: Options) -> Options:
     return {
         "D": q.shape[3],
-        "BD": _padded(q.shape[3]),
+        "BD": padded(q.shape[3]),
         "DROPOUT": seed is not None,
         "PRECISION": runtime.dot_precision(q.dtype),
         **options,
@@ -133,7 +127,7 @@ def _operands(options: Options, head_size: int, *tensors: tuple[Tensor, str]) ->
     """The tensors [B, H, rows, D] as a kernel takes them: each with the name of the size of its tiles, BM or BN."""
     if not options["DESCRIPTORS"]:
         return [tensor for tensor, _ in tensors]
-    return [describe(tensor, 1, 1, options[rows], _padded(head_size)) for tensor, rows in tensors]
+    return [describe(tensor, 1, 1, options[rows], padded(head_size)) for tensor, rows in tensors]
 
 
 def launch_forward(
@@ -151,7 +145,7 @@ def launch_forward(
         with runtime.on_device(q):
             _attention_forward_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 *operands, lse, seed, *strides,
-                heads, batch * heads, n_queries, k.shape[2], scale * _LOG2_E, dropout_p, **_constants(q, seed, options),
+                heads, batch * heads, n_queries, k.shape[2], scale * LOG2_E, dropout_p, **_constants(q, seed, options),
             )  # fmt: skip
 
     _FORWARD.launch(launch, q.device, *_problem(q, k, seed, describable(q, k, v, o)))
@@ -171,12 +165,12 @@ def launch_backward(
         return
     delta = torch.empty_like(lse)
     inputs = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * _LOG2_E, dropout_p)
-    rows = max(16, 2048 // _padded(head_size))
+    sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * LOG2_E, dropout_p)
+    rows = max(16, 2048 // padded(head_size))
     with runtime.on_device(q):
         _attention_delta_kernel[(runtime.cdiv(n_queries, rows) * batch * heads,)](
             o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
-            BM=rows, D=head_size, BD=_padded(head_size),
+            BM=rows, D=head_size, BD=padded(head_size),
         )  # fmt: skip
 
     def launch_dk_dv(options: Options) -> None:

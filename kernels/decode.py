@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
+from kernels.heads import LOG2_E, padded, require_heads, scale_or_default, unit_stride
 from kernels.tuning import Options, Tunable
-
-_LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -107,18 +106,18 @@ def _parts(batch_heads: int, n_keys: int, device: torch.device, options: Options
     """How many parts the keys are split into: a power of two, from the shapes alone."""
     programs = runtime.program_count(device, options["per_processor"])
     parts = min(runtime.cdiv(programs, batch_heads), runtime.cdiv(n_keys, options["shortest"]), _MOST_PARTS)
-    return triton.next_power_of_2(max(parts, 1))
+    return runtime.next_power_of_2(max(parts, 1))
 
 
 def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    q, k_cache, v_cache = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
     batch, heads, _, head_size = q.shape
     n_keys = k_cache.shape[2]
     o = torch.empty(batch, heads, 1, head_size, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
     lengths = lengths.contiguous()
-    padded = max(16, triton.next_power_of_2(head_size))
+    width = padded(head_size)
 
     def launch(options: Options) -> None:
         parts = _parts(batch * heads, n_keys, q.device, options)
@@ -128,15 +127,15 @@ def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale
         with runtime.on_device(q):
             _decode_part_kernel[(batch * heads, parts)](
                 q, k_cache, v_cache, lengths, o, part_o, part_lse, *q.stride()[:2],
-                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_keys, scale * _LOG2_E,
-                PARTS=parts, D=head_size, BD=padded, BN=options["BN"], num_warps=options["num_warps"],
+                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_keys, scale * LOG2_E,
+                PARTS=parts, D=head_size, BD=width, BN=options["BN"], num_warps=options["num_warps"],
             )  # fmt: skip
             if parts > 1:
                 _decode_merge_kernel[(batch * heads,)](
-                    part_o, part_lse, o, PARTS=parts, D=head_size, BD=padded, num_warps=8
+                    part_o, part_lse, o, PARTS=parts, D=head_size, BD=width, num_warps=8
                 )
 
-    _PART.launch(launch, q.device, padded, triton.next_power_of_2(n_keys), batch * heads, q.dtype)
+    _PART.launch(launch, q.device, width, runtime.next_power_of_2(n_keys), batch * heads, q.dtype)
     return o
 
 
@@ -181,11 +180,9 @@ def decode_attention(
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
     if not tile.launchable(q.device):
         return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
-    runtime.require_dtype("decode_attention", q)
-    if q.shape[3] > runtime.MAX_HEAD_SIZE:
-        raise ValueError(f"decode_attention: the head size D must be at most {runtime.MAX_HEAD_SIZE}, got {q.shape[3]}")
+    require_heads("decode_attention", q)
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
     forward = _compute if runtime.unobserved(q, k_cache, v_cache) else _forward
-    return forward(q, k_cache, v_cache, lengths, q.shape[3] ** -0.5 if scale is None else float(scale))
+    return forward(q, k_cache, v_cache, lengths, scale_or_default(scale, q.shape[3]))
