@@ -71,13 +71,10 @@ def _up_tile(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     row, col = tile.grouped_tile(index, n_rows, n_hidden, BM, BN, GROUP)
-    if DESCRIPTORS:
-        acc = tile.matmul_by_descriptors(x, w, row, col, width, True, BM, BN, BK, PRECISION)  # [BM, BN]
-    else:
-        acc = tile.matmul(
-            x, w, row, col, n_rows, n_hidden, width,
-            stride_x_row, stride_x_col, stride_w_col, stride_w_row, BM, BN, BK, PRECISION,
-        )  # [BM, BN]  # fmt: skip
+    acc = tile.matmul(
+        x, w, row, col, n_rows, n_hidden, width, stride_x_row, stride_x_col, stride_w_col, stride_w_row,
+        DESCRIPTORS, True, BM, BN, BK, PRECISION,
+    )  # [BM, BN]  # fmt: skip
     if PARTS == 2:
         left, right = tile.halves(acc, BM, BN)  # [BM, BN / 2] each
         _store_up(
@@ -104,7 +101,8 @@ def _ffn_up_kernel(
 ):  # fmt: skip
     """Write z = x @ w.T + b [n_rows, n_hidden] and h = activation(z), the epilogue in PARTS of a tile.
 
-    With descriptors a program walks over tiles, the next one's operands on their way while one is written.
+    With descriptors a program walks over tiles, the next one's operands on their way while one is written. With
+    pointers it has a single tile: a loop around their arithmetic costs dozens of registers.
     """
     tiles = tl.cdiv(n_rows, BM) * tl.cdiv(n_hidden, BN)
     if DESCRIPTORS:
@@ -152,13 +150,10 @@ def _down_backward_tile(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     row, col = tile.grouped_tile(index, n_rows, n_hidden, BM, BN, GROUP)
-    if DESCRIPTORS:
-        dh = tile.matmul_by_descriptors(dy, w, row, col, width, False, BM, BN, BK, PRECISION)  # [BM, BN]
-    else:
-        dh = tile.matmul(
-            dy, w, row, col, n_rows, n_hidden, width,
-            stride_dy_row, stride_dy_col, stride_w_row, stride_w_col, BM, BN, BK, PRECISION,
-        )  # [BM, BN]  # fmt: skip
+    dh = tile.matmul(
+        dy, w, row, col, n_rows, n_hidden, width, stride_dy_row, stride_dy_col, stride_w_row, stride_w_col,
+        DESCRIPTORS, False, BM, BN, BK, PRECISION,
+    )  # [BM, BN]  # fmt: skip
     if PARTS == 2:
         left, right = tile.halves(dh, BM, BN)  # [BM, BN / 2] each
         _store_down_backward(

@@ -25,12 +25,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def matmul(
+def _matmul_by_strides(
     a_ptr, b_ptr, row, col, n_rows, n_cols, n_inner,
     stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The float32 tile (a @ b)[row : row + BM, col : col + BN] of a [n_rows, n_inner], b [n_inner, n_cols], by strides.
+    """`matmul` of operands that pointers and strides tell.
 
     Rows and columns past the end wrap around, so that no load needs a mask for them: their results are not stored.
     """
@@ -51,14 +51,11 @@ def matmul(
 
 
 @triton.jit
-def matmul_by_descriptors(
+def _matmul_by_descriptors(
     a, b, row, col, n_inner, B_BY_COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`matmul` of operands that tensor descriptors tell: the memory system copies whole tiles, zeros past the end.
-
-    b is [n_inner, n_cols], or [n_cols, n_inner] if B_BY_COLUMNS.
-    """
+    """`matmul` of operands that tensor descriptors tell: the memory system copies whole tiles, zeros past the end."""
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, n_inner, BK):
         tile_a = a.load([row, start])  # [BM, BK]
@@ -67,6 +64,27 @@ def matmul_by_descriptors(
         else:
             tile_b = b.load([start, col])  # [BK, BN]
         acc = dot(tile_a, tile_b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def matmul(
+    a, b, row, col, n_rows, n_cols, n_inner,
+    stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
+    DESCRIPTORS: tl.constexpr, B_BY_COLUMNS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The float32 tile (a @ b)[row : row + BM, col : col + BN] of a [n_rows, n_inner] and b [n_inner, n_cols].
+
+    a and b are pointers, or DESCRIPTORS: that of b tells [n_cols, n_inner] if B_BY_COLUMNS, and strides are not used.
+    """
+    if DESCRIPTORS:
+        acc = _matmul_by_descriptors(a, b, row, col, n_inner, B_BY_COLUMNS, BM, BN, BK, PRECISION)
+    else:
+        acc = _matmul_by_strides(
+            a, b, row, col, n_rows, n_cols, n_inner,
+            stride_a_row, stride_a_inner, stride_b_inner, stride_b_col, BM, BN, BK, PRECISION,
+        )  # fmt: skip
     return acc
 
 
