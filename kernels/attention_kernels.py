@@ -196,7 +196,7 @@ def _attention_dk_dv_kernel(
     q, k, v, do, lse_ptr, delta_ptr, dk, dv, seed_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_do_batch, stride_do_head, stride_do_row,
-    stride_dk_batch, stride_dk_head, stride_dk_row, stride_dv_batch, stride_dv_head, stride_dv_row,
+    stride_dk_batch, stride_dk_head, stride_dk_row,
     n_heads, n_batch_heads, n_queries, n_keys, scale, scale_log2, dropout_p,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
@@ -210,7 +210,7 @@ def _attention_dk_dv_kernel(
     v = _of_head(v, batch, head, stride_v_batch, stride_v_head, DESCRIPTORS)
     do = _of_head(do, batch, head, stride_do_batch, stride_do_head, DESCRIPTORS)
     dk = _of_head(dk, batch, head, stride_dk_batch, stride_dk_head, DESCRIPTORS)
-    dv = _of_head(dv, batch, head, stride_dv_batch, stride_dv_head, DESCRIPTORS)
+    dv = _of_head(dv, batch, head, stride_dk_batch, stride_dk_head, DESCRIPTORS)  # laid out as dk
     lse_ptr += batch_head.to(tl.int64) * n_queries
     delta_ptr += batch_head.to(tl.int64) * n_queries
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -235,7 +235,7 @@ def _attention_dk_dv_kernel(
         MASKED=False, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BM=BM, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     _store_rows(dk, batch, head, first_key, stride_dk_row, n_keys, b_dk * scale, DESCRIPTORS, BN, D, BD)
-    _store_rows(dv, batch, head, first_key, stride_dv_row, n_keys, b_dv, DESCRIPTORS, BN, D, BD)
+    _store_rows(dv, batch, head, first_key, stride_dk_row, n_keys, b_dv, DESCRIPTORS, BN, D, BD)
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write dq [B, H, T, D], dk and dv [B, H, S, D]."""
+    """Write dq [B, H, T, D], dk and dv [B, H, S, D], these two of the same strides."""
     batch, heads, n_queries, head_size = q.shape
     n_keys = k.shape[2]
     if o.numel() == 0:
@@ -179,7 +179,7 @@ def launch_backward(
         )
         with runtime.on_device(q):
             _attention_dk_dv_kernel[(runtime.cdiv(n_keys, options["BN"]) * batch * heads,)](
-                *sources, lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *dv.stride()[:3], *sizes,
+                *sources, lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *sizes,
                 **_constants(q, seed, options),
             )  # fmt: skip
 
