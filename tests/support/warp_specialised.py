@@ -93,28 +93,6 @@ def consumer(
 
 
 @gluon.jit
-def first(
-    q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query, n_blocks,
-    scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    consumer(
-        0, q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query,
-        n_blocks, scale_log2, D, BN, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def second(
-    q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query, n_blocks,
-    scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    consumer(
-        1, q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query,
-        n_blocks, scale_log2, D, BN, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
 def forward(
     q_desc, k_desc, v_desc, o_ptr, lse_ptr, length, scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr
 ):
@@ -141,13 +119,13 @@ def forward(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (first, (
-                q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query,
-                n_blocks, scale_log2, D, BN, STAGES,
+            (consumer, (
+                0, q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row,
+                first_query, n_blocks, scale_log2, D, BN, STAGES,
             )),
-            (second, (
-                q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row, first_query,
-                n_blocks, scale_log2, D, BN, STAGES,
+            (consumer, (
+                1, q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, o_ptr, lse_ptr, first_row,
+                first_query, n_blocks, scale_log2, D, BN, STAGES,
             )),
             (producer, (
                 q_desc, k_desc, v_desc, q_buf, k_buf, v_buf, q_full, k_full, k_empty, v_full, v_empty, first_row,
