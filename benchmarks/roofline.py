@@ -16,9 +16,10 @@ import tyro
 
 from benchmarks.measuring import shapes
 from benchmarks.measuring.comparison import MODES
-from gptfast import GPTConfig, costs, peaks
+from gptfast import GPTConfig, peaks
 from gptfast.costs import Cost
 from gptfast.peaks import GPU
+from gptfast.traffic import Step
 
 
 @dataclass
@@ -48,8 +49,7 @@ def step_seconds(config: GPTConfig, batch: int, length: int, gpu: GPU) -> dict[s
     peak = matrix_peak(gpu, torch.bfloat16) or matrix_peak(gpu, torch.float16)
     if peak is None:
         return None
-    step = costs.training_step(config, batch, length, itemsize=2)
-    return {kind: cost.seconds(peak, gpu.bandwidth) for kind, cost in step.items()}
+    return Step(config, batch, length).seconds(peak, gpu.bandwidth)
 
 
 def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:

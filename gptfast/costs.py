@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every operator and of a training step, in closed form: what a roofline needs.
+"""FLOPs and bytes of every operator, in closed form: what a roofline needs.
 
 Bytes are the least that the method must move through device memory: each tensor that one of its passes reads counts
 once for that pass, each that it writes once. FLOPs are those of the matrix products; where an operator has none, of
@@ -58,14 +58,21 @@ def layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passe
     return Passes(inference, inference + Cost(0, statistics), backward)
 
 
-def add_layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passes:
+def add_layer_norm(
+    rows: int, width: int, itemsize: int, bias: bool = True, residual_itemsize: int | None = None
+) -> Passes:
     """Residual addition and layer norm in one pass: reads x and the residual, writes their sum and its norm.
 
-    The backward reads the gradients of both results and the sum, and writes one gradient: x and the residual share it.
+    The backward reads the gradients of both results and the sum, and writes one gradient, which x and the residual
+    share; two where the residual stream has another size than x and the norm.
     """
-    norm, elements = layer_norm(rows, width, itemsize, bias), rows * width * itemsize
-    added = Cost(rows * width, 2 * elements)
-    return Passes(norm.inference + added, norm.forward + added, norm.backward + Cost(rows * width, elements))
+    norm, elements = layer_norm(rows, width, itemsize, bias), rows * width
+    stream = residual_itemsize or itemsize
+    added = Cost(elements, 2 * elements * stream)
+    # reads dy, dh and h, writes the stream's gradient, and x's
+    moved = elements * (itemsize + 3 * stream + (itemsize if stream != itemsize else 0))
+    backward = Cost(norm.backward.flops + elements, norm.backward.bytes - 3 * elements * itemsize + moved)
+    return Passes(norm.inference + added, norm.forward + added, backward)
 
 
 def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = True) -> Passes:
@@ -104,18 +111,24 @@ def causal_attention(batch: int, heads: int, queries: int, keys: int, head_size:
     return Passes(inference, inference + Cost(0, lse), backward)
 
 
-def cross_entropy(rows: int, vocabulary: int, itemsize: int) -> Passes:
-    """Cross-entropy of [rows, vocabulary] logits, whose gradient is written in their dtype."""
-    logits = rows * vocabulary
-    # maximum 1, subtract 1, exponential 1, sum 1
-    forward = Cost(4 * logits, logits * itemsize + rows * _TOKEN)
-    return Passes(forward, forward, Cost(4 * logits, 2 * logits * itemsize + rows * _TOKEN))
+def linear_cross_entropy(
+    rows: int, width: int, vocabulary: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 1
+) -> Passes:
+    """Cross-entropy of the logits of x [rows, width] and a weight [vocabulary, width], in `chunks` of rows.
 
-
-def embedding(rows: int, vocabulary: int, width: int, itemsize: int) -> Passes:
-    """A look-up of `rows` tokens; the gradient is a dense [vocabulary, width]."""
-    forward = Cost(0, rows * (_TOKEN + 2 * width * itemsize))
-    return Passes(forward, forward, Cost(rows * width, (rows + vocabulary) * width * itemsize))
+    The training forward computes both gradients: the logits are written by their product, read by the kernel, which
+    writes their gradient in place, and read by two products more; the weight's gradient is summed in float32 from chunk
+    to chunk. The kernel's second look at a row is not counted: it comes from the cache. The backward multiplies by the
+    upstream gradient.
+    """
+    x, weight, logits = rows * width, vocabulary * width, rows * vocabulary
+    product = 2 * rows * vocabulary * width
+    targets = rows * (_TOKEN + _STATISTIC)  # and losses
+    inference = Cost(product, (x + chunks * weight + 2 * logits) * itemsize + targets)
+    sums = (2 * chunks - 1) * weight * 4
+    forward = Cost(3 * product, (3 * x + 2 * chunks * weight + 5 * logits) * itemsize + sums + targets)
+    backward = Cost(0, 2 * x * itemsize + weight * (4 + (weight_itemsize or itemsize)))
+    return Passes(inference, forward, backward)
 
 
 def adamw(parameters: int) -> Cost:
@@ -133,35 +146,6 @@ def parameters(config: GPTConfig) -> int:
     count = config.n_layer * block + config.vocab_size * width * (1 if config.tie_weights else 2)
     count += config.block_size * width if config.position == "learned" else 0
     return count + (norm if config.norm_position == "pre" else 0)
-
-
-def training_step(config: GPTConfig, batch: int, length: int, itemsize: int = 2) -> dict[str, Cost]:
-    """Forward, backward and AdamW for a batch of [batch, length] tokens, by kind of operation.
-
-    Activations and the weights that products read have `itemsize` bytes; where that is not 4, master weights in
-    float32 are cast once a step, as `torch.autocast` does. Each residual addition is part of the norm after it.
-    """
-    rows, width, layers = batch * length, config.n_embd, config.n_layer
-    heads, head_size = config.n_head, config.head_size
-    norms = add_layer_norm(rows, width, itemsize, config.bias).training * (2 * layers)
-    if config.norm_position == "pre":  # the first norm of all has nothing to add
-        norms += layer_norm(rows, width, itemsize, config.bias).training
-    count = parameters(config)
-    return {
-        "embedding": embedding(rows, config.vocab_size, width, itemsize).training,
-        "residual and layer norm": norms,
-        "attention projections": (
-            linear(rows, width, 3 * width, itemsize, config.has_qkv_bias).training
-            + linear(rows, width, width, itemsize, config.bias).training
-        )
-        * layers,
-        "attention": causal_attention(batch, heads, length, length, head_size, itemsize).training * layers,
-        "feed-forward": gelu_ffn(rows, width, 4 * width, itemsize, config.bias).training * layers,
-        "head": linear(rows, width, config.vocab_size, itemsize, bias=False).training,
-        "loss": cross_entropy(rows, config.vocab_size, itemsize).training,
-        "weight casts": Cost(0, (4 + itemsize) * count if itemsize != 4 else 0),
-        "optimizer": adamw(count),
-    }
 
 
 def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:

@@ -25,7 +25,8 @@ class LayerNorm(nn.Module):
     """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias.
 
     Given a residual stream as well, x is added to it first, through dropout: the call returns the norm of the sum and
-    the sum, in one pass over memory where the backend has one.
+    the sum, in one pass over memory where the backend has one. What it returns for a matrix product is in the product's
+    dtype, so that nobody casts it; what stays the residual stream is in that of the stream.
     """
 
     backend: Backend
@@ -35,6 +36,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.dropout = config.dropout
+        self.before_product = config.norm_position == "pre"
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -43,10 +45,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        dtype = (runtime.autocast_dtype(x.device) or self.weight.dtype) if self.before_product else None
         if residual is None:
-            return self.backend.layer_norm(x, self.weight, self.bias)
+            return self.backend.layer_norm(x, self.weight, self.bias, dtype=dtype)
         dropout = self.dropout if self.training else 0.0
-        return self.backend.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout)
+        return self.backend.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout, dtype=dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -148,6 +151,7 @@ class Transformer(nn.Module):
         self.sinusoidal = config.position == "sinusoidal"
         self.dropout = config.dropout
         self.checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
@@ -159,6 +163,8 @@ class Transformer(nn.Module):
             # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(x.shape[-1]) + sinusoids(end, x.shape[-1], x)[first:]
         x = self.drop(x)
+        if self.residual_dtype is not None:
+            x = x.to(self.residual_dtype)
         pending = None
         for block in self.h:
             if self.checkpointing and cache is None and torch.is_grad_enabled():
@@ -382,6 +388,19 @@ class GPT(nn.Module):
         arXiv:1604.06174): less memory for a third more of the blocks' arithmetic. The gradients are the same.
         """
         self.transformer.checkpointing = enabled
+
+    def set_residual_dtype(self, dtype: torch.dtype | None) -> None:
+        """Keep the residual stream in `dtype`, from the embedding to the last norm; None for that of the embedding.
+
+        Under bfloat16 autocast a float32 model's stream is float32. In bfloat16 it is half the memory and traffic, as
+        in llm.c, at the price of rounding every addition.
+
+        Raises:
+            ValueError: norms stand after the additions: their results are the stream, and round it themselves.
+        """
+        if dtype is not None and self.config.norm_position == "post":
+            raise ValueError('a residual stream of its own dtype needs norm_position="pre", the model has "post"')
+        self.transformer.residual_dtype = dtype
 
     @classmethod
     def from_pretrained(

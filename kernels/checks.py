@@ -14,17 +14,17 @@ FFN_IMPLEMENTATIONS = ("auto", "fused", "unfused")
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> None:
     _tensors("layer_norm", ("weight", "bias"), x=x, weight=weight, bias=bias)
-    _norm_parameters("layer_norm", x, weight, bias, eps)
+    _norm_parameters("layer_norm", x, weight, bias, eps, dtype)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
-    seed: int | Tensor | None,
+    seed: int | Tensor | None, dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     _tensors("add_layer_norm", ("weight", "bias"), x=x, residual=residual, weight=weight, bias=bias)
-    _norm_parameters("add_layer_norm", x, weight, bias, eps)
+    _norm_parameters("add_layer_norm", x, weight, bias, eps, dtype)
     if residual.shape != x.shape:
         raise ValueError(
             f"add_layer_norm: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
@@ -32,7 +32,9 @@ def add_layer_norm(
     _dropout("add_layer_norm", dropout_p, seed, "x", x.device)
 
 
-def _norm_parameters(operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+def _norm_parameters(
+    operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None
+) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
     width = x.shape[-1]
@@ -44,6 +46,8 @@ def _norm_parameters(operator: str, x: Tensor, weight: Tensor | None, bias: Tens
             )
     if not eps >= 0:
         raise ValueError(f"{operator}: eps must be at least 0, got {eps}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{operator}: dtype must be a floating one or None, got {dtype}")
 
 
 def gelu_ffn(

@@ -72,12 +72,12 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
     for width in (768, 4096, 8192, 65_536):
         case, x, w = f"layer_norm C={width}", tensor(64, width), tensor(width)
         statistics = tensor(64, dtype=torch.float32)
-        launches += record(case, norm._forward, x, w, w, 1e-5)
+        launches += record(case, norm._forward, x, w, w, 1e-5, dtype)
         launches += record(case, norm._backward, x, x, w, statistics, statistics, True, True)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):
             case = f"add_layer_norm C={width}" + ("" if seed is None else " dropout")
             both = (statistics, statistics, seed, 0.1, dtype, dtype, True, True)
-            launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1)
+            launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1, dtype)
             launches += record(case, norm._add_backward, x, x, x, w, *both)
     x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
     needed = [False, False, True, True, False]  # what is computed beside products of PyTorch's

@@ -18,16 +18,18 @@ def _parameter_gradients(x: Tensor, *wanted: bool) -> Tensor:
     return x.new_empty(sum(wanted), x.shape[-1], dtype=torch.float32)
 
 
-def _compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x, None, weight, bias, eps, None, 0.0, None)
+def _compute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_forward(x, None, weight, bias, eps, None, 0.0, None, dtype)
 
 
 _forward = torch.library.custom_op("gptfast::layer_norm", _compute, mutates_args=())
 
 
 @_forward.register_fake
-def _(x, weight, bias, eps):
-    return x.new_empty(x.shape), *_statistics(x)
+def _(x, weight, bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype), *_statistics(x)
 
 
 @torch.library.custom_op("gptfast::layer_norm_backward", mutates_args=())
@@ -47,7 +49,7 @@ def _(dy, x, weight, mean, rstd, weight_gradient, bias_gradient):
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.parameter_dtypes = _dtypes(weight, bias)
@@ -56,11 +58,11 @@ def _save_for_backward(ctx, inputs, output):
 
 def _gradients(ctx, dy, _dmean, _drstd):
     if dy is None:
-        return None, None, None, None
+        return None, None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     wanted = ctx.needs_input_grad[1:3]
     dx, dparameters = _backward(dy, x, weight, mean, rstd, *wanted)
-    return dx, *_split(dparameters, ctx.parameter_dtypes, wanted), None
+    return dx, *_split(dparameters, ctx.parameter_dtypes, wanted), None, None
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
@@ -80,10 +82,10 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 def _add_compute(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float,
-    dropout_p: float,
+    dropout_p: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    y, mean, rstd = launch_forward(x, residual, weight, bias, eps, seed, dropout_p, h)
+    y, mean, rstd = launch_forward(x, residual, weight, bias, eps, seed, dropout_p, h, dtype)
     return y, h, mean, rstd
 
 
@@ -91,9 +93,9 @@ _add_forward = torch.library.custom_op("gptfast::add_layer_norm", _add_compute, 
 
 
 @_add_forward.register_fake
-def _(x, residual, weight, bias, seed, eps, dropout_p):
+def _(x, residual, weight, bias, seed, eps, dropout_p, dtype):
     h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return torch.empty_like(h), h, *_statistics(x)
+    return torch.empty_like(h, dtype=dtype), h, *_statistics(x)
 
 
 @torch.library.custom_op("gptfast::add_layer_norm_backward", mutates_args=())
@@ -126,7 +128,7 @@ def _one_gradient(seed: Tensor | None, x_dtype: torch.dtype, residual_dtype: tor
 
 
 def _add_save_for_backward(ctx, inputs, output):
-    x, residual, weight, bias, seed, _, ctx.dropout_p = inputs
+    x, residual, weight, bias, seed, _, ctx.dropout_p, _ = inputs
     _, h, mean, rstd = output
     ctx.save_for_backward(h, weight, mean, rstd, seed)
     ctx.dtypes = _dtypes(x, residual)
@@ -141,41 +143,48 @@ def _add_gradients(ctx, dy, dh, _dmean, _drstd):
     wanted = ctx.needs_input_grad[2:4]
     dresidual, dx, dparameters = _add_backward(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p, *ctx.dtypes, *wanted)
     dx = dresidual if _one_gradient(seed, *ctx.dtypes) else dx
-    return dx, dresidual, *_split(dparameters, ctx.parameter_dtypes, wanted), None, None, None
+    return dx, dresidual, *_split(dparameters, ctx.parameter_dtypes, wanted), *(None,) * 4
 
 
 _add_forward.register_autograd(_add_gradients, setup_context=_add_save_for_backward)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     One read and one write of x; statistics and parameter gradients in float32; bitwise the same on every run. Where
-    Triton cannot run (CPU tensors), this is `kernels.reference.layer_norm`. Under CUDA's `torch.autocast` the result
-    is float32, as PyTorch's is.
+    Triton cannot run (CPU tensors), this is `kernels.reference.layer_norm`.
 
     Args:
         x: [..., C], float32, float16 or bfloat16, any strides.
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
         eps: added to the (biased) variance, inside the root.
+        dtype: of the result; None for that of x, or, as PyTorch's, for float32 under CUDA's `torch.autocast`. Where a
+            matrix product comes next, its dtype saves a pass that casts.
 
     Returns:
-        [..., C], contiguous, in the dtype of x.
+        [..., C], contiguous, in `dtype`.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
         RuntimeError: a second derivative.
     """
-    checks.layer_norm(x, weight, bias, eps)
+    checks.layer_norm(x, weight, bias, eps, dtype)
     if not tile.launchable(x.device):
-        return reference.layer_norm(x, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, eps, dtype)
     runtime.require_dtype("layer_norm", x)
-    if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
-        x = x.float()
+    if dtype is None and _widened(x):
+        dtype = torch.float32
     forward = _compute if runtime.unobserved(x, weight, bias) else _forward
-    y, _, _ = forward(x, weight, bias, float(eps))
+    y, _, _ = forward(x, weight, bias, float(eps), dtype or x.dtype)
     return y
+
+
+def _widened(x: Tensor) -> bool:
+    return x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None
 
 
 def add_layer_norm(
@@ -186,13 +195,14 @@ def add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a sublayer's output to the residual stream and normalise the sum, in one pass over memory.
 
     h = residual + dropout(x); y = layer_norm(h). The backward adds the gradient of h's other readers in its own pass.
     Method as `layer_norm`; the dropout's mask is a function of the seed and an element's position (Philox, Salmon et
     al. 2011), so that the backward computes it anew. Where Triton cannot run, this is
-    `kernels.reference.add_layer_norm`. Under CUDA's `torch.autocast` both results are float32.
+    `kernels.reference.add_layer_norm`.
 
     Args:
         x: [..., C], float32, float16 or bfloat16, any strides.
@@ -203,22 +213,24 @@ def add_layer_norm(
         dropout_p: the share of x set to zero, in [0, 1); the rest grows by 1 / (1 - dropout_p).
         seed: of the dropout, an int or a one-element int64 tensor on the device of x, which CUDA graphs and
             checkpointing replay; None draws one from PyTorch's generator.
+        dtype: of y; None for that of h, and then both are float32 under CUDA's `torch.autocast`.
 
     Returns:
-        y and h, both [..., C], contiguous, in the wider dtype of x and residual.
+        y and h, both [..., C], contiguous; y in `dtype`, h in the wider dtype of x and residual.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
         RuntimeError: a second derivative.
     """
-    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
     if not tile.launchable(x.device):
-        return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+        return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
     runtime.require_dtype("add_layer_norm", x)
     runtime.require_dtype("add_layer_norm", residual)
-    if x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None:
+    if dtype is None and _widened(x):
         residual = residual.float()
     seed = runtime.dropout_seed(dropout_p, seed, x.device)
     forward = _add_compute if runtime.unobserved(x, residual, weight, bias) else _add_forward
-    y, h, _, _ = forward(x, residual, weight, bias, seed, float(eps), float(dropout_p))
+    dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
+    y, h, _, _ = forward(x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype)
     return y, h

@@ -84,13 +84,13 @@ def _rows(x: Tensor) -> Tensor:
 
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    seed: Tensor | None, dropout_p: float, h: Tensor | None,
+    seed: Tensor | None, dropout_p: float, h: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, mean and 1 / standard deviation of each row of x, or of residual + dropout(x), which is written to h."""
+    """Normalise each row of x, or of residual + dropout(x), written to h: y in `dtype`, mean and 1 / deviation."""
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     weight, bias = runtime.contiguous(weight), runtime.contiguous(bias)
     n_rows, width = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype if h is None else h.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
 

@@ -26,6 +26,9 @@ class ModelShape(Protocol):
     def activation(self) -> str: ...
 
     @property
+    def norm_position(self) -> str: ...
+
+    @property
     def padded_vocab_size(self) -> int: ...
 
 
@@ -35,6 +38,7 @@ def warmup(
     device: torch.device | str = "cuda",
     batch_size: int = 1,
     autotune: bool = False,
+    residual_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile every kernel that a model's training and generation launch, and measure configurations if asked to.
 
@@ -49,6 +53,7 @@ def warmup(
             is measured is measured at this one.
         autotune: try the candidate configurations of each kernel and keep the fastest one, in memory and on disk; see
             `kernels.tuning`.
+        residual_dtype: of the residual stream, where it is not that of the parameters.
 
     Raises:
         ValueError: Triton cannot run there; the message names the reason.
@@ -64,7 +69,7 @@ def warmup(
         raise ValueError(f"warmup: {reason}")
     from kernels import tuning  # imports Triton
 
-    model = _Operators(config, dtype, device)
+    model = _Operators(config, dtype, device, residual_dtype)
     with tuning.autotune() if autotune else nullcontext():
         for dropout_p in {0.0, config.dropout}:
             model.train(batch_size, config.block_size, dropout_p)
@@ -78,9 +83,12 @@ def warmup(
 class _Operators:
     """The operators of one transformer block, with parameters of their own, called as a model calls them."""
 
-    def __init__(self, config: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelShape, dtype: torch.dtype, device: torch.device, residual_dtype: torch.dtype | None
+    ) -> None:
         width, hidden = config.n_embd, 4 * config.n_embd
         self.config, self.dtype, self.device = config, dtype, device
+        self.residual_dtype = residual_dtype or dtype
         self.head = self._leaf(config.padded_vocab_size, width)
         self.norm = (self._leaf(width), self._leaf(width) if config.bias else None)
         self.ffn = (
@@ -98,13 +106,15 @@ class _Operators:
         config = self.config
         width, head_size = config.n_embd, config.n_embd // config.n_head
         products = runtime.autocast_dtype(self.device) or self.dtype  # what linear layers return
-        stream = self._leaf(batch, length, width)
+        stream = self._leaf(batch, length, width, dtype=self.residual_dtype)
         sublayer = self._leaf(batch, length, width, dtype=products)
         qkv = self._leaf(batch, length, 3, config.n_head, head_size, dtype=products)
-        y = kernels.layer_norm(stream, *self.norm)
-        added, h = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p)
+        # norms before a product are in its dtype
+        dtype = products if config.norm_position == "pre" else None
+        y = kernels.layer_norm(stream, *self.norm, dtype=dtype)
+        added, h = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p, dtype=dtype)
         # the last norm of a model: nobody else reads its sum
-        last, _ = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p)
+        last, _ = kernels.add_layer_norm(sublayer, stream, *self.norm, dropout_p=dropout_p, dtype=dtype)
         hidden = kernels.gelu_ffn(added, *self.ffn, activation=config.activation)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         targets = torch.zeros(batch, length, dtype=torch.int64, device=self.device)

@@ -13,7 +13,9 @@ from torch import Tensor
 from kernels import checks, runtime
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     The variance is the biased one and eps stands inside the root. Parameters in another dtype than x are allowed, the
@@ -24,25 +26,27 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
         eps: added to the variance.
+        dtype: of the result; None for that of x, or for what `torch.autocast` makes of it.
 
     Returns:
-        [..., C] in the dtype of x.
+        [..., C] in `dtype`.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
-    checks.layer_norm(x, weight, bias, eps)
-    return _norm(x, weight, bias, eps)
+    checks.layer_norm(x, weight, bias, eps, dtype)
+    return _norm(x, weight, bias, eps, dtype)
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> Tensor:
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     one_dtype = all(parameter.dtype == x.dtype for parameter in parameters)
     # autocast has a rule of its own, except on a CPU, which takes no half-precision parameters beside float32
     if one_dtype or (x.device.type != "cpu" and runtime.autocast_dtype(x.device) is not None):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return y if dtype is None else y.to(dtype)
     weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
 def add_layer_norm(
@@ -53,6 +57,7 @@ def add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and layer norm: h = residual + dropout(x), y = layer_norm(h).
 
@@ -65,28 +70,30 @@ def add_layer_norm(
         dropout_p: the share of x set to zero, in [0, 1); the rest grows by 1 / (1 - dropout_p).
         seed: makes the dropout repeatable; None draws from PyTorch's generator. The same seed gives another mask here
             than in the Triton operator, whose random numbers are Philox's.
+        dtype: of y; None for that of h, or for what `torch.autocast` makes of it.
 
     Returns:
-        y and h, both [..., C] in the wider dtype of x and residual.
+        y and h, both [..., C]; y in `dtype`, h in the wider dtype of x and residual.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
-    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
     if dropout_p > 0.0 and seed is not None:
         generator = torch.Generator(x.device).manual_seed(int(seed))
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
-        return add_layer_norm_with_mask(x, residual, weight, bias, eps, dropout_p, kept)
+        return add_layer_norm_with_mask(x, residual, weight, bias, eps, dropout_p, kept, dtype)
     h = residual + F.dropout(x, dropout_p)
-    return _norm(h, weight, bias, eps), h
+    return _norm(h, weight, bias, eps, dtype), h
 
 
 def add_layer_norm_with_mask(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, kept: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, kept: Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`add_layer_norm` whose dropout keeps the elements of x where `kept` [..., C] is true."""
     h = residual + x * kept / (1.0 - dropout_p)
-    return _norm(h, weight, bias, eps), h
+    return _norm(h, weight, bias, eps, dtype), h
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

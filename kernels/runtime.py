@@ -19,7 +19,7 @@ LOWEST_CAPABILITY = (8, 0)
 
 # Part of the keys by which torch.compile keeps graphs on disk: they call operators by the signatures they were compiled
 # with, and PyTorch does not see that those have changed. To be raised when they do.
-_SIGNATURES = 2
+_SIGNATURES = 3
 torch.compiler.config.cache_key_tag += f"gptfast-{_SIGNATURES}"
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None

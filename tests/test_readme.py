@@ -1,33 +1,18 @@
 """The README's code and commands work as they stand."""
 
-import os
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.reporting.readme import readme_figures
+from documents import run, words
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-
-
-def words(command: str) -> list[str]:
-    """The command for this interpreter, wherever scripts are installed."""
-    first, *rest = shlex.split(command)
-    return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", first, *rest]
-
-
-def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_the_training_script(tmp_path):

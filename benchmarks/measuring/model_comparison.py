@@ -16,6 +16,7 @@ from benchmarks.measuring.comparison import WrongResultError, forget, noting, re
 from benchmarks.measuring.models import ModelCase, ModelProvider
 from benchmarks.measuring.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import costs, flops, peaks
+from gptfast.traffic import Step
 
 TRAINING_SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
 
@@ -180,7 +181,7 @@ class TrainingComparison(ModelComparison):
         per_token = flops.training_flops_per_token(case.config, case.length)
         causal = flops.training_flops_per_token(case.config, case.length, causal=True)
         peak = peaks.peak_flops(self.device, self.dtype)
-        moved = costs.training_step(case.config, case.batch, case.length, self.dtype.itemsize).values()
+        step = Step(case.config, case.batch, case.length, self.dtype.itemsize)
         matrix = self.limits["matrix_flops_per_second"][str(self.dtype).removeprefix("torch.")]
         copy = self.limits["copy_bytes_per_second"]
         return {
@@ -192,9 +193,9 @@ class TrainingComparison(ModelComparison):
             "mfu": flops.utilisation(per_token * speed, peak),
             "mfu_causal": flops.utilisation(causal * speed, peak),
             "flops": per_token * case.batch * case.length,
-            "bytes": sum(cost.bytes for cost in moved),
+            "bytes": sum(cost.bytes for cost in step.by_kind().values()),
             "flops_per_second": per_token * speed,
-            "roofline_seconds": sum(cost.seconds(matrix, copy) for cost in moved),
+            "roofline_seconds": sum(step.seconds(matrix, copy).values()),
         }
 
 

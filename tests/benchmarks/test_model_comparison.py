@@ -9,6 +9,7 @@ from benchmarks.measuring.comparison import UnavailableError, WrongResultError
 from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
 from benchmarks.measuring.models import ModelCase, ModelProvider, twin
 from gptfast import GPTConfig, costs, flops
+from gptfast.traffic import Step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 1e13, "bfloat16": 1e14}}
@@ -32,7 +33,7 @@ def test_training_rows():
         assert row["tokens_per_second"] == pytest.approx(speed)
         assert row["flops_per_token"] == row["flops_per_token_thop"] == flops.training_flops_per_token(CONFIG)
         assert row["mfu_causal"] / row["mfu"] == pytest.approx(row["flops_per_token_causal"] / row["flops_per_token"])
-        assert row["bytes"] == sum(cost.bytes for cost in costs.training_step(CONFIG, 2, 16, _itemsize()).values())
+        assert row["bytes"] == sum(cost.bytes for cost in Step(CONFIG, 2, 16, _itemsize()).by_kind().values())
 
 
 def test_generation_rows():

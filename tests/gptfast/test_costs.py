@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from gptfast import GPT, GPTConfig, costs, flops
+from gptfast import GPT, GPTConfig, costs
 from gptfast.config import PRESETS
 from gptfast.costs import Cost
 
@@ -106,16 +106,25 @@ def test_parameters_of_every_shape(changes):
     assert costs.parameters(config) == sum(p.numel() for p in GPT(config).parameters())
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_products_of_a_step_are_those_of_the_model_count(name):
-    """The model's count gives attention's backward two products fewer per product of the forward: 4, not 5 of 2."""
-    config, batch, length = GPTConfig.preset(name), 2, 1024
-    step = costs.training_step(config, batch, length)
-    attention = costs.causal_attention(batch, config.n_head, length, length, config.head_size, 2)
-    recomputed = config.n_layer * attention.inference.flops // 2  # one of the five products
-    products = sum(step[kind].flops for kind in ("attention projections", "attention", "feed-forward", "head"))
-    per_token = flops.training_flops_per_token(config, length, causal=True)
-    assert products - recomputed == batch * length * per_token
+def test_the_loss_by_the_tensors_of_its_passes():
+    x, weight, logits, targets = 6 * 10 * 2, 14 * 10 * 2, 6 * 14 * 2, 6 * 8 + 6 * 4
+    passes = costs.linear_cross_entropy(6, 10, 14, 2)
+    assert passes.inference == Cost(2 * 6 * 14 * 10, (x + weight + logits) + logits + targets)
+    dx, dweight = logits + weight + x, logits + x + 2 * weight  # summed in float32
+    assert passes.forward.bytes == (x + weight + logits) + 2 * logits + targets + dx + dweight
+    assert passes.forward.flops == 3 * passes.inference.flops
+    assert passes.backward == Cost(0, 2 * x + 3 * weight)
+    # another chunk reads the weight again, twice, and the sums, and writes these
+    again = costs.linear_cross_entropy(6, 10, 14, 2, chunks=2)
+    assert again.forward.bytes - passes.forward.bytes == 2 * weight + 2 * 2 * weight
+
+
+def test_a_residual_stream_of_another_size():
+    """Reads x, the stream and the weight, writes the sum and the norm; back with a gradient for each."""
+    x, stream, parameters, statistics = 6 * 10 * 2, 6 * 10 * 4, 2 * 10 * 2, 2 * 6 * 4
+    passes = costs.add_layer_norm(6, 10, 2, residual_itemsize=4)
+    assert passes.forward.bytes == (x + stream + parameters) + (stream + x + statistics)
+    assert passes.backward.bytes == (x + stream + stream + statistics + 10 * 2) + (stream + x + parameters)
 
 
 def test_decoding_reads_the_weights_once_and_the_cache_of_every_sequence():

@@ -306,6 +306,27 @@ def test_autocast_trains_in_bfloat16():
         torch.testing.assert_close(loss.float(), build()(idx, idx)[1], rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(("stream", "size"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_under_autocast_norms_give_what_products_take(backend: str, stream: torch.dtype | None, size: torch.dtype):
+    """No cast stands between them; the residual stream has a dtype of its own."""
+    model, seen = build(backend), []
+    model.set_residual_dtype(stream)
+    for block in model.transformer.h:
+        block.ln_2.register_forward_hook(lambda module, args, output: seen.extend(tensor.dtype for tensor in output))
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        _, loss = model(tokens(2, 16), tokens(2, 16, seed=1))
+    assert seen == [torch.bfloat16, torch.bfloat16, size] * 2
+    loss.backward()
+    torch.testing.assert_close(loss, build()(tokens(2, 16), tokens(2, 16, seed=1))[1], rtol=0.01, atol=0.01)
+
+
+def test_a_residual_stream_that_norms_round_has_no_dtype_of_its_own():
+    with pytest.raises(ValueError, match='needs norm_position="pre", the model has "post"'):
+        build(norm_position="post").set_residual_dtype(torch.bfloat16)
+
+
 def test_configure_optimizers_decays_matrices_alone():
     model = build()
     decayed, plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type).param_groups

@@ -21,6 +21,7 @@ LAYER_NORM = [
     ((t(3, 4), t(5), None), ValueError, r"weight must be \[C\] = \[4\] .* got shape \(5,\)"),
     ((t(3, 4), t(4), t(3)), ValueError, r"bias must be \[C\] = \[4\] .* got shape \(3,\)"),
     ((t(3, 4), t(4), None, -1.0), ValueError, "eps must be at least 0, got -1.0"),
+    ((t(3, 4), t(4), None, 1e-5, torch.int32), TypeError, "dtype must be a floating one or None, got torch.int32"),
     ((t(3, 4, dtype=torch.int64), t(4), None), TypeError, "x must have a floating dtype, got torch.int64"),
     (([[1.0]], t(1), None), TypeError, "x must be a tensor, got list"),
     ((t(3, 4), [1.0], None), TypeError, "weight must be a tensor, got list"),

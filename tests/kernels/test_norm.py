@@ -85,7 +85,7 @@ def test_blocks_may_be_chained():
 def test_sums_are_kept_for_the_gradients_that_are_asked_for(width: int, wanted: tuple[bool, bool]):
     x, dy = torch.randn(2, 5, width, device=DEVICE).unbind()
     weight, bias = torch.randn(2, width, device=DEVICE).unbind()
-    _, mean, rstd = norm._forward(x, weight, bias, 1e-5)
+    _, mean, rstd = norm._forward(x, weight, bias, 1e-5, x.dtype)
     dx, rows = norm._backward(dy, x, weight, mean, rstd, *wanted)
     all_dx, all_rows = norm._backward(dy, x, weight, mean, rstd, True, True)
     assert torch.equal(dx, all_dx)

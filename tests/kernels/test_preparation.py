@@ -76,6 +76,18 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(config: GPTConfig, dtyp
     assert launched <= warmed_up
 
 
+def test_a_residual_stream_of_its_own_dtype_is_warmed_up():
+    config = CONFIGS["small"]
+    with torch.autocast(DEVICE.type, torch.bfloat16), recorded_launches() as warmed_up:
+        kernels.warmup(config, torch.float32, DEVICE, residual_dtype=torch.bfloat16)
+    model = GPT(config, backend="triton").to(DEVICE)
+    model.set_residual_dtype(torch.bfloat16)
+    idx = torch.zeros(1, config.block_size, dtype=torch.int64, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16), recorded_launches() as launched:
+        model(idx, idx)[1].backward()
+    assert launched <= warmed_up
+
+
 def test_what_cannot_be_warmed_up_is_refused():
     config = CONFIGS["small"]
     with pytest.raises(TypeError, match=r"warmup: dtype must be float32, float16 or bfloat16, got torch.float64"):

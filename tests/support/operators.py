@@ -282,6 +282,9 @@ _TABLE = (
             layer_norm(130, width=64, bias=False),
             layer_norm(5, width=48, weight=False, bias=False),
             layer_norm(7, width=33, in_float32=("weight", "bias")),
+            layer_norm(7, width=33, in_float32=("weight", "bias"), dtype=torch.bfloat16),
+            layer_norm(7, width=33, dtype=torch.float32),
+            layer_norm(3, width=8209, in_float32=("x", "weight", "bias"), dtype=torch.float16),
             layer_norm(width=19),
             layer_norm(2, width=4099),
             layer_norm(3, width=8209),
@@ -294,7 +297,11 @@ _TABLE = (
             layer_norm(0, width=8200),
             layer_norm(0, width=16400),
         ),
-        small=(layer_norm(2, 7, width=33), layer_norm(2, 7, width=33, weight=False)),
+        small=(
+            layer_norm(2, 7, width=33),
+            layer_norm(2, 7, width=33, weight=False),
+            layer_norm(2, 7, width=33, dtype=torch.bfloat16),
+        ),
         drawn=st.builds(
             lambda rows, width, weight, bias: layer_norm(*rows, width=width, weight=weight, bias=bias, eps=1.0),
             _rows, st.integers(1, 70), _flag, _flag,
@@ -324,6 +331,9 @@ _TABLE = (
             add_layer_norm(37, width=33, dropout_p=0.9, seed=2**40 + 1, bias=False),
             add_layer_norm(7, width=33, in_float32=("residual",)),
             add_layer_norm(7, width=33, in_half=("residual",)),
+            add_layer_norm(7, width=33, in_float32=("residual", "weight", "bias"), dtype=torch.bfloat16),
+            add_layer_norm(7, width=33, in_float32=("weight", "bias"), dtype=torch.bfloat16, dropout_p=0.3, seed=5),
+            add_layer_norm(3, width=8209, in_float32=("residual",), dtype=torch.float16),
             add_layer_norm(7, width=33, in_float32=("residual", "weight", "bias"), dropout_p=0.3, seed=5),
             add_layer_norm(7, width=33, in_half=("residual",), dropout_p=0.3, seed=5),
             add_layer_norm(3, width=8209, in_float32=("residual",)),
@@ -342,6 +352,7 @@ _TABLE = (
             add_layer_norm(2, 7, width=33),
             add_layer_norm(2, 7, width=33, weight=False, in_float32=("residual",)),
             add_layer_norm(2, 7, width=33, bias=False, dropout_p=0.3, seed=5),
+            add_layer_norm(2, 7, width=33, in_float32=("residual",), dtype=torch.bfloat16),
         ),
         drawn=st.builds(
             lambda rows, width, weight, bias, residual, options: add_layer_norm(

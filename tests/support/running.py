@@ -49,6 +49,8 @@ def run(
 ) -> Outcome:  # fmt: skip
     """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
     own = leaves(inputs, dtype)
+    if dtype is not None and "dtype" in case.options:
+        case = case.with_options(dtype=dtype)
     if not case.row.differentiable:
         own = {name: None if tensor is None else tensor.detach() for name, tensor in own.items()}
     results = call(function, case, own)

@@ -1,0 +1,20 @@
+"""Commands that documents show, run as they stand."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+def words(command: str) -> list[str]:
+    """The command for this interpreter, wherever scripts are installed."""
+    first, *rest = shlex.split(command)
+    return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", first, *rest]
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,38 @@
+"""Commands in the documents run, and their tables are what the code says now."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step_table
+from documents import run, words
+from gptfast import GPTConfig, peaks
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+COMMANDS = [
+    pytest.param(line, id=f"{path.name}-{line}")
+    for path in DOCUMENTS
+    for block in re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs(command: str):
+    assert run(words(command), ROOT)
+
+
+def test_the_tables_of_a_step_are_those_of_its_passes():
+    """`python -m benchmarks.step_table` prints them."""
+    text = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    written = text.partition(f"{step_table.START}\n")[2].partition(step_table.END)[0]
+    (gpu,) = [gpu for gpu in peaks.GPUS if gpu.name == "H200 SXM"]
+    assert written == step_table.tables(GPTConfig.preset("gpt2", pad_vocab_size_to=128), 32, 1024, gpu)
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in [ROOT / "README.md", *DOCUMENTS]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
