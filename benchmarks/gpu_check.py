@@ -29,6 +29,7 @@ SUITES = (
             "test_causal_attention_qkvpacked.py",
             "test_decode_attention.py",
             "test_gelu_ffn.py",
+            "test_linear_cross_entropy.py",
             "test_ffn_up.py",
             "test_layer_norm.py",
             "test_add_layer_norm.py",

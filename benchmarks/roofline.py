@@ -55,7 +55,7 @@ def step_seconds(config: GPTConfig, batch: int, length: int, gpu: GPU) -> dict[s
 def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
     """Suite, case, mode, cost and least seconds of every case of the operators' suites that `gpu` can compute."""
     rows = []
-    for case in (*shapes.ATTENTION, *shapes.FFN, *shapes.LAYER_NORM, *shapes.ADD_LAYER_NORM):
+    for case in (*shapes.ATTENTION, *shapes.FFN, *shapes.LAYER_NORM, *shapes.ADD_LAYER_NORM, *shapes.LOSS):
         peak = matrix_peak(gpu, case.dtype)
         if peak is not None:
             for mode in MODES:

@@ -15,7 +15,7 @@ from gptfast.costs import Cost, Passes
 
 MODES = ("forward", "backward", "both")
 # ours, and what defines correct: when these fail, something is broken; when a peer does, it is only missing
-OWN = ("eager", "triton", "triton compiled")
+OWN = ("eager", "triton", "triton compiled", "triton captured", "triton compiled captured")
 
 # ||result - reference|| / ||reference||: several times what rounding leaves, far below what a wrong mask, scale or
 # missing block would. The tests hold the kernels to the stricter rule.
@@ -178,10 +178,10 @@ class Comparison:
                 return operator(*inputs)
 
         def backward(y: Result) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(results(y), inputs, dy)
+            return input_gradients(y, inputs, dy)
 
         def both(_: None) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(results(operator(*inputs)), inputs, dy)
+            return input_gradients(operator(*inputs), inputs, dy)
 
         if mode == "backward":
             return Call(backward, prepare=lambda: operator(*inputs))
@@ -193,7 +193,7 @@ class Comparison:
             with torch.no_grad():
                 return list(results(operator(*inputs)))
         y = results(operator(*inputs))
-        return [*(output.detach() for output in y), *torch.autograd.grad(y, inputs, dy)]
+        return [*(output.detach() for output in y), *input_gradients(y, inputs, dy)]
 
     def _truth(self) -> list[Tensor]:
         """The reference's results in a wider dtype, of the part that is compared."""
@@ -218,6 +218,12 @@ class Comparison:
 def results(result: Result) -> tuple[Tensor, ...]:
     """An operator's results, be it one or several."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def input_gradients(result: Result, inputs: list[Tensor], dy: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the inputs, from those of the results, which may be in a wider dtype than the case: losses are."""
+    y = results(result)
+    return torch.autograd.grad(y, inputs, [d.to(output.dtype) for output, d in zip(y, dy, strict=True)])
 
 
 @contextmanager

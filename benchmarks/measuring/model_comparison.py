@@ -15,7 +15,7 @@ from benchmarks.measuring import models
 from benchmarks.measuring.comparison import WrongResultError, forget, noting, relative_error, require_close
 from benchmarks.measuring.models import ModelCase, ModelProvider
 from benchmarks.measuring.timing import Call, Times, peak_bytes, percentiles, step_times
-from gptfast import costs, flops, peaks
+from gptfast import TrainStep, costs, flops, peaks
 from gptfast.traffic import Step
 
 TRAINING_SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
@@ -141,13 +141,15 @@ class TrainingComparison(ModelComparison):
                     step.run(None)  # the optimizer's moments come with the first step
                     peak = peak_bytes(step, self.device)
                     memory[name] = None if peak is None else peak + persistent()
+                    step.run(None)  # the third is where graphs are captured, whose memory is the step's before
                     calls[name] = step
         times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
         return {name: {"times": times[name], "peak_bytes": memory[name]} for name in calls}
 
     def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, Any]:
         shared = next(model.parameters()) is next(self._reference.parameters())
-        optimizer = self._optimizer if shared else self._optimizer_of(model)
+        # a captured step's learning rate is a tensor: its optimizer is its own
+        optimizer = self._optimizer if shared and not provider.captured else self._optimizer_of(model)
 
         def step(_: None) -> None:
             with self.autocast():
@@ -162,6 +164,9 @@ class TrainingComparison(ModelComparison):
             state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
             return sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
 
+        if provider.captured:
+            captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype)
+            return Call(lambda _: captured(self._idx, self._targets)), persistent
         return Call(step), persistent
 
     @functools.cached_property

@@ -54,7 +54,8 @@ class ModelCase:
 class ModelProvider:
     """An implementation of GPT: `build(reference)` gives a model with the weights of `reference`.
 
-    `loss(model, idx, targets)` and `logits(model, idx)` speak its language.
+    `loss(model, idx, targets)` and `logits(model, idx)` speak its language. With `captured` it trains by
+    `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelProvider:
     loss: Callable[[Any, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
     logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
     generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
+    captured: bool = False
 
 
 def twin(reference: GPT, backend: str) -> GPT:
@@ -161,7 +163,9 @@ def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
     """All providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
     built = [
         ModelProvider("triton", _triton),
+        ModelProvider("triton captured", _triton, captured=True),
         ModelProvider("triton compiled", _compiled(_triton)),
+        ModelProvider("triton compiled captured", _compiled(_triton), captured=True),
         ModelProvider("eager", _eager),
         ModelProvider("eager compiled", _compiled(_eager)),
         ModelProvider(

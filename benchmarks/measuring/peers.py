@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from benchmarks.measuring.comparison import Case, Operator, Provider, UnavailableError
-from benchmarks.measuring.shapes import full_lengths
+from benchmarks.measuring.shapes import full_lengths, scattered_targets
 from kernels import runtime
 
 
@@ -92,6 +92,29 @@ def _addmm_relu(case: Case) -> Operator:
     return lambda x, w_up, b_up: torch._addmm_activation(b_up, x, w_up.t(), use_gelu=False)
 
 
+def _loss(case: Case) -> Operator:
+    _require_triton()
+    return lambda x, w_head: kernels.linear_cross_entropy(x, w_head, scattered_targets(x, case.dims["V"]))
+
+
+def _liger_loss(case: Case) -> Operator:
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError as error:
+        raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
+    return lambda x, w_head: LigerFusedLinearCrossEntropyFunction.apply(
+        x, w_head, scattered_targets(x, case.dims["V"])
+    )[0]
+
+
+def _chunked_loss(case: Case) -> Operator:
+    """PyTorch's own, in chunks of its choice."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnavailableError(f"PyTorch {torch.__version__} has no linear_cross_entropy, 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x, w_head: F.linear_cross_entropy(x, w_head, scattered_targets(x, case.dims["V"]), options=options)
+
+
 def _decode(case: Case) -> Operator:
     _require_triton()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,6 +174,17 @@ PROVIDERS = {
         "triton": Provider("triton", _decode, modes=("forward",)),
         "eager": Provider("eager", eager, modes=("forward",)),
         "SDPA": Provider("SDPA", _sdpa_default, modes=("forward",)),
+    },
+    # without gradients, and with both: the backward alone is a multiplication where the forward has done its work
+    "linear_cross_entropy": {
+        name: Provider(name, build, modes=("forward", "both"))
+        for name, build in {
+            "triton": _loss,
+            "eager": eager,
+            "eager compiled": compiled,
+            "Liger-Kernel": _liger_loss,
+            "PyTorch chunked": _chunked_loss,
+        }.items()
     },
     "ffn_up": {
         "triton": Provider("triton", _triton_up, modes=("forward",)),

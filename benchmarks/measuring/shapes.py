@@ -121,6 +121,28 @@ def decode_attention(batch: int, heads: int, keys: int, head_size: int, dtype: t
     )
 
 
+def linear_cross_entropy(rows: int, width: int, classes: int, dtype: torch.dtype) -> Case:
+    def loss(x: Tensor, w_head: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(x, w_head, scattered_targets(x, classes))
+
+    workspace = 2**29
+    return Case(
+        suite="linear_cross_entropy",
+        dims={"N": rows, "C": width, "V": classes},
+        dtype=dtype,
+        shapes={"x": (rows, width), "w_head": (classes, width)},
+        passes=costs.linear_cross_entropy(
+            rows, width, classes, dtype.itemsize, chunks=-(-rows * classes * dtype.itemsize // workspace)
+        ),
+        reference=loss,
+    )
+
+
+def scattered_targets(x: Tensor, classes: int) -> Tensor:
+    """A class for each row of x, the same on every run."""
+    return torch.arange(x.shape[0], device=x.device) * 7919 % classes
+
+
 def full_lengths(batch: int, keys: int, device: torch.device) -> Tensor:
     return torch.full((batch,), keys, dtype=torch.int32, device=device)
 
@@ -183,4 +205,10 @@ DECODE = [
     decode_attention(1, 32, 32_768, 128, BF16),
     decode_attention(64, 12, 1024, 64, BF16),
     decode_attention(1, 12, 1024, 64, BF16),
+]
+LOSS = [
+    linear_cross_entropy(32_768, 768, 50_304, BF16),
+    quick(linear_cross_entropy(32_768, 768, 50_257, BF16)),
+    quick(linear_cross_entropy(8192, 1600, 50_304, BF16)),
+    quick(linear_cross_entropy(8192, 4096, 128_256, BF16)),
 ]

@@ -17,6 +17,7 @@ SUITES = {
     "causal_attention": "Causal attention",
     "causal_attention_qkvpacked": "Causal attention of packed projections",
     "decode_attention": "Decode attention",
+    "linear_cross_entropy": "Linear layer and cross-entropy",
 }
 MODES = {
     "step": "step",
@@ -27,7 +28,16 @@ MODES = {
 }
 BASELINE = "eager"
 # gptfast's own; of an operator's only the Triton ones are, "eager" is then plain PyTorch
-OWN = ("triton", "triton fused", "triton unfused", "triton compiled", "eager", "eager compiled")
+OWN = (
+    "triton",
+    "triton fused",
+    "triton unfused",
+    "triton captured",
+    "triton compiled",
+    "triton compiled captured",
+    "eager",
+    "eager compiled",
+)
 
 Key = tuple[str, str, str, str]
 

@@ -42,6 +42,15 @@ def test_decoding_is_measured():
     assert [row["bytes"] for row in rows] == [4 * 2 * 3 * (2 * 16 + 2 * 40 * 16)] * 3
 
 
+def test_the_loss_is_measured():
+    case = shapes.linear_cross_entropy(40, 16, 50, torch.float32)
+    providers = [PROVIDERS["linear_cross_entropy"][name] for name in ("triton", "eager", "PyTorch chunked")]
+    comparison = Comparison(case, providers, DEVICE, LIMITS)
+    rows = [comparison.row(provider.name, "both")[1] for provider in providers]
+    assert [row["flops"] for row in rows] == [6 * 40 * 16 * 50] * 3
+    assert max(row["error"] for row in rows) < 1e-5
+
+
 def test_the_product_alone_is_measured():
     case = shapes.ffn_up(40, 16, 24, torch.float32)
     providers = PROVIDERS["ffn_up"]

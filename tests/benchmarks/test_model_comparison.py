@@ -8,7 +8,7 @@ from benchmarks.measuring import models
 from benchmarks.measuring.comparison import UnavailableError, WrongResultError
 from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
 from benchmarks.measuring.models import ModelCase, ModelProvider, twin
-from gptfast import GPTConfig, costs, flops
+from gptfast import GPTConfig, TrainStep, costs, flops
 from gptfast.traffic import Step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,6 +34,20 @@ def test_training_rows():
         assert row["flops_per_token"] == row["flops_per_token_thop"] == flops.training_flops_per_token(CONFIG)
         assert row["mfu_causal"] / row["mfu"] == pytest.approx(row["flops_per_token_causal"] / row["flops_per_token"])
         assert row["bytes"] == sum(cost.bytes for cost in Step(CONFIG, 2, 16, _itemsize()).by_kind().values())
+
+
+def test_the_packages_own_step_is_measured_beside_a_plain_loop():
+    """Each with moments of its own, where weights are shared."""
+    captured = dataclasses.replace(KNOWN["eager"], name="captured", captured=True)
+    comparison = TrainingComparison(TRAINING, [KNOWN["eager"], captured], DEVICE, LIMITS)
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", lambda self, *batch: steps.append(self.optimizer))
+        rows = [comparison.row(name, "step")[1] for name in ("eager", "captured")]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert len(steps) > 5
+    assert steps[0] is not comparison._optimizer
+    assert steps[0].param_groups[0]["params"][0] is comparison._optimizer.param_groups[0]["params"][0]
 
 
 def test_generation_rows():
