@@ -20,12 +20,16 @@ def test_the_training_script(tmp_path):
     assert written.startswith("the quick brown fox jumps over the lazy")
 
 
+def test_the_step(tmp_path):
+    assert run([sys.executable, "-c", PYTHON[1]], tmp_path).startswith("loss 4.")
+
+
 def test_the_switch(tmp_path):
-    assert run([sys.executable, "-c", PYTHON[1]], tmp_path).startswith("{'layer_norm': ")
+    assert run([sys.executable, "-c", PYTHON[2]], tmp_path).startswith("{'layer_norm': ")
 
 
 def test_every_example_is_run():
-    assert (len(PYTHON), len(COMMANDS)) == (2, 4)
+    assert (len(PYTHON), len(COMMANDS)) == (3, 4)
 
 
 def test_the_prediction():
