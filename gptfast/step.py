@@ -98,7 +98,8 @@ class TrainStep:
             raise ValueError(f"graph=True needs a CUDA device, the model is on {self.device}")
         self.model, self.optimizer = model, optimizer
         self.accumulation, self.grad_clip, self.dtype = accumulation, grad_clip, dtype
-        self.graph = on_gpu and not torch.distributed.is_initialized() if graph is None else graph
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.graph = on_gpu and not together if graph is None else graph
         self._forward = torch.compile(model, fullgraph=True) if compiled else model
         # what GradScaler asks too: whether the step itself divides gradients, and skips those that are not finite
         self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -188,11 +189,17 @@ class TrainStep:
 
     def _set_rates(self) -> None:
         """Learning rates as tensors, which a graph reads anew at each replay."""
-        groups = self.optimizer.param_groups
         if not self._captures_update:
             return
+        groups = self.optimizer.param_groups
         if not self._rates:
             self._rates = [torch.empty((), device=self.device) for _ in groups]
+            # a resumed optimizer may count its steps on the host
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].to(self.device)
+            # what PyTorch would warn of is what the first steps are for
+            self.optimizer._warned_capturable_if_run_uncaptured = True
         for group, rate in zip(groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
@@ -215,12 +222,16 @@ class TrainStep:
             outcome.copy_(torch.stack([total, self._update()]))
 
         pool = torch.cuda.graph_pool_handle()
-        return _Captured(
+        captured = _Captured(
             part, part_targets, weight, total, outcome,
             first=capture(first, pool, self._stream),
             more=capture(more, pool, self._stream) if self.accumulation > 1 else None,
             update=capture(update, pool, self._stream) if self._captures_update else None,
+            gradients=[p.grad for group in self.optimizer.param_groups for p in group["params"]],
         )  # fmt: skip
+        if self._captures_update:  # nobody else is to add to what the graphs write
+            self.optimizer.zero_grad(set_to_none=True)
+        return captured
 
 
 @dataclass
@@ -235,6 +246,7 @@ class _Captured:
     first: Callable[[], None]
     more: Callable[[], None] | None
     update: Callable[[], None] | None
+    gradients: list[Tensor | None]  # held, so that their memory stays the graphs'
 
     def replay(self, idx: Tensor, targets: Tensor, update: Callable[[], Tensor] | None) -> Tensor:
         """Loss and norm, [2]; `update` takes the place of the graph where the optimizer cannot be captured."""

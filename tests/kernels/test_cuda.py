@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import DROPOUT, OPERATORS, SMALL, Case
+from cases import Case
+from operators import DROPOUT, OPERATORS, SMALL
 from oracle import DEVICE
 from running import Outcome, assert_equal_to_reference, assert_same_bits, call, leaves, run
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operators import DROPOUT, OPERATORS, Case
+from cases import Case
+from operators import DROPOUT, OPERATORS
 from oracle import DEVICE
 from running import assert_equal_to_reference, assert_same_bits, call, run
 

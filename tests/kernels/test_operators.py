@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from cases import DTYPES, Case
 from kernels import tuning
 from layouts import LAYOUTS, Layout, layouts
-from operators import CASES, DIFFERENTIABLE, DTYPES, OPERATORS, SMALL, Case
+from operators import CASES, DIFFERENTIABLE, OPERATORS, SMALL
 from oracle import DEVICE
 from running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
 

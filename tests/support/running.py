@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators import Case
+from cases import Case
 from oracle import assert_equal_to_oracle
 
 
