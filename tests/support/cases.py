@@ -69,20 +69,20 @@ class Case:
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
         """Random normal tensors; matrices are scaled so that products keep the size of their operands."""
         generator = torch.Generator().manual_seed(seed)
+        return {name: self.draw(name, dtype, generator) for name in self.shapes}
 
-        def draw(name: str, shape: tuple[int, ...] | None) -> Tensor | None:
-            if shape is None:
-                return None
-            if name == "lengths":
-                return torch.randint(0, self.shapes["k_cache"][2] + 1, shape, generator=generator).to(DEVICE)
-            if name == "targets":
-                return self._targets(shape, generator).to(DEVICE)
-            matrix = name.startswith("w_") or (self.operator == "linear_cross_entropy" and name == "weight")
-            scale = shape[-1] ** -0.5 if matrix else 1.0
-            own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype
-            return (scale * torch.randn(shape, generator=generator)).to(DEVICE, own)
-
-        return {name: draw(name, shape) for name, shape in self.shapes.items()}
+    def draw(self, name: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
+        shape = self.shapes[name]
+        if shape is None:
+            return None
+        if name == "lengths":
+            return torch.randint(0, self.shapes["k_cache"][2] + 1, shape, generator=generator).to(DEVICE)
+        if name == "targets":
+            return self._targets(shape, generator).to(DEVICE)
+        matrix = name.startswith("w_") or (self.operator == "linear_cross_entropy" and name == "weight")
+        scale = shape[-1] ** -0.5 if matrix else 1.0
+        own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype
+        return (scale * torch.randn(shape, generator=generator)).to(DEVICE, own)
 
     def _targets(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Classes, and about one in five that is left out."""
@@ -101,8 +101,10 @@ class Case:
         return {name: gradient for name, gradient in drawn.items() if used is None or name in used}
 
     def largest_intermediate(self) -> int:
-        """Elements of the largest tensor that is neither argument nor result: the hidden layer of a feed-forward."""
-        return math.prod(self.shapes["x"][:-1]) * self.shapes["w_up"][0] if "w_up" in self.shapes else 0
+        """Elements of the largest tensor that is neither argument nor result: a hidden layer, or logits."""
+        rows = math.prod(next(iter(self.shapes.values()))[:-1])
+        columns = {"gelu_ffn": "w_up", "linear_cross_entropy": "weight"}.get(self.operator)
+        return 0 if columns is None else rows * self.shapes[columns][0]
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})

@@ -465,7 +465,7 @@ _TABLE = (
             linear_cross_entropy(1000, width=1600, classes=50257, label_smoothing=0.1, z_loss=1e-4),
             linear_cross_entropy(300, width=64, classes=262_144),
         ),
-        far=(linear_cross_entropy(43_008, width=64, classes=50304, workspace_bytes=2**34),),
+        far=(linear_cross_entropy(43_008, width=64, classes=50304, reduction="none", workspace_bytes=2**34),),
         configurations={"short blocks": _SHORT_LOSS},
         result_shape=_loss_shape,
     ),
