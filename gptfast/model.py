@@ -189,6 +189,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """A GPT language model.
 
+    The Triton loss takes the head's weight in the forward of the whole model: hooks on `lm_head` do not run in training
+    then, and FSDP must not shard that layer apart from the model.
+
     Args:
         config: its shape.
         backend: "auto" (Triton where it can run, else eager), "triton", "eager", or a mapping from operator

@@ -25,7 +25,7 @@ RECIPES = {
     "shakespeare-char-gpu": _CHAR_GPU,
     "shakespeare-char-cpu": _CHAR_CPU,
     "gpt2": TrainConfig(
-        model=GPTConfig.preset("gpt2"),
+        model=GPTConfig.preset("gpt2", pad_vocab_size_to=128),
         tokenizer="gpt2",
         steps=600_000,
         batch_size=12,

@@ -51,6 +51,8 @@ class TrainConfig:
     """Compute each block's activations anew in the backward, for less memory."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    residual_dtype: str = "auto"
+    """The residual stream's: float32, bfloat16, or auto, which is that of the weights. Half as wide is less memory."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-4
@@ -89,6 +91,8 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        if self.residual_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"residual_dtype must be auto, float32 or bfloat16, got {self.residual_dtype!r}")
         for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
@@ -140,6 +144,8 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
         print(f"no peak for {str(dtype)[6:]}, so no MFU: {peaks.describe(device)}", flush=True)
     torch.manual_seed(config.seed)
     model = GPT(config.model, asked).to(device)
+    if config.residual_dtype != "auto":
+        model.set_residual_dtype(getattr(torch, config.residual_dtype))
     with RunFolder(Path(config.out) if config.out else _unused_folder(name)) as run:
         run.write_json("config.json", dataclasses.asdict(config))
         run.write_json("tokenizer.json", tokens.to_json())

@@ -70,7 +70,8 @@ def twin(reference: GPT, backend: str) -> GPT:
     """A model with another backend on the very same parameters: weights, gradients and optimizer are shared."""
     with torch.device("meta"):
         model = GPT(reference.config)
-    model.load_state_dict(reference.state_dict(keep_vars=True), assign=True)
+    # not its `state_dict`, which would be copies where the vocabulary is padded
+    model.load_state_dict(dict(reference.named_parameters(remove_duplicate=False)), assign=True)
     model.set_backend(backend)
     return model.train(reference.training)
 

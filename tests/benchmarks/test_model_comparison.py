@@ -64,8 +64,10 @@ def _itemsize() -> int:
     return 2 if DEVICE.type == "cuda" else 4
 
 
-def test_a_twin_shares_every_parameter_and_nothing_else():
-    reference = models.reference_model(TRAINING, DEVICE, torch.float32)
+@pytest.mark.parametrize("padded", [1, 16])
+def test_a_twin_shares_every_parameter_and_nothing_else(padded: int):
+    config = dataclasses.replace(CONFIG, pad_vocab_size_to=padded)
+    reference = models.reference_model(dataclasses.replace(TRAINING, config=config), DEVICE, torch.float32)
     other = twin(reference, "eager")
     ours, theirs = dict(reference.named_parameters()), dict(other.named_parameters())
     assert list(ours) == list(theirs)

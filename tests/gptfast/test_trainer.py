@@ -160,12 +160,13 @@ def test_the_settings_reach_the_step(config, monkeypatch):
     made = []
 
     def recorded(model, optimizer, *settings):
-        made.append((model.transformer.checkpointing, *settings))
+        made.append((model.transformer.checkpointing, model.transformer.residual_dtype, *settings))
         return TrainStep(model, optimizer, *settings)
 
     monkeypatch.setattr(trainer, "TrainStep", recorded)
-    trainer.train(dataclasses.replace(config, grad_clip=0.5, steps=1, accumulation=2, checkpoint_activations=True))
-    assert made == [(True, 2, 0.5, torch.float32, False)]
+    settings = {"grad_clip": 0.5, "accumulation": 2, "checkpoint_activations": True, "residual_dtype": "bfloat16"}
+    trainer.train(dataclasses.replace(config, steps=1, **settings))
+    assert made == [(True, torch.bfloat16, 2, 0.5, torch.float32, False)]
 
 
 def test_parts_of_a_batch_train_like_the_whole(config):
@@ -237,6 +238,7 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
         ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
+        ({"residual_dtype": "int8"}, "residual_dtype must be auto, float32 or bfloat16, got 'int8'"),
         ({"accumulation": 3}, "batch_size must be a multiple of accumulation=3, got 64"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),

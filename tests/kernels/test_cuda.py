@@ -127,6 +127,18 @@ def test_a_stream_that_is_not_the_default_one(case: Case):
     assert_equal_to_reference(case, values, upstream, outcome)
 
 
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_host_never_waits_for_the_gpu(case: Case):
+    inputs, upstream = leaves(case.inputs(FLOAT32)), case.upstream(FLOAT32)
+    forward_and_backward(case, inputs, upstream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_backward(case, inputs, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def _nothing_like(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.zeros_like(tensor)
 
