@@ -161,7 +161,7 @@ class Step:
         config, width = self.config, self.config.n_embd
         projections, ffn = "attention projections", "feed-forward"
         product, weight = self._product(width, 4 * width), self._weight(width, 4 * width, bias=False)
-        dweight = {"dweight": weight["weight"]}
+        dweight = {"dweight": 4 * width**2 * _FLOAT32}  # as it is summed, for parameters in float32
         passes = [
             Pass(ffn, "mlp.c_proj, dz", {**self._of("dm", "z"), **weight}, self._of("dz", "hidden"), flops=product),
             Pass(ffn, "mlp.c_proj, dweight", self._of("dm", "hidden"), dweight, flops=product),
@@ -169,7 +169,7 @@ class Step:
             Pass(ffn, "c_fc, dweight", self._of("dz", "y"), dweight, flops=product),
         ]
         if config.bias:
-            passes.insert(2, Pass(ffn, "mlp.c_proj, dbias", self._of("dm"), {"dbias": width * self.itemsize}))
+            passes.insert(2, Pass(ffn, "mlp.c_proj, dbias", self._of("dm"), {"dbias": width * _FLOAT32}))
         return [
             *passes,
             self._add_norm_backward("ln_2", "a"),
@@ -216,14 +216,17 @@ class Step:
         if config.tie_weights:
             passes.append(Pass("embedding", "add the head's gradient", {"both": 2 * table}, {"dtable": table}))
         if self.itemsize != _FLOAT32:
-            linear = config.n_layer * 12 * width**2
-            narrow, wide = linear * self.itemsize, linear * _FLOAT32
-            head = table // _FLOAT32 * self.itemsize
+            attention, ffn = (config.n_layer * count * width**2 for count in (4, 8))
+            linear, head = attention + ffn, vocabulary * width
             passes += [
-                Pass("weight casts", "to products", {"weights": wide + table}, {"weights": narrow + head}),
-                Pass("weight casts", "of gradients", {"dweights": narrow}, {"dweights": wide}),
+                self._cast("to products", linear + head, _FLOAT32, self.itemsize),
+                self._cast("of the feed-forward, again in the backward", ffn, _FLOAT32, self.itemsize),
+                self._cast("of the projections' gradients", attention, self.itemsize, _FLOAT32),
             ]
         return passes
+
+    def _cast(self, name: str, numbers: int, before: int, after: int) -> Pass:
+        return Pass("weight casts", name, {"numbers": numbers * before}, {"numbers": numbers * after})
 
     def passes(self) -> list[Pass]:
         """All passes; those of blocks as often as there are blocks."""

@@ -17,7 +17,10 @@ def _compute(
     rows = x.reshape(-1, x.shape[-1])  # [M, C]
     if rows.shape[0] == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(0, w_up.shape[0])
-    h, z = launch_up(rows, w_up, runtime.contiguous(b_up), activation, save_z, implementation)
+    # parameters may be wider than x, as autocast has them: their gradients are then as precise as they are summed
+    w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
+    b_up, b_down = (None if b is None else b.to(x.dtype).contiguous() for b in (b_up, b_down))
+    h, z = launch_up(rows, w_up, b_up, activation, save_z, implementation)
     return torch.nn.functional.linear(h, w_down, b_down).view(x.shape), z
 
 
@@ -34,40 +37,49 @@ def _backward(
     dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, z: Tensor, activation: str, needed: list[bool],
     implementation: str,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, w_up, b_up, w_down and b_down where `needed`, else an empty tensor."""
+    """The gradients of x, w_up, b_up, w_down and b_down where `needed`, else an empty tensor; of biases in float32."""
     width = x.shape[-1]
     rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)  # [M, C]
     if rows.shape[0] == 0:
-        shapes = (x.shape, w_up.shape, w_up.shape[:1], w_down.shape, w_down.shape[:1])
-        return [x.new_zeros(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True)]
+        return [gradient.zero_() for gradient in _empty_gradients(x, w_up, w_down, needed)]
+    up, down = w_up.to(x.dtype), w_down.to(x.dtype)
     dz = h = db_up = rows  # nothing of them is used where only the last bias needs a gradient
     if any(needed[:4]):
-        dz, h, db_up = launch_down_backward(dy_rows, w_down, z, activation, needed[3], needed[2], implementation)
+        dz, h, db_up = launch_down_backward(dy_rows, down, z, activation, needed[3], needed[2], implementation)
     return [
-        (dz @ w_up).view(x.shape) if needed[0] else x.new_empty(0),
-        _weight_gradient(dz, rows) if needed[1] else x.new_empty(0),
-        db_up.to(x.dtype) if needed[2] else x.new_empty(0),
-        _weight_gradient(dy_rows, h) if needed[3] else x.new_empty(0),
-        dy_rows.sum(0) if needed[4] else x.new_empty(0),
+        (dz @ up).view(x.shape) if needed[0] else x.new_empty(0),
+        _weight_gradient(dz, rows, w_up.dtype) if needed[1] else w_up.new_empty(0),
+        db_up if needed[2] else x.new_empty(0, dtype=torch.float32),
+        _weight_gradient(dy_rows, h, w_down.dtype) if needed[3] else w_down.new_empty(0),
+        dy_rows.sum(0, dtype=torch.float32) if needed[4] else x.new_empty(0, dtype=torch.float32),
+    ]
+
+
+def _empty_gradients(x: Tensor, w_up: Tensor, w_down: Tensor, needed: list[bool]) -> list[Tensor]:
+    hidden, width = w_up.shape
+    shapes = (x.shape, (hidden, width), (hidden,), (width, hidden), (width,))
+    dtypes = (x.dtype, w_up.dtype, torch.float32, w_down.dtype, torch.float32)
+    return [
+        x.new_empty(shape if wanted else (0,), dtype=dtype)
+        for shape, dtype, wanted in zip(shapes, dtypes, needed, strict=True)
     ]
 
 
 @_backward.register_fake
 def _(dy, x, w_up, w_down, z, activation, needed, implementation):
-    hidden, width = w_up.shape
-    shapes = (x.shape, (hidden, width), (hidden,), (width, hidden), (width,))
-    return [x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, needed, strict=True)]
+    return _empty_gradients(x, w_up, w_down, needed)
 
 
-def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dz.T @ x, summed over all rows in float32: cuBLAS may add parts of so long a sum in half precision."""
     if dz.device.type != "cuda" or dz.dtype == torch.float32:
-        return dz.T @ x
-    return torch.mm(dz.T, x, out_dtype=torch.float32).to(dz.dtype)
+        return (dz.T @ x).to(dtype)
+    return torch.mm(dz.T, x, out_dtype=torch.float32).to(dtype)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, w_up, _, w_down, _, ctx.activation, save_z, ctx.implementation = inputs
+    x, w_up, b_up, w_down, b_down, ctx.activation, save_z, ctx.implementation = inputs
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_up, b_down)]
     if save_z:
         ctx.save_for_backward(x, w_up, w_down, output[1])
     ctx.set_materialize_grads(False)
@@ -78,6 +90,9 @@ def _gradients(ctx, dy, _dz):
         return (None,) * 8
     needed = [bool(need) for need in ctx.needs_input_grad[:5]]
     gradients = _backward(dy, *ctx.saved_tensors, ctx.activation, needed, ctx.implementation)
+    for index, dtype in zip((2, 4), ctx.bias_dtypes, strict=True):
+        if needed[index]:
+            gradients[index] = gradients[index].to(dtype)
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None)
 
 
@@ -136,8 +151,7 @@ def gelu_ffn(
     runtime.require_dtype("gelu_ffn", x)
     dtype = runtime.autocast_dtype(x.device)
     if dtype is not None:
-        x, w_up, w_down = x.to(dtype), w_up.to(dtype), w_down.to(dtype)
-        b_up, b_down = (None if b is None else b.to(dtype) for b in (b_up, b_down))
+        x = x.to(dtype)
     tensors = (x, w_up, b_up, w_down, b_down)
     save_z = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     forward = _compute if runtime.unobserved(*tensors) else _forward

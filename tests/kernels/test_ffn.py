@@ -168,3 +168,16 @@ def test_an_unknown_implementation_is_refused():
     for function in (kernels.gelu_ffn, kernels.reference.gelu_ffn):
         with pytest.raises(ValueError, match="implementation must be one of auto, fused, unfused, got 'cublas'"):
             function(*tensors(), implementation="cublas")
+
+
+def test_gradients_under_autocast_are_handed_over_as_they_are_summed():
+    """In float32; of the weights on GPUs alone, whose products can widen their result."""
+    x, w_up, w_down = (torch.randn(shape, device=DEVICE) for shape in ((50, 16), (24, 16), (16, 24)))
+    biases = [torch.randn(size, device=DEVICE, requires_grad=True) for size in (24, 16)]
+    weights = [w.requires_grad_() for w in (w_up, w_down)]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y = kernels.gelu_ffn(x, w_up, biases[0], w_down, biases[1])
+    y.backward(torch.randn(50, 16, device=DEVICE).to(y.dtype))
+    for parameter in biases + (weights if DEVICE.type == "cuda" else []):
+        assert parameter.grad.dtype == torch.float32
+        assert not torch.equal(parameter.grad, parameter.grad.bfloat16().float())
