@@ -24,7 +24,8 @@ class StepResult:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)  # [2], in pinned memory if it comes from a GPU
+        # [2]; from a CUDA GPU to pinned memory, behind the step
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()

@@ -200,6 +200,9 @@ def test_padding_of_the_vocabulary_is_seen_nowhere(backend: str, tied: bool):
     assert padded(idx)[0].shape == (2, 1, 31)
     assert padded.get_num_params() == plain.get_num_params()
     assert padded.state_dict()["lm_head.weight"].shape == (31, 32)
+    around = torch.nn.ModuleDict({"inner": padded})
+    assert around.state_dict()["inner.lm_head.weight"].shape == (31, 32)
+    around.load_state_dict(around.state_dict())
     with pytest.raises(ValueError, match="token id 31 is out of range; accepted: 0 to 30"):
         padded(torch.full((1, 2), 31)) if DEVICE.type == "cpu" else padded.cpu()(torch.full((1, 2), 31))
 
