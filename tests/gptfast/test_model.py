@@ -184,6 +184,8 @@ def test_padding_of_the_vocabulary_is_seen_nowhere(backend: str, tied: bool):
     """31 tokens, 48 rows: the same files, logits, loss, samples and counts, and zeros that stay zeros."""
     plain, padded = build(backend, tie_weights=tied), build(backend, tie_weights=tied, pad_vocab_size_to=16)
     assert padded.transformer.wte.weight.shape == padded.lm_head.weight.shape == (32, 32)
+    assert not padded.lm_head.weight[31:].any()
+    assert not padded.transformer.wte.weight[31:].any()
     padded.load_state_dict(plain.state_dict())
     idx = tokens(2, 10)
     for model in (plain, padded):

@@ -160,6 +160,8 @@ def test_a_captured_step_is_that_of_a_plain_loop(captures, optimizer, accumulati
         result = step(*batch)
         outcome.append((result.loss, result.grad_norm))
     assert_same_training(model, outcome, expected_model, expected)
+    # a graph reads rates where they lie: of an optimizer that it holds they must be tensors
+    assert all(isinstance(group["lr"], torch.Tensor) is (optimizer is adamw) for group in own.param_groups)
     if DEVICE.type != "cuda":
         assert captures == ["first"] + ["more"] * (accumulation > 1) + ["update"] * (optimizer is adamw)
 
