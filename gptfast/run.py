@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from gptfast import tokenizer as tokenizers
+from gptfast import tokenizers
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
 from gptfast.files import read_json, read_tensors

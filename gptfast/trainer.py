@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gptfast import corpus, data, devices, flops, peaks, tokenizer
+from gptfast import corpus, data, devices, flops, peaks, tokenizers
 from gptfast.backend import parse
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
@@ -32,7 +32,9 @@ class TrainConfig:
     data: str = "stdlib"
     """Training text: stdlib, shakespeare, or a UTF-8 text file or a folder of them."""
     tokenizer: str = "char"
-    """char, or the name of a tiktoken encoding such as gpt2."""
+    """char, byte, word, or the name of a tiktoken encoding such as gpt2."""
+    vocabulary: str | None = None
+    """Folder with the files of a tiktoken encoding, for machines without a network."""
     out: str | None = None
     """Run folder to write, which must be new; by default one below runs/."""
     device: str = "auto"
@@ -136,7 +138,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     dtype = devices.resolve_dtype(config.dtype, device)
     asked = parse(config.backend)
     text = corpus.load(config.data)
-    tokens = tokenizer.for_text(config.tokenizer, text)
+    tokens = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokens.vocab_size))
     train_split, val_split = data.split(_compact(tokens.encode(text)), config.model.block_size, config.held_out)
     peak = peaks.peak_flops(device, dtype)

@@ -78,7 +78,7 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--device", "cuda:99"], "no device 'cuda:99' here; accepted: auto, "),
         (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16"),
-        (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, "),
+        (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, byte, word, gpt2, "),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--batch-size", "1000000000000"], "batch_size must be below 2**31, got 1000000000000"),
         (["--seed", "18446744073709551616"], "seed must be in [0, 2**64), got 18446744073709551616"),

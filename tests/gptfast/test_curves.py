@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptfast import GPT, GPTConfig, TrainStep, corpus, data, tokenizer
+from gptfast import GPT, GPTConfig, TrainStep, corpus, data, tokenizers
 from oracle import DEVICE
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ STEPS, WINDOW = 200, 20
 def text() -> tuple[data.Split, int]:
     """Characters of the standard library to train on, and how many different ones there are."""
     characters = corpus.load("stdlib")[:100_000]
-    tokens = tokenizer.for_text("char", characters)
+    tokens = tokenizers.for_documents("char", [characters])
     return data.split(tokens.encode(characters), block_size=16, held_out=0.1)[0], tokens.vocab_size
 
 

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from gptfast import GPT, GPTConfig, run
-from gptfast.tokenizer import CharTokenizer
+from gptfast.tokenizers import CharTokenizer
 
 CPU = torch.device("cpu")
 CONFIG = {"block_size": 8, "vocab_size": 3, "n_layer": 1, "n_head": 2, "n_embd": 8}

@@ -1,0 +1,112 @@
+"""Text to token ids and back, behind one small interface, saved as JSON.
+
+    char            a token per character of the training text
+    byte            a token per byte of UTF-8
+    word            a token per word of the training text, and one for all others
+    gpt2, ...       the byte-pair encodings of `tiktoken`
+
+Every tokenizer has an end-of-text token, which stands between documents; of characters only if it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptfast.tokenizers.bpe import TiktokenTokenizer, encoding_names
+from gptfast.tokenizers.byte import ByteTokenizer
+from gptfast.tokenizers.char import CharTokenizer
+from gptfast.tokenizers.word import WordTokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "CharTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "WordTokenizer",
+    "for_documents",
+    "from_json",
+]
+
+
+class Tokenizer(Protocol):
+    """What preparation, training and generation need of a tokenizer."""
+
+    vocab_size: int
+    end_of_text: int | None
+    """The token between documents, None where there is none."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """[N] int64 token ids of `text`, in which special tokens are text like any other.
+
+        Raises:
+            ValueError: text that it has no tokens for.
+        """
+        ...
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 of token ids, which may begin and end inside a character."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, with a replacement character for what is no UTF-8."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` makes the same tokenizer of, on any machine."""
+        ...
+
+
+def for_documents(
+    name: str, documents: Iterable[str], end_of_text: bool = False, vocabulary: str | Path | None = None
+) -> Tokenizer:
+    """The tokenizer called `name` for training texts.
+
+    Args:
+        name: "char", "byte", "word" or an encoding of tiktoken.
+        documents: the texts, which "char" and "word" read once.
+        end_of_text: give "char" an end-of-text token; the others have one.
+        vocabulary: a folder with the files of a tiktoken encoding, for machines without a network.
+
+    Raises:
+        ValueError: an unknown name, or a vocabulary that is neither there nor can be downloaded.
+    """
+    if vocabulary is not None and name not in encoding_names():
+        raise ValueError(
+            f"a vocabulary folder is for tiktoken's encodings, {', '.join(encoding_names())}, not {name!r}"
+        )
+    if name == "char":
+        return CharTokenizer.of_documents(documents, end_of_text)
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "word":
+        return WordTokenizer.of_documents(documents)
+    if name in encoding_names():
+        return TiktokenTokenizer.named(name, vocabulary)
+    raise ValueError(f"unknown tokenizer {name!r}; accepted: char, byte, word, {', '.join(encoding_names())}")
+
+
+_KINDS: dict[Any, Callable[[dict[str, Any]], Tokenizer]] = {
+    "char": CharTokenizer.from_json,
+    "byte": ByteTokenizer.from_json,
+    "word": WordTokenizer.from_json,
+    "tiktoken": TiktokenTokenizer.from_json,
+}
+
+
+def from_json(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_json` described.
+
+    Raises:
+        ValueError: JSON that no tokenizer here has written.
+    """
+    kind = saved.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"not a saved tokenizer: kind {kind!r}; accepted: {', '.join(_KINDS)}")
+    try:
+        return _KINDS[kind](saved)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a saved {kind} tokenizer: {type(error).__name__}: {error}") from error

@@ -1,0 +1,128 @@
+"""The byte-pair encodings of `tiktoken`, by name, from the network, its cache or a folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptfast.tokenizers.special import END_OF_TEXT
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+class TiktokenTokenizer:
+    """A byte-pair encoding. Saved with its whole vocabulary: what was trained with it needs no network later.
+
+    Args:
+        encoding: of tiktoken, with an end-of-text token.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self.name = encoding.name
+        self.vocab_size = encoding.n_vocab
+        self.end_of_text: int | None = encoding._special_tokens.get(END_OF_TEXT)
+
+    @classmethod
+    def named(cls, name: str, vocabulary: str | Path | None = None) -> TiktokenTokenizer:
+        """The encoding called `name`, such as "gpt2".
+
+        Args:
+            name: of the encoding.
+            vocabulary: a folder with its files, by the names they have where they are published: encoder.json and
+                vocab.bpe for "gpt2", NAME.tiktoken for others. If None they are downloaded once, or read from the
+                folder TIKTOKEN_CACHE_DIR.
+
+        Raises:
+            ValueError: the files are not there, are not the right ones, or cannot be downloaded.
+        """
+        import tiktoken
+
+        if vocabulary is not None:
+            with _reading_from(Path(vocabulary)):
+                return cls(tiktoken.Encoding(**_constructor(name)()))
+        try:
+            return cls(tiktoken.get_encoding(name))
+        except OSError as error:  # requests' errors are OSErrors
+            raise ValueError(
+                f"the vocabulary of tokenizer {name!r} could not be downloaded ({type(error).__name__}); give a folder "
+                "that has its files (--vocabulary FOLDER, or TIKTOKEN_CACHE_DIR), or use the byte or char tokenizer"
+            ) from error
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.int64)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self._encoding.decode_bytes(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+    def to_json(self) -> dict[str, Any]:
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in self._encoding._mergeable_ranks.items()}
+        return {
+            "kind": "tiktoken",
+            "name": self.name,
+            "pattern": self._encoding._pat_str,
+            "special_tokens": self._encoding._special_tokens,
+            "ranks": ranks,
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> TiktokenTokenizer:
+        import tiktoken
+
+        ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
+        return cls(
+            tiktoken.Encoding(
+                saved["name"],
+                pat_str=saved["pattern"],
+                mergeable_ranks=ranks,
+                special_tokens=saved["special_tokens"],
+            )
+        )
+
+
+def encoding_names() -> list[str]:
+    """What `TiktokenTokenizer.named` accepts."""
+    import tiktoken
+
+    return tiktoken.list_encoding_names()
+
+
+def _constructor(name: str) -> Any:
+    from tiktoken import registry
+
+    registry.list_encoding_names()  # fills the table
+    constructors = registry.ENCODING_CONSTRUCTORS or {}
+    return constructors[name]
+
+
+@contextmanager
+def _reading_from(folder: Path) -> Iterator[None]:
+    """Have tiktoken read its files from a folder instead of the network: by their names, or by those of its cache."""
+    from tiktoken import load
+
+    def read(blobpath: str, expected_hash: str | None = None) -> bytes:
+        name = blobpath.rpartition("/")[2]
+        for path in (folder / name, folder / hashlib.sha1(blobpath.encode()).hexdigest()):
+            if path.is_file():
+                content = path.read_bytes()
+                if expected_hash is not None and hashlib.sha256(content).hexdigest() != expected_hash:
+                    raise ValueError(f"{path} is not the {name} that tiktoken knows: its checksum is another")
+                return content
+        raise ValueError(f"the vocabulary folder {folder} has no {name}; it is at {blobpath}")
+
+    before = load.read_file_cached
+    load.read_file_cached = read
+    try:
+        yield
+    finally:
+        load.read_file_cached = before

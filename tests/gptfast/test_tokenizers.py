@@ -1,0 +1,172 @@
+import base64
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken.load
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptfast import tokenizers
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, WordTokenizer
+from gptfast.tokenizers.special import END_OF_TEXT
+
+TEXT = "Zürich, naïve 東京 \U0001f600\n\ttabs\r\n"
+
+
+def small_encoding() -> tiktoken.Encoding:
+    """tiktoken's "gpt2" with the 256 bytes and one merge, so that no vocabulary has to be downloaded."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
+    return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 257})
+
+
+ALL = {
+    "char": CharTokenizer.of_documents([TEXT], end_of_text=True),
+    "char without an end": CharTokenizer.of_documents([TEXT]),
+    "byte": ByteTokenizer(),
+    "word": WordTokenizer.of_documents([TEXT]),
+    "tiktoken": TiktokenTokenizer(small_encoding()),
+}
+LOSSLESS = {name: tokenizer for name, tokenizer in ALL.items() if name != "word"}
+
+
+@pytest.mark.parametrize("tokens", LOSSLESS.values(), ids=LOSSLESS)
+def test_text_comes_back(tokens):
+    ids = tokens.encode(TEXT)
+    assert ids.dtype == np.int64
+    assert 0 <= ids.min() <= ids.max() < tokens.vocab_size
+    assert tokens.decode(ids.tolist()) == TEXT
+    assert tokens.decode_bytes(ids.tolist()) == TEXT.encode()
+    assert len(tokens.encode("")) == 0
+
+
+@pytest.mark.parametrize("tokens", ALL.values(), ids=ALL)
+def test_a_saved_tokenizer_comes_back_from_json(tokens):
+    again = tokenizers.from_json(json.loads(json.dumps(tokens.to_json())))
+    assert type(again) is type(tokens)
+    assert (again.vocab_size, again.end_of_text) == (tokens.vocab_size, tokens.end_of_text)
+    assert again.encode(TEXT).tolist() == tokens.encode(TEXT).tolist()
+    everything = list(range(tokens.vocab_size))
+    assert again.decode_bytes(everything) == tokens.decode_bytes(everything)
+
+
+@pytest.mark.parametrize("tokens", ALL.values(), ids=ALL)
+def test_the_end_of_text_is_a_token_that_no_text_has(tokens):
+    if tokens.end_of_text is None:
+        assert tokens.vocab_size == len(set(TEXT))
+        return
+    assert tokens.decode([tokens.end_of_text]) == END_OF_TEXT
+    try:
+        ids = tokens.encode(END_OF_TEXT)
+    except ValueError:  # characters that the training text lacks
+        return
+    assert tokens.end_of_text not in ids
+
+
+def test_characters_are_numbered_as_they_were_saved():
+    # not in the order of code points, as an older file might have it
+    tokens = tokenizers.from_json({"kind": "char", "chars": "zab\n"})
+    assert tokens.encode("abz\n").tolist() == [1, 2, 0, 3]
+    assert tokens.end_of_text is None
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match=r"lacks the characters 'xé'; accepted: the 3 of its training text"):
+        CharTokenizer("abc", end_of_text=True).encode("axbéc")
+
+
+@given(st.text())
+def test_bytes_have_tokens_for_every_text(text: str):
+    tokens = ByteTokenizer()
+    ids = tokens.encode(text)
+    assert tokens.decode_bytes(ids.tolist()) == text.encode("utf-8", "surrogatepass")
+
+
+def test_half_a_character_is_replaced_in_text_and_kept_in_bytes():
+    tokens = ByteTokenizer()
+    half = tokens.encode("é").tolist()[:1]
+    assert tokens.decode(half) == "\ufffd"
+    assert tokens.decode_bytes(half) == b"\xc3"
+
+
+def test_words_and_marks():
+    tokens = WordTokenizer.of_documents(["the fox sees the dog.", "Isn't the (old) dog's fox"])
+    assert tokens.words[:4] == ["<unk>", END_OF_TEXT, "the", "fox"]  # the most frequent first, then by alphabet
+    ids = tokens.encode("the old fox isn't a dog.").tolist()
+    assert tokens.decode(ids) == "the old fox <unk> <unk> dog."
+    assert tokens.decode(tokens.encode("Isn't  (the\nfox)").tolist()) == "Isn't (the fox)"
+    assert tokens.encode("zebra").tolist() == [tokens.unknown]
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"kind": "bpe"}, "not a saved tokenizer: kind 'bpe'; accepted: char, byte, word, tiktoken"),
+        ({"kind": "char"}, "not a saved char tokenizer: KeyError: 'chars'"),
+        ({"kind": "char", "chars": 7}, "not a saved char tokenizer: TypeError"),
+        ({"kind": "word", "words": ["a", "a"]}, "needs different words, at least one, got"),
+        ({"kind": "word", "words": []}, "needs different words, at least one, got"),
+        ({"kind": "tiktoken", "name": "gpt2"}, "not a saved tiktoken tokenizer: KeyError: 'ranks'"),
+    ],
+)
+def test_not_a_tokenizer(saved, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizers.from_json(saved)
+
+
+def test_tiktokens_encodings_by_name(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_encoding())
+    tokens = tokenizers.for_documents("gpt2", [])
+    assert tokens.vocab_size == 258
+    assert tokens.encode("thé").tolist() == [256, 0xC3, 0xA9]
+
+
+def test_a_vocabulary_from_a_folder(tmp_path, monkeypatch):
+    """By the names of its files or of tiktoken's cache; nothing is downloaded, and what is wrong is said."""
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
+    content = b"".join(tiktoken_line(bytes([byte]), byte) for byte in range(256)) + tiktoken_line(b"th", 256)
+    url = "https://somewhere/encodings/tiny.tiktoken"
+    digest = hashlib.sha256(content).hexdigest()
+
+    def tiny():
+        ranks = tiktoken.load.load_tiktoken_bpe(url, expected_hash=digest)
+        special = {END_OF_TEXT: 257}
+        return {"name": "tiny", "pat_str": r"\S+|\s+", "mergeable_ranks": ranks, "special_tokens": special}
+
+    monkeypatch.setattr(tokenizers, "encoding_names", lambda: ["tiny"])
+    monkeypatch.setattr(tokenizers.bpe, "_constructor", lambda name: tiny)
+    with pytest.raises(ValueError, match=rf"the vocabulary folder {tmp_path} has no tiny.tiktoken; it is at {url}"):
+        tokenizers.for_documents("tiny", [], vocabulary=tmp_path)
+    for name in ("tiny.tiktoken", hashlib.sha1(url.encode()).hexdigest()):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert tokenizers.for_documents("tiny", [], vocabulary=tmp_path).encode("th").tolist() == [256]
+        path.write_bytes(content + b"\n")
+        with pytest.raises(ValueError, match=f"{name} is not the tiny.tiktoken that tiktoken knows"):
+            tokenizers.for_documents("tiny", [], vocabulary=tmp_path)
+        path.unlink()
+
+
+def tiktoken_line(token: bytes, rank: int) -> bytes:
+
+    return base64.b64encode(token) + f" {rank}\n".encode()
+
+
+def test_a_vocabulary_that_cannot_be_had(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(
+        ValueError, match=r"vocabulary of tokenizer 'gpt2' could not be downloaded .*--vocabulary FOLDER"
+    ):
+        tokenizers.for_documents("gpt2", [])
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown tokenizer 'bert'; accepted: char, byte, word, gpt2, "):
+        tokenizers.for_documents("bert", [])
+    with pytest.raises(ValueError, match=r"a vocabulary folder is for tiktoken's encodings, gpt2, .*, not 'char'"):
+        tokenizers.for_documents("char", ["a"], vocabulary="here")
