@@ -22,12 +22,12 @@ def choose(tunable: Tunable, *problem: object) -> None:
 
 
 def norm() -> None:
-    checks.layer_norm(X, W, B, 1e-5)
+    checks.layer_norm(X, W, B, 1e-5, None)
     choose(norm_launch._FORWARD, 64, torch.float32, False, False)
 
 
 def norm_with_addition() -> None:
-    checks.add_layer_norm(X, X, W, B, 1e-5, 0.1, None)
+    checks.add_layer_norm(X, X, W, B, 1e-5, 0.1, None, None)
     choose(norm_launch._FORWARD, 64, torch.float32, True, True)
 
 

@@ -240,6 +240,7 @@ PROBLEMS = {
     "layer_norm_forward": [(width, torch.bfloat16, True, True) for width in (1, 768, 8192, 65_536)],
     "layer_norm_backward": [(width, torch.bfloat16, True, True) for width in (1, 768, 8192, 65_536)],
     "layer_norm_parameters": [(65_536, torch.bfloat16)],
+    "cross_entropy": [(classes, torch.bfloat16, True) for classes in (65, 50_257)],
     "ffn_up": [
         (1024, width, dtype, "gelu", True, True, aligned, implementation)
         for width in (768, 4096)
@@ -269,6 +270,7 @@ def test_no_launch_has_more_candidates_than_are_tested():
     import kernels.attention
     import kernels.decode
     import kernels.ffn
+    import kernels.loss
     import kernels.norm  # noqa: F401
 
     assert set(PROBLEMS) == set(TUNABLES)
