@@ -44,6 +44,11 @@ def standard_library() -> str:
 
     Test suites and installed packages are left out. The same Python gives the same text.
     """
+    return "\n".join(standard_library_modules())
+
+
+def standard_library_modules() -> list[str]:
+    """The modules of `standard_library`, one by one."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     modules = []
@@ -52,10 +57,10 @@ def standard_library() -> str:
         modules += [Path(folder, name) for name in names if name.endswith(".py")]
     contents = (path.read_bytes() for path in sorted(modules, key=lambda path: path.relative_to(root).as_posix()))
     # other alphabets would add thousands of characters that occur a few times each
-    text = "\n".join(content.decode("ascii") for content in contents if content.isascii())
-    if not text:
+    texts = [content.decode("ascii").replace("\r\n", "\n") for content in contents if content.isascii()]
+    if not any(texts):
         raise ValueError(f"this Python has no standard library sources in {root}; give a text file as data")
-    return text.replace("\r\n", "\n")
+    return texts
 
 
 def shakespeare() -> str:

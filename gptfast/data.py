@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gptfast import shards
+from gptfast.shards import Tokens
 
 
 @dataclass(frozen=True)
@@ -14,17 +19,43 @@ class Split:
     """One part of a tokenized text, from which sequences of `block_size` tokens and their successors are cut.
 
     Args:
-        tokens: [N] integer array.
-        block_size: tokens per sequence; N must be above it.
+        tokens: at least block_size + 1.
+        block_size: tokens per sequence.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     block_size: int
 
-    def random_batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Sequences [B, T] int64 at random places, and the tokens that follow; the same for the same arguments."""
-        starts = np.random.default_rng((seed, step)).integers(len(self.tokens) - self.block_size, size=batch_size)
-        return self._cut(starts)
+    def random_batch(
+        self, batch_size: int, seed: int, step: int, rank: int = 0, ranks: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences [B, T] int64 in random order, and the tokens that follow.
+
+        A pure function of its arguments: it needs no state to resume. An epoch visits every block of the split once, in
+        an order and from an offset of its own, and the next one begins where it ends, in the midst of a batch.
+
+        Args:
+            batch_size: sequences of a step, all ranks together.
+            seed: of the order.
+            step: which batch.
+            rank: which of `ranks` equal parts of the batch this process takes.
+            ranks: how many parts there are. Together they are the same batch, whatever their number.
+        """
+        share = batch_size // ranks
+        first = step * batch_size + rank * share
+        return self._cut(self._places(np.arange(first, first + share), seed))
+
+    def _places(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Where the sequences of these numbers, counted from the first step on, begin."""
+        spare = len(self.tokens) - 1  # the last token follows the last sequence
+        blocks = max(1, spare // self.block_size - 1)  # one less than fits, so that they can begin anywhere
+        epochs, order = np.divmod(numbers, blocks)
+        places = np.empty(len(numbers), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            offset = np.random.default_rng((seed, epoch, 1)).integers(spare - blocks * self.block_size + 1)
+            places[chosen] = _permutation(seed, epoch, blocks)[order[chosen]] * self.block_size + offset
+        return places
 
     def even_batches(self, batches: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """At most `batches` batches of sequences spread evenly over the split: what evaluation measures every time."""
@@ -33,9 +64,28 @@ class Split:
         return [self._cut(starts[i : i + batch_size]) for i in range(0, sequences, batch_size)]
 
     def _cut(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        places = starts[:, None] + np.arange(self.block_size + 1)  # [B, T + 1]
-        windows = torch.from_numpy(self.tokens[places].astype(np.int64))
+        windows = torch.from_numpy(self.tokens.windows(starts, self.block_size + 1))  # [B, T + 1]
         return windows[:, :-1], windows[:, 1:]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, blocks: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(blocks)
+
+
+def prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
+    """Training and validation split of a folder of token shards, see `gptfast.shards`.
+
+    Raises:
+        ValueError: shards that are not there or damaged, or a split that is shorter than one block.
+    """
+    train, val = (Split(shards.open_split(folder, name), block_size) for name in shards.SPLITS)
+    for name, part in (("train", train), ("val", val)):
+        if len(part.tokens) <= block_size:
+            raise ValueError(
+                f"{folder} has {len(part.tokens)} tokens for {name}, more than block_size={block_size} are needed"
+            )
+    return train, val
 
 
 def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, Split]:
@@ -51,4 +101,4 @@ def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, 
             f"the text is too short: {len(tokens)} tokens make {len(parts[0])} to train on and {len(parts[1])} held "
             f"out, each must be more than block_size={block_size}; give a longer text or a smaller block size"
         )
-    return Split(parts[0], block_size), Split(parts[1], block_size)
+    return Split(Tokens([parts[0]]), block_size), Split(Tokens([parts[1]]), block_size)

@@ -3,6 +3,11 @@
 import os
 
 import torch
+from hypothesis import settings
+
+# the same examples on every run, however busy the machine is
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

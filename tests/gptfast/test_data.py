@@ -3,10 +3,15 @@ import pytest
 import torch
 
 from gptfast import data
+from gptfast.shards import Tokens
+
+
+def split_of(length: int, block_size: int) -> data.Split:
+    return data.Split(Tokens([np.arange(length)]), block_size)
 
 
 def test_targets_are_the_tokens_that_follow():
-    part = data.Split(np.arange(100), block_size=7)
+    part = split_of(100, block_size=7)
     for idx, targets in [part.random_batch(5, seed=1, step=2), *part.even_batches(3, 4)]:
         assert idx.dtype == targets.dtype == torch.int64
         assert idx.shape == targets.shape == (len(idx), 7)
@@ -15,7 +20,7 @@ def test_targets_are_the_tokens_that_follow():
 
 
 def test_random_batches_are_a_function_of_seed_and_step():
-    part = data.Split(np.arange(1000), block_size=7)
+    part = split_of(1000, block_size=7)
     first = part.random_batch(5, seed=1, step=2)[0]
     assert torch.equal(part.random_batch(5, seed=1, step=2)[0], first)
     assert not torch.equal(part.random_batch(5, seed=1, step=3)[0], first)
@@ -23,25 +28,43 @@ def test_random_batches_are_a_function_of_seed_and_step():
 
 
 def test_every_place_can_be_drawn_and_none_beyond():
-    part = data.Split(np.arange(10), block_size=7)
+    part = split_of(10, block_size=7)
     starts = part.random_batch(200, seed=0, step=0)[0][:, 0]
     assert set(starts.tolist()) == {0, 1, 2}
 
 
+def test_an_epoch_visits_every_block_once_in_an_order_of_its_own():
+    part = split_of(10 * 7 + 5, block_size=7)
+    starts = torch.cat([part.random_batch(4, seed=3, step=step)[0][:, 0] for step in range(9)])  # 36: four epochs
+    epochs = starts.view(4, 9)
+    assert (epochs.sort(dim=1).values.diff(dim=1) == 7).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs - epochs.min(dim=1, keepdim=True).values}) == 4
+    assert len(set(epochs.min(dim=1).values.tolist())) > 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_a_batch_that_is_the_same_for_any_number_of_them(ranks: int):
+    part = split_of(1000, block_size=7)
+    whole = [part.random_batch(8, seed=1, step=step)[0] for step in range(20)]
+    for step, expected in enumerate(whole):
+        parts = [part.random_batch(8, seed=1, step=step, rank=rank, ranks=ranks)[0] for rank in range(ranks)]
+        assert torch.equal(torch.cat(parts), expected)
+
+
 def test_even_batches_cover_the_split_without_overlap_where_it_is_long_enough():
-    part = data.Split(np.arange(1000), block_size=10)
+    part = split_of(1000, block_size=10)
     starts = torch.cat([idx[:, 0] for idx, _ in part.even_batches(4, 5)])
     assert len(starts) == 20
     assert (starts[0], starts[-1]) == (0, 989)
     assert (starts.diff() >= 10).all()
     # a short split gives as many sequences as it has
-    assert sum(len(idx) for idx, _ in data.Split(np.arange(35), 10).even_batches(4, 5)) == 3
+    assert sum(len(idx) for idx, _ in split_of(35, 10).even_batches(4, 5)) == 3
 
 
 def test_split_takes_the_end_away():
     train, val = data.split(np.arange(100), block_size=5, held_out=0.1)
-    assert train.tokens.tolist() == list(range(90))
-    assert val.tokens.tolist() == list(range(90, 100))
+    assert train.tokens.windows(np.array([0]), 90).tolist() == [list(range(90))]
+    assert val.tokens.windows(np.array([0]), 10).tolist() == [list(range(90, 100))]
 
 
 @pytest.mark.parametrize(("length", "fits"), [(59, False), (60, True)])
