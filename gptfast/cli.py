@@ -1,4 +1,4 @@
-"""The command line: `gptfast train` and `gptfast generate`."""
+"""The command line: `gptfast prepare`, `gptfast train` and `gptfast generate`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import torch
 import tyro
 
 from gptfast import devices, recipes, run, trainer
+from gptfast import prepare as preparation
 
-USAGE = f"""usage: gptfast train PRESET [options]    train a GPT and write a run folder
-       gptfast generate RUN [options]    continue a prompt with a trained model
+USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data too large to tokenize at every start
+       gptfast train PRESET [options]      train a GPT and write a run folder
+       gptfast generate RUN [options]      continue a prompt with a trained model
 
 presets: {", ".join(recipes.names())}
-`gptfast train PRESET --help` and `gptfast generate --help` list the options."""
+`gptfast train PRESET --help` and the like list the options."""
 
 Settings = TypeVar("Settings")
 
@@ -70,12 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
+    elif arguments[0] == "prepare":
+        _prepare(arguments[1:])
     elif arguments[0] == "train":
         _train(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
     else:
-        raise ValueError(f"unknown command {arguments[0]!r}; accepted: train, generate")
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate")
+
+
+def _prepare(arguments: list[str]) -> None:
+    config = _parse(preparation.PrepareConfig, arguments, "gptfast prepare")
+    index = preparation.prepare(config)
+    print(preparation.describe(index, config.out))
+    print(f"gptfast train PRESET --data {config.out}")
 
 
 def _train(arguments: list[str]) -> None:

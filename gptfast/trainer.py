@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gptfast import corpus, data, devices, flops, peaks, tokenizers
+from gptfast import corpus, data, devices, flops, peaks, shards, tokenizers
 from gptfast.backend import parse
 from gptfast.config import GPTConfig
+from gptfast.files import read_json
 from gptfast.model import GPT
 from gptfast.run import RunFolder
 from gptfast.step import StepResult, TrainStep
+from gptfast.tokenizers import Tokenizer
 
 _DIVERGED = "lower --learning-rate or --grad-clip"
 
@@ -30,7 +32,8 @@ class TrainConfig:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: str = "stdlib"
-    """Training text: stdlib, shakespeare, or a UTF-8 text file or a folder of them."""
+    """Training text: stdlib, shakespeare, a UTF-8 text file or a folder of them, or a folder that `gptfast prepare` or
+    nanoGPT wrote."""
     tokenizer: str = "char"
     """char, byte, word, or the name of a tiktoken encoding such as gpt2."""
     vocabulary: str | None = None
@@ -137,10 +140,8 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     device = devices.resolve(config.device)
     dtype = devices.resolve_dtype(config.dtype, device)
     asked = parse(config.backend)
-    text = corpus.load(config.data)
-    tokens = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
+    tokens, train_split, val_split = _load(config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokens.vocab_size))
-    train_split, val_split = data.split(_compact(tokens.encode(text)), config.model.block_size, config.held_out)
     peak = peaks.peak_flops(device, dtype)
     if peak is None:
         print(f"no peak for {str(dtype)[6:]}, so no MFU: {peaks.describe(device)}", flush=True)
@@ -160,6 +161,26 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
         summary = _Training(config, model, device, dtype, peak, train_split, val_split, run).run()
         run.write_json("summary.json", summary)
     return summary | {"run": str(run.path)}
+
+
+def _load(config: TrainConfig) -> tuple[Tokenizer, data.Split, data.Split]:
+    """The tokenizer, and the splits of training and validation."""
+    folder, block_size = Path(config.data).expanduser(), config.model.block_size
+    if not (folder.is_dir() and shards.is_prepared(folder)):
+        text = corpus.load(config.data)
+        tokens = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
+        return tokens, *data.split(_compact(tokens.encode(text)), block_size, config.held_out)
+    saved = folder / "tokenizer.json"
+    if saved.is_file():
+        tokens = tokenizers.from_json(read_json(saved))
+    elif config.tokenizer in ("char", "word"):
+        raise ValueError(
+            f"{folder} has no tokenizer.json, and {config.tokenizer!r} cannot be told from its tokens; give "
+            "--tokenizer gpt2 if these are GPT-2's, or prepare the text again"
+        )
+    else:
+        tokens = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
+    return tokens, *data.prepared(folder, block_size)
 
 
 class _Training:

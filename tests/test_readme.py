@@ -15,6 +15,12 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
+def command(start: str) -> list[str]:
+    """The one that begins like this."""
+    (found,) = [line for line in COMMANDS if line.startswith(start)]
+    return words(found)
+
+
 def test_the_training_script(tmp_path):
     written = run([sys.executable, "-c", PYTHON[0]], tmp_path)
     assert written.startswith("the quick brown fox jumps over the lazy")
@@ -29,25 +35,29 @@ def test_the_switch(tmp_path):
 
 
 def test_every_example_is_run():
-    assert (len(PYTHON), len(COMMANDS)) == (3, 4)
+    assert (len(PYTHON), len(COMMANDS)) == (3, 6)
 
 
 def test_the_prediction():
-    assert "tokens/s" in run(words(COMMANDS[2]), ROOT)
+    assert "tokens/s" in run(command("python -m benchmarks.roofline"), ROOT)
 
 
 def test_the_benchmark():
-    assert " passed" in run(words(COMMANDS[3]), ROOT)
+    assert " passed" in run(command("pytest benchmarks"), ROOT)
 
 
 @pytest.mark.slow
 def test_the_commands(tmp_path):
     """Trains for a minute and generates, word for word."""
-    train, generate = (words(command) for command in COMMANDS[:2])
-    assert "validation loss" in run(train, tmp_path)
-    written = run(generate, tmp_path)
+    assert "validation loss" in run(command("gptfast train shakespeare-char --data stdlib"), tmp_path)
+    written = run(command("gptfast generate"), tmp_path)
     assert written.startswith("def ")
     assert len(written) == len("def ") + 500 + len("\n")
+
+
+def test_preparing_and_training_on_it(tmp_path):
+    assert "vocabulary 257, uint16, in data/stdlib" in run(command("gptfast prepare"), tmp_path)
+    assert "validation loss" in run(command("gptfast train shakespeare-char --data data/stdlib"), tmp_path)
 
 
 def test_the_figures_are_those_of_the_committed_results():

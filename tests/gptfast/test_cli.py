@@ -127,7 +127,7 @@ def test_a_parser_that_draws_no_box(monkeypatch, capsys, printed, message):
 
 def test_unknown_words(capsys):
     assert fails(capsys, "train", "gpt5").startswith("unknown preset 'gpt5'; accepted: shakespeare-char, ")
-    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: train, generate"
+    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: prepare, train, generate"
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_an_interrupted_run_says_so_by_its_exit_status(text, monkeypatch, capsys
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train"], ["train", "--help"]])
 def test_usage(capsys, arguments):
     cli.main(arguments)
-    assert capsys.readouterr().out.startswith("usage: gptfast train PRESET")
+    assert capsys.readouterr().out.startswith("usage: gptfast prepare SOURCE")
 
 
 @pytest.mark.parametrize("arguments", [["train", "shakespeare-char", "--help"], ["generate", "--help"]])
