@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gptfast import corpus, data, devices, flops, peaks, shards, tokenizers
+from gptfast import corpus, data, devices, flops, peaks, schedules, shards, tokenizers
 from gptfast.backend import parse
 from gptfast.config import GPTConfig
 from gptfast.files import read_json
@@ -60,10 +60,14 @@ class TrainConfig:
     """The residual stream's: float32, bfloat16, or auto, which is that of the weights. Half as wide is less memory."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
+    schedule: str = "cosine"
+    """What the learning rate does after the warm-up: cosine, constant, or wsd (stable, then a linear decay)."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or the decay."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
+    decay_share: float = 0.2
+    """Share of the steps after the warm-up, the last ones, in which wsd decays."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices and embeddings."""
     beta1: float = 0.9
@@ -104,17 +108,12 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule not in schedules.NAMES:
+            raise ValueError(f"schedule must be one of {', '.join(schedules.NAMES)}, got {self.schedule!r}")
+        if not 0.0 <= self.decay_share <= 1.0:
+            raise ValueError(f"decay_share must be in [0, 1], got {self.decay_share}")
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983) that ends at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
 
 
 def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
@@ -259,8 +258,14 @@ class _Training:
 
     def _step(self, step: int) -> StepResult:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = self._learning_rate(step)
         return self.step(*self.train_split.random_batch(self.config.batch_size, self.config.seed, step))
+
+    def _learning_rate(self, step: int) -> float:
+        c = self.config
+        return schedules.learning_rate(
+            c.schedule, step, c.steps, c.learning_rate, c.min_learning_rate, c.warmup_steps, c.decay_share
+        )
 
     def _report(self, step: int, loss: float, norm: float, speed: float, bar: tqdm) -> None:
         for name, value in (("loss", loss), ("gradient's norm", norm)):
@@ -268,7 +273,7 @@ class _Training:
                 raise RuntimeError(f"the {name} is {value} at step {step}; {_DIVERGED}")
         mfu = self._mfu(speed)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
-        rate = learning_rate(self.config, step - 1)
+        rate = self._learning_rate(step - 1)
         self.folder.append_log(
             {
                 "step": step,

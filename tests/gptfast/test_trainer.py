@@ -2,11 +2,12 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig, data, peaks, recipes, run, trainer
+from gptfast import GPT, GPTConfig, data, peaks, recipes, run, schedules, trainer
 from gptfast.step import StepResult, TrainStep
 from gptfast.trainer import TrainConfig
 
@@ -145,17 +146,6 @@ def test_an_evaluation_that_is_no_number_ends_the_run(config, tmp_path, monkeypa
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_learning_rate_rises_and_falls():
-    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
-    rates = [trainer.learning_rate(config, step) for step in range(110)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[60] == pytest.approx(0.55)
-    assert rates[109] == pytest.approx(0.1, abs=0.001)
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
 def test_the_settings_reach_the_step(config, monkeypatch):
     made = []
 
@@ -201,10 +191,12 @@ def test_every_step_uses_its_batch_and_learning_rate(config, monkeypatch):
 
     monkeypatch.setattr(data.Split, "random_batch", lambda self, *args: batches.append(args) or draw(self, *args))
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
-    config = dataclasses.replace(config, seed=5)
+    config = dataclasses.replace(config, seed=5, schedule="wsd", decay_share=0.5)
     trainer.train(config)
     assert batches == [(4, 5, number) for number in range(20)]
-    assert rates == [[trainer.learning_rate(config, number)] * 2 for number in range(20)]
+    expected = [schedules.learning_rate("wsd", number, 20, 1e-3, 1e-4, 5, 0.5) for number in range(20)]
+    assert rates == [[rate] * 2 for rate in expected]
+    assert [entry["learning_rate"] for entry in log(Path(config.out)) if "loss" in entry][-1] == expected[-1]
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(config, monkeypatch):
@@ -239,6 +231,8 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
         ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
         ({"residual_dtype": "int8"}, "residual_dtype must be auto, float32 or bfloat16, got 'int8'"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, constant, wsd, got 'linear'"),
+        ({"decay_share": 1.5}, r"decay_share must be in \[0, 1\], got 1.5"),
         ({"accumulation": 3}, "batch_size must be a multiple of accumulation=3, got 64"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
