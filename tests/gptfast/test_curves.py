@@ -21,7 +21,7 @@ def text() -> tuple[data.Split, int]:
     """Characters of the standard library to train on, and how many different ones there are."""
     characters = corpus.load("stdlib")[:100_000]
     tokens = tokenizers.for_documents("char", [characters])
-    return data.split(tokens.encode(characters), block_size=16, held_out=0.1)[0], tokens.vocab_size
+    return data.split(tokens.encode(characters), block_size=8, held_out=0.1)[0], tokens.vocab_size
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def curve(
     torch.compiler.reset()
     split, vocab_size = text()
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32), backend).to(DEVICE)
+    model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32), backend).to(DEVICE)
     optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), DEVICE.type)
     step = TrainStep(model, optimizer, accumulation, grad_clip=1.0, compiled=compiled, graph=False)
     results = [step(*split.random_batch(batch_size, 0, number)) for number in range(STEPS)]
