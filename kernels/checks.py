@@ -35,8 +35,7 @@ def add_layer_norm(
 def _norm_parameters(
     operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None
 ) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    _rows(operator, x)
     width = x.shape[-1]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != (width,):
@@ -61,8 +60,7 @@ def gelu_ffn(
     if implementation not in FFN_IMPLEMENTATIONS:
         accepted = ", ".join(FFN_IMPLEMENTATIONS)
         raise ValueError(f"gelu_ffn: implementation must be one of {accepted}, got {implementation!r}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"gelu_ffn: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    _rows("gelu_ffn", x)
     if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1] or w_up.shape[0] == 0:
         raise ValueError(
             f"gelu_ffn: w_up must be [F, C] = [F, {x.shape[-1]}] with F >= 1, got shape {tuple(w_up.shape)}"
@@ -144,8 +142,7 @@ def linear_cross_entropy(
     operator = "linear_cross_entropy"
     _tensors(operator, x=x, weight=weight)
     _same_dtype(operator, x=x, weight=weight)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+    _rows(operator, x)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"{operator}: weight must be [V, C] = [V, {x.shape[-1]}] with V >= 1, got shape {tuple(weight.shape)}"
@@ -186,6 +183,11 @@ def _classes(operator: str, targets: Tensor, ignore_index: int, classes: int) ->
             f"{operator}: targets must be in [0, {classes}) or ignore_index = {ignore_index}, "
             f"got {int(targets[wrong][0])}"
         )
+
+
+def _rows(operator: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
 
 
 def _scale(operator: str, scale: float | None) -> None:

@@ -21,8 +21,8 @@ def _compute(
     """
     alone = reduction != "none"
     losses, dx, dweight = launch(
-        x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.reshape(-1).contiguous(), None, ignore_index,
-        vocab_size, label_smoothing, z_loss, workspace_bytes, alone and needed[0], alone and needed[1],
+        x, weight, targets, None, ignore_index, vocab_size, label_smoothing, z_loss, workspace_bytes,
+        alone and needed[0], alone and needed[1],
     )  # fmt: skip
     if reduction == "none":
         return losses.view(targets.shape), dx, dweight, losses.new_empty(0)
@@ -54,11 +54,9 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x and weight where `needed`, else an empty tensor."""
     if reduction == "none":
-        upstream = dloss.reshape(-1).to(torch.float32).contiguous()
         _, dx, dweight = launch(
-            x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.reshape(-1).contiguous(), upstream, ignore_index,
-            vocab_size, label_smoothing, z_loss, workspace_bytes, *needed,
-        )  # fmt: skip
+            x, weight, targets, dloss, ignore_index, vocab_size, label_smoothing, z_loss, workspace_bytes, *needed
+        )
         return [
             dx.view(x.shape) if needed[0] else x.new_empty(0),
             dweight.to(weight.dtype) if needed[1] else weight.new_empty(0),

@@ -41,12 +41,14 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The losses of the rows and, where wanted, the gradients of their sum weighted by `upstream` [N], ones if None.
 
-    x is [N, C], weight [V, C] in its dtype, targets [N]; the numbers are those of `linear_cross_entropy`.
+    Arguments as those of `linear_cross_entropy`, N rows in all; `upstream` is shaped as the targets.
 
     Returns:
         Losses [N] in float32, dx [N, C] in the dtype of x, dweight [V, C] in float32; a gradient that is not wanted
         has no rows.
     """
+    x, weight, targets = x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.reshape(-1).contiguous()
+    upstream = None if upstream is None else upstream.reshape(-1).to(torch.float32).contiguous()
     (n_rows, width), n_columns = x.shape, weight.shape[0]
     losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     dx = x.new_empty(n_rows if x_gradient else 0, width)
