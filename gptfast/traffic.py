@@ -15,6 +15,7 @@ from gptfast.costs import Cost
 
 _FLOAT32 = 4
 _TOKEN = 8
+_PROJECTIONS, _FFN = "attention projections", "feed-forward"  # kinds
 _WORKSPACE = 2**29  # bytes of logits that the loss holds at a time
 
 
@@ -72,11 +73,9 @@ class Step:
         stream = rows * width * self.residual_itemsize
         norms = unit if self.config.norm_position == "pre" else stream
         self._sizes.update(
-            {"x": stream, "h": stream, "y": norms, "qkv": 3 * unit, "o": unit, "a": unit, "z": 4 * unit, "m": unit}
-        )
-        self._sizes["hidden"] = 4 * unit
-        self._sizes["lse"] = rows * self.config.n_head * _FLOAT32
-        self._sizes["statistics"] = 2 * rows * _FLOAT32
+            x=stream, h=stream, y=norms, qkv=3 * unit, o=unit, a=unit, z=4 * unit, hidden=4 * unit, m=unit,
+            lse=rows * self.config.n_head * _FLOAT32, statistics=2 * rows * _FLOAT32,
+        )  # fmt: skip
 
     def _of(self, *names: str) -> dict[str, int]:
         """Bytes of tensors by name; "d" before a name is its gradient."""
@@ -114,27 +113,26 @@ class Step:
                     "dweight": self._norm_parameters()},
         )  # fmt: skip
 
-    def _linear_backward(self, kind: str, name: str, dy: str, x: str, dx: str, bias: bool) -> list[Pass]:
+    def _linear_backward(self, name: str, dy: str, x: str, dx: str, bias: bool) -> list[Pass]:
         """The gradients of a linear layer's input, weight and bias."""
         size = {"c_attn": 3, "c_proj": 1}[name] * self.config.n_embd
         flops = self._product(self.config.n_embd, size)
         weight = self._weight(self.config.n_embd, size, bias=False)
         passes = [
-            Pass(kind, f"{name}, {dx}", {**self._of(dy), **weight}, self._of(dx), flops=flops),
-            Pass(kind, f"{name}, dweight", self._of(dy, x), {"dweight": weight["weight"]}, flops=flops),
+            Pass(_PROJECTIONS, f"{name}, {dx}", {**self._of(dy), **weight}, self._of(dx), flops=flops),
+            Pass(_PROJECTIONS, f"{name}, dweight", self._of(dy, x), {"dweight": weight["weight"]}, flops=flops),
         ]
         if bias:
-            passes.append(Pass(kind, f"{name}, dbias", self._of(dy), {"dbias": size * self.itemsize}))
+            passes.append(Pass(_PROJECTIONS, f"{name}, dbias", self._of(dy), {"dbias": size * self.itemsize}))
         return passes
 
     def block_forward(self) -> list[Pass]:
         """Of one block, whose first norm adds the output m of the block before it."""
         config, width = self.config, self.config.n_embd
-        projections, ffn = "attention projections", "feed-forward"
         return [
             self._add_norm("ln_1", "m"),
             Pass(
-                projections, "c_attn", {**self._of("y"), **self._weight(width, 3 * width, config.has_qkv_bias)},
+                _PROJECTIONS, "c_attn", {**self._of("y"), **self._weight(width, 3 * width, config.has_qkv_bias)},
                 self._of("qkv"), flops=self._product(width, 3 * width),
             ),
             Pass(
@@ -142,16 +140,16 @@ class Step:
                 flops=self._attention().forward.flops,
             ),
             Pass(
-                projections, "c_proj", {**self._of("o"), **self._weight(width, width, config.bias)}, self._of("a"),
+                _PROJECTIONS, "c_proj", {**self._of("o"), **self._weight(width, width, config.bias)}, self._of("a"),
                 flops=self._product(width, width),
             ),
             self._add_norm("ln_2", "a"),
             Pass(
-                ffn, "c_fc, activation", {**self._of("y"), **self._weight(width, 4 * width, config.bias)},
+                _FFN, "c_fc, activation", {**self._of("y"), **self._weight(width, 4 * width, config.bias)},
                 self._of("z", "hidden"), keeps=("z",), flops=self._product(width, 4 * width),
             ),
             Pass(
-                ffn, "mlp.c_proj", {**self._of("hidden"), **self._weight(4 * width, width, config.bias)},
+                _FFN, "mlp.c_proj", {**self._of("hidden"), **self._weight(4 * width, width, config.bias)},
                 self._of("m"), flops=self._product(4 * width, width),
             ),
         ]  # fmt: skip
@@ -159,26 +157,25 @@ class Step:
     def block_backward(self) -> list[Pass]:
         """Of one block, from the gradients dm of its output and dh of the residual stream."""
         config, width = self.config, self.config.n_embd
-        projections, ffn = "attention projections", "feed-forward"
         product, weight = self._product(width, 4 * width), self._weight(width, 4 * width, bias=False)
         dweight = {"dweight": 4 * width**2 * _FLOAT32}  # as it is summed, for parameters in float32
         passes = [
-            Pass(ffn, "mlp.c_proj, dz", {**self._of("dm", "z"), **weight}, self._of("dz", "hidden"), flops=product),
-            Pass(ffn, "mlp.c_proj, dweight", self._of("dm", "hidden"), dweight, flops=product),
-            Pass(ffn, "c_fc, dy", {**self._of("dz"), **weight}, self._of("dy"), flops=product),
-            Pass(ffn, "c_fc, dweight", self._of("dz", "y"), dweight, flops=product),
+            Pass(_FFN, "mlp.c_proj, dz", {**self._of("dm", "z"), **weight}, self._of("dz", "hidden"), flops=product),
+            Pass(_FFN, "mlp.c_proj, dweight", self._of("dm", "hidden"), dweight, flops=product),
+            Pass(_FFN, "c_fc, dy", {**self._of("dz"), **weight}, self._of("dy"), flops=product),
+            Pass(_FFN, "c_fc, dweight", self._of("dz", "y"), dweight, flops=product),
         ]
         if config.bias:
-            passes.insert(2, Pass(ffn, "mlp.c_proj, dbias", self._of("dm"), {"dbias": width * _FLOAT32}))
+            passes.insert(2, Pass(_FFN, "mlp.c_proj, dbias", self._of("dm"), {"dbias": width * _FLOAT32}))
         return [
             *passes,
             self._add_norm_backward("ln_2", "a"),
-            *self._linear_backward(projections, "c_proj", "da", "o", "do", config.bias),
+            *self._linear_backward("c_proj", "da", "o", "do", config.bias),
             Pass(
                 "attention", "attention", self._of("qkv", "o", "do", "lse"), self._of("dqkv"),
                 flops=self._attention().backward.flops,
             ),
-            *self._linear_backward(projections, "c_attn", "dqkv", "y", "dy", config.has_qkv_bias),
+            *self._linear_backward("c_attn", "dqkv", "y", "dy", config.has_qkv_bias),
             self._add_norm_backward("ln_1", "m"),
         ]  # fmt: skip
 
