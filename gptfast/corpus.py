@@ -29,7 +29,7 @@ def load(source: str) -> str:
         return shakespeare()
     path = Path(source).expanduser()
     if path.is_dir():
-        text = _folder(path)
+        text = "\n".join(map(_file, visible_files(path)))
     elif path.is_file():
         text = _file(path)
     else:
@@ -98,11 +98,10 @@ def _is_shakespeare(content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256
 
 
-def _folder(path: Path) -> str:
+def visible_files(folder: Path) -> list[Path]:
     """All files below a folder in the order of their paths, hidden ones left out."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    return "\n".join(_file(file) for file in visible)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _file(path: Path) -> str:

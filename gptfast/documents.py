@@ -97,7 +97,7 @@ def source(name: str, field: str = "text") -> Source:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
+        files = corpus.visible_files(path)
     else:
         files = [Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file()]
     if not files:
@@ -105,10 +105,6 @@ def source(name: str, field: str = "text") -> Source:
             f"no such data: {name!r}; accepted: stdlib, shakespeare, a file, a folder with files, or a pattern"
         )
     return Source(files=tuple(sorted(files)), field=field)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _of_file(path: Path, field: str) -> Iterator[Piece]:

@@ -93,9 +93,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def _write(config: PrepareConfig, source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     dtype = shards.dtype_for(tokenizer.vocab_size)
     writers = {split: shards.SplitWriter(folder, split, dtype, config.shard_tokens) for split in shards.SPLITS}
+    size = source.bytes
     # a process takes seconds to start
-    workers = min(config.workers or os.cpu_count() or 1, 1 + source.bytes // _WORTH_A_PROCESS)
-    with tqdm(total=source.bytes, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+    workers = min(config.workers or os.cpu_count() or 1, 1 + size // _WORTH_A_PROCESS)
+    with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
         for part, ids in tokenized(divided(source, config), tokenizer, workers):
             writer = writers[part.split]
             writer.append(ids)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -168,7 +167,8 @@ def _load(config: TrainConfig) -> tuple[Tokenizer, data.Split, data.Split]:
     if not (folder.is_dir() and shards.is_prepared(folder)):
         text = corpus.load(config.data)
         tokens = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
-        return tokens, *data.split(_compact(tokens.encode(text)), block_size, config.held_out)
+        ids = tokens.encode(text).astype(shards.DTYPES[shards.dtype_for(tokens.vocab_size)])
+        return tokens, *data.split(ids, block_size, config.held_out)
     saved = folder / "tokenizer.json"
     if saved.is_file():
         tokens = tokenizers.from_json(read_json(saved))
@@ -328,10 +328,6 @@ def describe(summary: dict[str, Any]) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "unknown" if fraction is None else f"{100 * fraction:.1f}%"
-
-
-def _compact(ids: np.ndarray) -> np.ndarray:
-    return ids.astype(np.uint16 if ids.size == 0 or ids.max() < 2**16 else np.uint32)
 
 
 def _unused_folder(name: str) -> Path:
