@@ -8,7 +8,6 @@ are held against these; machines reach some 80 to 90% of either.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,37 +63,48 @@ def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
     return rows
 
 
+def gpu_named(name: str) -> GPU:
+    """The GPU of the table with this name. Raises ValueError where there is none."""
+    known = {gpu.name: gpu for gpu in peaks.GPUS}
+    if name not in known:
+        raise ValueError(f"unknown GPU {name!r}; accepted: {', '.join(known)}")
+    return known[name]
+
+
+def require_batch(batch: int, length: int) -> None:
+    """Raise ValueError unless there are sequences, and tokens in them."""
+    if batch < 1 or length < 1:
+        raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
+
+
 def main() -> None:
     """Print the predictions; exit status 2 for an unknown GPU or model."""
     options = tyro.cli(Options)
-    known = {gpu.name: gpu for gpu in peaks.GPUS}
     try:
-        if options.gpu is not None and options.gpu not in known:
-            raise ValueError(f"unknown GPU {options.gpu!r}; accepted: {', '.join(known)}")
+        gpu = None if options.gpu is None else gpu_named(options.gpu)
         config = GPTConfig.preset(options.model, vocab_size=50304, block_size=max(options.length, 1024))
-        if options.batch < 1 or options.length < 1:
-            raise ValueError(f"batch and length must be at least 1, got {options.batch} and {options.length}")
+        require_batch(options.batch, options.length)
     except ValueError as error:
         print(f"benchmarks.roofline: {error}", file=sys.stderr)
         sys.exit(2)
-    if options.gpu is None:
-        print_gpus(config, options, known)
+    if gpu is None:
+        print_gpus(config, options)
     else:
-        print_operators(known[options.gpu])
-        print_step(config, options, known[options.gpu])
+        print_operators(gpu)
+        print_step(config, options, gpu)
 
 
-def print_gpus(config: GPTConfig, options: Options, known: Mapping[str, GPU]) -> None:
+def print_gpus(config: GPTConfig, options: Options) -> None:
     print(f"Training step of {options.model}, {options.batch} x {options.length} tokens, at the roofline")
     print(f"{'GPU':16} {'ms':>9} {'tokens/s':>11}  bound by")
-    for name, gpu in known.items():
+    for gpu in peaks.GPUS:
         seconds = step_seconds(config, options.batch, options.length, gpu)
         if seconds is None:
-            print(f"{name:16} {'':9} {'':11}  no matrix peak in 16 bits is known")
+            print(f"{gpu.name:16} {'':9} {'':11}  no matrix peak in 16 bits is known")
             continue
         total = sum(seconds.values())
         tokens = options.batch * options.length / total
-        print(f"{name:16} {1e3 * total:9.1f} {tokens:11,.0f}  {max(seconds, key=seconds.__getitem__)}")
+        print(f"{gpu.name:16} {1e3 * total:9.1f} {tokens:11,.0f}  {max(seconds, key=seconds.__getitem__)}")
 
 
 def print_operators(gpu: GPU) -> None:

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import tyro
 
 from benchmarks.reporting.markdown import grid
-from gptfast import GPTConfig, peaks
+from benchmarks.roofline import gpu_named, matrix_peak, require_batch
+from gptfast import GPTConfig
 from gptfast.peaks import GPU
 from gptfast.traffic import Pass, Step
 
@@ -36,14 +38,11 @@ class Options:
 def main() -> None:
     """Print the tables; exit status 2 for an unknown GPU or model."""
     options = tyro.cli(Options)
-    known = {gpu.name: gpu for gpu in peaks.GPUS}
     try:
-        if options.gpu not in known:
-            raise ValueError(f"unknown GPU {options.gpu!r}; accepted: {', '.join(known)}")
-        if options.batch < 1 or options.length < 1:
-            raise ValueError(f"batch and length must be at least 1, got {options.batch} and {options.length}")
+        gpu = gpu_named(options.gpu)
+        require_batch(options.batch, options.length)
         config = GPTConfig.preset(options.model, pad_vocab_size_to=128, block_size=max(options.length, 1024))
-        print(tables(config, options.batch, options.length, known[options.gpu]), end="")
+        print(tables(config, options.batch, options.length, gpu), end="")
     except ValueError as error:
         print(f"benchmarks.step_table: {error}", file=sys.stderr)
         sys.exit(2)
@@ -55,7 +54,7 @@ def tables(config: GPTConfig, batch: int, length: int, gpu: GPU) -> str:
     Raises:
         ValueError: a GPU whose matrix peak in bfloat16 is not known.
     """
-    peak = gpu.flops.get("bfloat16")
+    peak = matrix_peak(gpu, torch.bfloat16)
     if peak is None:
         raise ValueError(f"no matrix peak in bfloat16 is known of {gpu.name}")
     step = Step(config, batch, length)
