@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import reference, runtime
+from kernels import cpu, reference, runtime
 
 Choice = Literal["triton", "eager"]
 Request = str | Mapping[str, str]
@@ -28,6 +28,10 @@ class Backend(Mapping[str, Choice]):
 
     As a mapping it tells the choice of each operator: `backend["attention"]` is `"triton"` or `"eager"`. Its attributes
     are the functions themselves: `backend.causal_attention(q, k, v)`.
+
+    Args:
+        device: of the model.
+        choices: for each operator.
     """
 
     layer_norm: Callable[..., Tensor]
@@ -38,13 +42,14 @@ class Backend(Mapping[str, Choice]):
     decode_attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
 
-    def __init__(self, **choices: Choice) -> None:
+    def __init__(self, device: torch.device, **choices: Choice) -> None:
         if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:
             raise ValueError(f"Backend needs 'triton' or 'eager' for each of {', '.join(OPERATORS)}, got {choices}")
         self._choices = choices
+        eager = cpu if device.type == "cpu" else reference
         for operator, names in OPERATORS.items():
             for name in names:
-                setattr(self, name, getattr(kernels if choices[operator] == "triton" else reference, name))
+                setattr(self, name, getattr(kernels if choices[operator] == "triton" else eager, name))
 
     def __getitem__(self, operator: str) -> Choice:
         return self._choices[operator]
@@ -110,7 +115,7 @@ def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, 
         if word == "triton" and reason is not None:
             raise ValueError(f"backend 'triton' cannot run {operator}: {reason}; use backend='auto' or 'eager'")
         choices[operator] = "triton" if reason is None else "eager"
-    return Backend(**choices)
+    return Backend(device, **choices)
 
 
 def _why_not(operator: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

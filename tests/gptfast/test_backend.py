@@ -115,7 +115,7 @@ def test_bad_requests(request_, message):
 
 def test_a_backend_needs_every_choice():
     with pytest.raises(ValueError, match="Backend needs 'triton' or 'eager' for each of layer_norm, ffn"):
-        Backend(layer_norm="eager")
+        Backend(torch.device("cpu"), layer_norm="eager")
 
 
 def test_a_head_size_that_attention_cannot_hold():
