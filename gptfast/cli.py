@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
 import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,13 @@ import tyro
 
 from gptfast import devices, recipes, run, trainer
 from gptfast import prepare as preparation
+from gptfast.distributed import World
+from gptfast.files import read_json
+from gptfast.settings import TrainConfig
 
 USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data too large to tokenize at every start
        gptfast train PRESET [options]      train a GPT and write a run folder
+       gptfast train RUN [options]         continue a run from its last checkpoint
        gptfast generate RUN [options]      continue a prompt with a trained model
 
 presets: {", ".join(recipes.names())}
@@ -49,6 +56,19 @@ class GenerateConfig:
     """auto, cpu, cuda, cuda:N or mps."""
     backend: str = "auto"
     """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+
+
+@dataclass
+class TrainOptions(TrainConfig):
+    """Train a GPT on text and write a run folder.
+
+    Settings are the preset's, then those of --config, then the options.
+    """
+
+    config: str | None = None
+    """File with settings, JSON as in a run's config.json or TOML."""
+    print_config: bool = False
+    """Print the settings as JSON, which --config takes, and end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,13 +116,69 @@ def _train(arguments: list[str]) -> None:
     name, options = arguments[0], arguments[1:]
     if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
         raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
-    default = recipes.recipe(name, devices.resolve(_option(options, "--device", "auto")))
-    config = _parse(trainer.TrainConfig, options, f"gptfast train {name}", default)
-    summary = trainer.train(config, name)
-    print(trainer.describe(summary))
-    print(f"gptfast generate {summary['run']}")
+    if run.is_run(Path(name)):
+        preset = TrainConfig()
+        options = [*_as_options(read_settings(Path(name, "config.json"))), "--out", name, "--resume", *options]
+    else:
+        preset = recipes.recipe(name, devices.resolve(_option(options, "--device", "auto")))
+    file = _option(options, "--config", "")
+    if file:
+        options = [*_as_options(read_settings(Path(file))), *options]
+    chosen = vars(_parse(TrainOptions, options, f"gptfast train {name}", TrainOptions(**vars(preset))))
+    config = TrainConfig(**{field.name: chosen[field.name] for field in dataclasses.fields(TrainConfig)})
+    if chosen["print_config"]:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    first = World.of_environment().first
+    if first:
+        print(describe_settings(name, config, preset))
+    summary = trainer.train(config, Path(name).name)
+    if first:
+        print(trainer.describe(summary))
+        again = f"gptfast train {summary['run']}"
+        print(f"interrupted; to continue: {again}" if summary["interrupted"] else f"gptfast generate {summary['run']}")
     if summary["interrupted"]:
         sys.exit(130)
+
+
+def describe_settings(name: str, config: TrainConfig, preset: TrainConfig) -> str:
+    """What differs from a preset, in a line."""
+    given, usual = ({**vars(c), **vars(c.model)} for c in (config, preset))
+    changed = [f"{key}={value!r}" for key, value in given.items() if key != "model" and value != usual[key]]
+    return f"{name} with {', '.join(changed)}" if changed else f"{name} as it is"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a file: JSON, or TOML by its ending.
+
+    Raises:
+        ValueError: the file is missing, or none of these.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such file with settings: {path}")
+    if path.suffix != ".toml":
+        return read_json(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _as_options(settings: dict[str, Any]) -> list[str]:
+    """Settings as the options that give them: one parser checks both."""
+    options: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, dict):
+            # the tokenizer determines it anew
+            options += _as_options({key: v for key, v in value.items() if (name, key) != ("model", "vocab_size")})
+        elif isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            options += [f"--{flag}", *map(str, value)]
+        else:
+            options += [f"--{flag}", str(value)]
+    return options
 
 
 def _option(options: list[str], flag: str, default: str) -> str:

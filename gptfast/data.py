@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +67,50 @@ class Split:
         starts = np.linspace(0, len(self.tokens) - self.block_size - 1, num=sequences).astype(np.int64)
         return [self._cut(starts[i : i + batch_size]) for i in range(0, sequences, batch_size)]
 
+    def fingerprint(self) -> str:
+        """A short text that another split would hardly have: of the number of tokens, and some of them throughout."""
+        length = min(1024, len(self.tokens))
+        starts = np.linspace(0, len(self.tokens) - length, num=64).astype(np.int64)
+        digest = hashlib.sha256(str(len(self.tokens)).encode())
+        digest.update(self.tokens.windows(starts, length).astype("<i8").tobytes())
+        return f"{len(self.tokens)} tokens, {digest.hexdigest()[:16]}"
+
     def _cut(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(self.tokens.windows(starts, self.block_size + 1))  # [B, T + 1]
         return windows[:, :-1], windows[:, 1:]
+
+
+class Ahead:
+    """Batches one after the other, each of which a thread computes while the one before is trained on.
+
+    Args:
+        batch: gives that of a step.
+        first: step.
+        end: the step before which they end.
+
+    Attributes:
+        waited: seconds, in all, that `next` had to wait.
+    """
+
+    def __init__(self, batch: Callable[[int], tuple[Tensor, Tensor]], first: int, end: int) -> None:
+        self._batch, self._step, self._end = batch, first, end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next = self._thread.submit(batch, first)
+        self.waited = 0.0
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """That of the next step."""
+        started = time.perf_counter()
+        found = self._next.result()
+        self.waited += time.perf_counter() - started
+        self._step += 1
+        if self._step < self._end:
+            self._next = self._thread.submit(self._batch, self._step)
+        return found
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,13 +1,20 @@
-"""Reading the files that hold a model: errors name the file."""
+"""Files that appear whole or not at all, and whose damage is found: JSON, and tensors with a checksum."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+_CHECKSUM = "sha256"  # in the metadata of a safetensors file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,8 +29,71 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, by name. Raises ValueError for another file."""
+    """The tensors in a safetensors file, by name.
+
+    Raises:
+        ValueError: another file, or tensors that differ from the checksum `write_tensors` left.
+    """
     try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get(_CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if expected is not None and checksum(tensors) != expected:
+        raise ValueError(f"{path} is damaged: its checksum is another")
+    return tensors
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, replacing an older one."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    partial = _beside(path)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+    _put_in_place(partial, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors on the CPU as safetensors with a checksum, replacing an older file.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    partial = _beside(path)
+    try:
+        metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
+        safetensors.torch.save_file(contiguous, partial, metadata)
+    except SafetensorError as error:  # the system's errors come in its own clothes
+        raise OSError(f"cannot write {path}: {error}") from error
+    _put_in_place(partial, path)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk know the names in a folder: without it a file may be there and its name not, after a power cut."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)

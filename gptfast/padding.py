@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
@@ -25,16 +26,33 @@ def clear(model: GPT) -> None:
         weight[model.config.vocab_size :] = 0.0
 
 
+def shown(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """A tensor that has the rows of a parameter, as files have it: without the padding.
+
+    Args:
+        model: that the parameter belongs to.
+        name: of the parameter.
+        tensor: [rows, ...], or of another shape that has nothing to hide.
+    """
+    padded = name in _PADDED and tensor.shape[:1] == (model.config.padded_vocab_size,)
+    return tensor[: model.config.vocab_size] if padded else tensor
+
+
+def padded(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """What `shown` returned, with zeros for the padding."""
+    missing = model.config.padded_vocab_size - model.config.vocab_size
+    if name not in _PADDED or missing == 0 or tensor.shape[:1] != (model.config.vocab_size,):
+        return tensor
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:])))
+
+
 def _remove(model: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    size, padded = model.config.vocab_size, model.config.padded_vocab_size
     for name in _PADDED:
-        if size < padded and prefix + name in state:
-            state[prefix + name] = state[prefix + name][:size]
+        if prefix + name in state:
+            state[prefix + name] = shown(model, name, state[prefix + name])
 
 
 def _add(model: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
-    size, padded = model.config.vocab_size, model.config.padded_vocab_size
     for name in _PADDED:
-        weight = state.get(prefix + name)
-        if size < padded and weight is not None and weight.shape[:1] == (size,):
-            state[prefix + name] = torch.cat((weight, weight.new_zeros(padded - size, *weight.shape[1:])))
+        if prefix + name in state:
+            state[prefix + name] = padded(model, name, state[prefix + name])

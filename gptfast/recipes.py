@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gptfast.config import GPTConfig
-from gptfast.trainer import TrainConfig
+from gptfast.settings import TrainConfig
 
 # the two character models of nanoGPT's README
 _CHAR_GPU = TrainConfig(

@@ -1,10 +1,13 @@
 """A run folder: what training writes and generation reads.
 
-    config.json        the settings of the run
-    tokenizer.json     the tokenizer
-    model.safetensors  the weights with the lowest validation loss so far
-    log.jsonl          one JSON object per line: losses, learning rate, speed
-    summary.json       the outcome; there when training has ended
+    config.json           the settings of the run
+    tokenizer.json        the tokenizer
+    model.safetensors     the weights with the lowest validation loss so far
+    adapters.safetensors  of a run with adapters, these alone
+    checkpoints/          the last ones, see `gptfast.checkpoint`
+    log.jsonl             one JSON object per line: losses, learning rate, speed, samples
+    summary.json, loss.png    the outcome; there when training has ended
+    failed-step.json, failed-batch.safetensors    what a run has ended with whose loss was no number
 
 Files other than the log appear whole or not at all: they are written beside their place and renamed into it.
 """
@@ -14,70 +17,126 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from torch import Tensor
 
 from gptfast import tokenizers
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
-from gptfast.files import read_json, read_tensors
+from gptfast.files import read_json, read_tensors, write_json, write_tensors
 from gptfast.model import GPT
 
 
 class RunFolder:
-    """Writes a new run folder. As a context manager it removes a folder that failed before anything was logged.
+    """Writes a run folder, alone: no other process may. As a context manager it removes a new run that logged nothing.
 
     Args:
         path: of the folder, which must not exist yet or be empty.
+        resume: continue the run that is there, if there is one.
 
     Raises:
-        ValueError: the path is taken, or cannot be created.
+        ValueError: the path is taken, in use, or cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            taken = any(path.iterdir())
+            self._lock = _lock(path / ".lock")
+            # what a process left that was killed before it had begun is nothing
+            taken = any(p.name != ".lock" and p.suffix != ".partial" for p in path.iterdir())
         except OSError as error:
             raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from error
-        if taken:
-            raise ValueError(f"the run folder {path} is not empty; give a new one with --out")
-        self.path = path
+        self.resumed = resume and is_run(path)
+        if taken and not self.resumed:
+            self.close()
+            how = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
+            raise ValueError(f"the run folder {path} is not empty; {how}")
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None and not (self.path / "log.jsonl").exists():
+        self.close()
+        if error is not None and not self.resumed and not (self.path / "log.jsonl").exists():
             shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file, replacing an older one."""
-        self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    def close(self) -> None:
+        """Let others write."""
+        os.close(self._lock)
 
-    def append_log(self, entry: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, replacing an older one."""
+        write_json(self.path / name, content)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file, replacing an older one."""
+        write_tensors(self.path / name, tensors)
+
+    def append_log(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log."""
         line = json.dumps(entry, allow_nan=False) + "\n"
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(line)
 
-    def save_weights(self, model: GPT) -> None:
-        """Write the weights, replacing older ones. Tied ones are stored once, by the name of the embedding."""
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        if model.config.tie_weights:
-            del weights["lm_head.weight"]
-        self._write("model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    def forget_log_after(self, step: int) -> None:
+        """Drop what the log tells of later steps, which will be taken again."""
+        path = self.path / "log.jsonl"
+        if path.exists():
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(partial, path)
 
-    def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / (name + ".partial")
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / name)
+
+def _lock(path: Path) -> int:
+    """A descriptor whose owner alone may write, as long as it is open: it ends with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"another process trains in the run folder {path.parent}; wait for it, or give another"
+        ) from error
+    return descriptor
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / "config.json").is_file() and (path / "tokenizer.json").is_file()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log; a last line that a killed process left unfinished is not one."""
+    entries = []
+    for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], GPTConfig]:
+    """The settings of a run, and those of its model.
+
+    Raises:
+        ValueError: they are missing or damaged.
+    """
+    settings = read_json(path / "config.json")
+    try:
+        return settings, GPTConfig(**settings.get("model", {}))
+    except TypeError as error:
+        raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
 
 
 def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
@@ -90,11 +149,7 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
     tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
-    settings = read_json(path / "config.json")
-    try:
-        config = GPTConfig(**settings.get("model", {}))
-    except TypeError as error:
-        raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+    _, config = read_config(path)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "

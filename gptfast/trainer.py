@@ -3,263 +3,267 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from gptfast import corpus, data, devices, flops, peaks, schedules, shards, tokenizers
+from gptfast import data, devices, evaluation, flops, optimizers, peaks, progress, schedules
 from gptfast.backend import parse
-from gptfast.config import GPTConfig
-from gptfast.files import read_json
-from gptfast.model import GPT
+from gptfast.checkpoint import Checkpoint, Checkpoints
+from gptfast.distributed import World
+from gptfast.evaluation import Sequences
+from gptfast.interrupts import Interrupts
+from gptfast.progress import Progress, percent
 from gptfast.run import RunFolder
+from gptfast.settings import TrainConfig
+from gptfast.start import Start
+from gptfast.state import TrainState
 from gptfast.step import StepResult, TrainStep
-from gptfast.tokenizers import Tokenizer
 
 _DIVERGED = "lower --learning-rate or --grad-clip"
-
-
-@dataclass
-class TrainConfig:
-    """Settings of a training run."""
-
-    model: GPTConfig = field(default_factory=GPTConfig)
-    data: str = "stdlib"
-    """Training text: stdlib, shakespeare, a UTF-8 text file or a folder of them, or a folder that `gptfast prepare` or
-    nanoGPT wrote."""
-    tokenizer: str = "char"
-    """char, byte, word, or the name of a tiktoken encoding such as gpt2."""
-    vocabulary: str | None = None
-    """Folder with the files of a tiktoken encoding, for machines without a network."""
-    out: str | None = None
-    """Run folder to write, which must be new; by default one below runs/."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: str = "auto"
-    """Arithmetic of matrix products: float32, bfloat16, or auto (bfloat16 on GPUs that have it)."""
-    backend: str = "auto"
-    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
-    steps: int = 5000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Sequences per step."""
-    accumulation: int = 1
-    """Parts, equal in size, in which a batch goes through the model, for less memory."""
-    checkpoint_activations: bool = False
-    """Compute each block's activations anew in the backward, for less memory."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    residual_dtype: str = "auto"
-    """The residual stream's: float32, bfloat16, or auto, which is that of the weights. Half as wide is less memory."""
-    learning_rate: float = 1e-3
-    """Peak learning rate, reached after the warm-up."""
-    schedule: str = "cosine"
-    """What the learning rate does after the warm-up: cosine, constant, or wsd (stable, then a linear decay)."""
-    min_learning_rate: float = 1e-4
-    """Learning rate at the end of the cosine or the decay."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly."""
-    decay_share: float = 0.2
-    """Share of the steps after the warm-up, the last ones, in which wsd decays."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices and embeddings."""
-    beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
-    beta2: float = 0.99
-    """AdamW's decay of the mean squared gradient."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    held_out: float = 0.1
-    """Share of the text, its end, that validation uses."""
-    eval_interval: int = 250
-    """Steps between evaluations."""
-    eval_batches: int = 20
-    """Batches of each split that an evaluation reads."""
-    log_interval: int = 10
-    """Steps between lines of the log."""
-    seed: int = 1337
-    """Seed of weights, batches and dropout."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "eval_interval", "eval_batches", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        # far beyond any memory, and what NumPy says of sizes beyond its index names no setting
-        if self.batch_size >= 2**31:
-            raise ValueError(f"batch_size must be below 2**31, got {self.batch_size}")
-        if self.batch_size % self.accumulation != 0:
-            raise ValueError(
-                f"batch_size must be a multiple of accumulation={self.accumulation}, got {self.batch_size}"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
-        if self.residual_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"residual_dtype must be auto, float32 or bfloat16, got {self.residual_dtype!r}")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.schedule not in schedules.NAMES:
-            raise ValueError(f"schedule must be one of {', '.join(schedules.NAMES)}, got {self.schedule!r}")
-        if not 0.0 <= self.decay_share <= 1.0:
-            raise ValueError(f"decay_share must be in [0, 1], got {self.decay_share}")
-        if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+# float16's scale finds its level by overflowing; below this it never will
+_LEAST_SCALE = 2.0**-6
 
 
 def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     """Train as configured and write a run folder (see `gptfast.run`).
 
     Everything that can be wrong with the settings or the data is found before the folder is made, and a run that fails
-    in its first step (out of memory, mostly) leaves none. An interrupt (Ctrl-C) ends training early and still evaluates
-    and writes the outcome.
+    in its first step (out of memory, mostly) leaves none. An interrupt (Ctrl-C, or SIGTERM) ends training after the
+    step, with a checkpoint from which `config.resume` goes on as if nothing had been. Started by torchrun, all
+    processes call this, and the first one writes and prints.
 
     Args:
         config: the settings; the vocabulary size comes from the tokenizer.
         name: of the folder below runs/ where `config.out` gives none.
 
     Returns:
-        What `summary.json` holds: `val_loss` and `train_loss` of the saved weights in nats per token,
-        `tokens_per_second`, `mfu` (a fraction, None where the device's peak is unknown), `params`, `steps`, `seconds`
-        of the whole run, `device`, `backend` per operator, `interrupted`, and the folder as `run`.
+        What `summary.json` holds: `val_loss` and `train_loss` of the saved weights in nats per token (None where an
+        interrupt came before the first evaluation), `val_perplexity`, `val_bits_per_byte` (None where the tokenizer
+        does not keep the text), `tokens_per_second`, `mfu` (a fraction of all devices' peak, None where that is
+        unknown), `params`, `steps`, `seconds` of the whole run, `checkpoint_seconds` that it waited for checkpoints,
+        `data_seconds` that it waited for batches, `device`, `processes`, `backend` per operator, `interrupted`, and the
+        folder as `run`. An interrupted run has no `summary.json` yet.
 
     Raises:
         ValueError: a setting, the data or an override of the device's peak is wrong.
-        RuntimeError: a loss is no longer a finite number.
+        RuntimeError: a loss is no longer a finite number, or another process of the run has ended.
+        OSError: the folder cannot be written.
     """
-    device = devices.resolve(config.device)
+    world = World.of_environment()
+    device = world.device(devices.resolve(config.device))
     dtype = devices.resolve_dtype(config.dtype, device)
-    asked = parse(config.backend)
-    tokens, train_split, val_split = _load(config)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokens.vocab_size))
-    peak = peaks.peak_flops(device, dtype)
-    if peak is None:
-        print(f"no peak for {str(dtype)[6:]}, so no MFU: {peaks.describe(device)}", flush=True)
-    torch.manual_seed(config.seed)
-    model = GPT(config.model, asked).to(device)
-    if config.residual_dtype != "auto":
-        model.set_residual_dtype(getattr(torch, config.residual_dtype))
-    with RunFolder(Path(config.out) if config.out else _unused_folder(name)) as run:
-        run.write_json("config.json", dataclasses.asdict(config))
-        run.write_json("tokenizer.json", tokens.to_json())
-        print(
-            f"{model.get_num_params(non_embedding=False):,} parameters, {config.model.n_layer} layers of width "
-            f"{config.model.n_embd}, context {config.model.block_size}; {len(train_split.tokens):,} training tokens, "
-            f"vocabulary {tokens.vocab_size:,}; {device} in {str(dtype)[6:]}, writing {run.path}",
-            flush=True,
-        )
-        summary = _Training(config, model, device, dtype, peak, train_split, val_split, run).run()
-        run.write_json("summary.json", summary)
-    return summary | {"run": str(run.path)}
-
-
-def _load(config: TrainConfig) -> tuple[Tokenizer, data.Split, data.Split]:
-    """The tokenizer, and the splits of training and validation."""
-    folder, block_size = Path(config.data).expanduser(), config.model.block_size
-    if not (folder.is_dir() and shards.is_prepared(folder)):
-        text = corpus.load(config.data)
-        tokens = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
-        ids = tokens.encode(text).astype(shards.DTYPES[shards.dtype_for(tokens.vocab_size)])
-        return tokens, *data.split(ids, block_size, config.held_out)
-    saved = folder / "tokenizer.json"
-    if saved.is_file():
-        tokens = tokenizers.from_json(read_json(saved))
-    elif config.tokenizer in ("char", "word"):
+    if config.batch_size % (world.size * config.accumulation) != 0:
         raise ValueError(
-            f"{folder} has no tokenizer.json, and {config.tokenizer!r} cannot be told from its tokens; give "
-            "--tokenizer gpt2 if these are GPT-2's, or prepare the text again"
+            f"batch_size must be a multiple of {world.size} processes times accumulation={config.accumulation}, got "
+            f"{config.batch_size}"
         )
-    else:
-        tokens = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
-    return tokens, *data.prepared(folder, block_size)
+    if device.type == "cpu":
+        devices.keep_freed_memory()
+    if world.restarts > 0:
+        config = dataclasses.replace(config, resume=True)
+    if config.tensorboard:
+        progress.require_tensorboard()
+    start = Start(config, device, parse(config.backend))
+    peak = peaks.peak_flops(device, dtype)
+    folder: RunFolder | None = None
+
+    def open_folder() -> str:
+        nonlocal folder
+        folder = RunFolder(Path(config.out) if config.out else _unused_folder(name), config.resume)
+        return str(folder.path)
+
+    with world:
+        world.connect(device)
+        path = Path(world.share(open_folder))
+        if folder is None:
+            return _Training(start, world, device, dtype, peak, path, None).run()
+        with folder:
+            summary = _Training(start, world, device, dtype, peak, path, folder).run()
+    return summary
 
 
 class _Training:
-    """The loop of one run and what it measures."""
+    """The loop of one run and what it measures. Only the first process has the folder to write to."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: GPT,
+        start: Start,
+        world: World,
         device: torch.device,
         dtype: torch.dtype,
         peak: float | None,
-        train_split: data.Split,
-        val_split: data.Split,
-        folder: RunFolder,
+        path: Path,
+        folder: RunFolder | None,
     ) -> None:
-        self.config, self.model, self.device, self.dtype, self.folder = config, model, device, dtype, folder
-        self.peak = peak
-        self.train_split, self.val_split = train_split, val_split
-        self.optimizer = model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
+        self.config, self.model, self.tokenizer = start.config, start.model, start.tokenizer
+        self.world, self.device, self.dtype, self.path, self.folder = world, device, dtype, path, folder
+        self.peak = None if peak is None else peak * world.size
+        self.train_split = start.train_split
+        config = self.config
+        self.sequences = {
+            name: Sequences(split, config.eval_batches, config.batch_size)
+            for name, split in (("val_loss", start.val_split), ("train_loss", start.train_split))
+        }
+        self.bytes_per_token = self.sequences["val_loss"].bytes_per_token(self.tokenizer)
+        self.data = {"train": start.train_split.fingerprint(), "val": start.val_split.fingerprint()}
+        self.checkpoints = Checkpoints(path / "checkpoints", config.keep_checkpoints)
+        saved, damaged = self.checkpoints.latest() if config.resume else (None, [])
+        self.first = 0 if saved is None else saved.step
+        self.best: dict[str, Any] = {"val_loss": None, "train_loss": None}
+        self.trained = self._build(saved)
+        if saved is not None:
+            self._require_same_data(saved)
+            self.best = saved.state["best"]
+        self._begin(damaged)
+        self.timed_tokens, self.timed_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
+
+    def _build(self, saved: Checkpoint | None) -> TrainState:
+        """The step, with the weights and the optimizers' state of a checkpoint."""
+        config, model = self.config, self.model
+        if saved is not None:
+            TrainState.load_weights(model, saved)
+        wrapped = self.world.wrap(model, config.parallel, config.compile)
+        betas = (config.beta1, config.beta2)
+        built = optimizers.build(
+            config.optimizer, model, config.weight_decay, config.learning_rate, betas, self.device.type
         )
-        model.set_activation_checkpointing(config.checkpoint_activations)
-        self.step = TrainStep(model, self.optimizer, config.accumulation, config.grad_clip, dtype, config.compile)
-        self.best = {"val_loss": math.inf, "train_loss": math.inf}
-        self.timed_tokens, self.timed_seconds = 0, 0.0
+        compiled = config.compile and self.world.alone
+        self.step = TrainStep(wrapped, built, config.accumulation, config.grad_clip, self.dtype, compiled)
+        trained = TrainState(model, self.step)
+        if saved is not None:
+            trained.load_optimizers(saved)
+        return trained
+
+    def _require_same_data(self, saved: Checkpoint) -> None:
+        for split, found in self.data.items():
+            if saved.state["data"][split] != found:
+                raise ValueError(
+                    f"{self.config.data} is not what the run in {self.path} was trained on: {split} was "
+                    f"{saved.state['data'][split]}, and is {found}"
+                )
+
+    def _begin(self, damaged: list[str]) -> None:
+        """Write what a run begins with, and say it."""
+        config, model = self.config, self.config.model
+        if self.folder is None:
+            return
+        for what in damaged:
+            _say(f"continuing from an older checkpoint: {what}")
+        if self.first >= config.steps:
+            raise ValueError(
+                f"the run in {self.path} has done {self.first} steps; to go on give more than that as --steps"
+            )
+        self.checkpoints.clean()
+        self.folder.forget_log_after(self.first)
+        self.folder.write_json("config.json", dataclasses.asdict(config))
+        self.folder.write_json("tokenizer.json", self.tokenizer.to_json())
+        if self.peak is None:
+            _say(f"no peak for {str(self.dtype)[6:]}, so no MFU: {peaks.describe(self.device)}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = self.model.get_num_params(non_embedding=False)
+        part = f", {trained:,} of them trained" if trained < total else ""
+        processes = "" if self.world.alone else f" and {self.world.size} processes ({config.parallel})"
+        where = f"continuing {self.path} after step {self.first}" if self.first else f"writing {self.path}"
+        _say(
+            f"{total:,} parameters{part}, {model.n_layer} layers of width {model.n_embd}, context {model.block_size}; "
+            f"{len(self.train_split.tokens):,} training tokens, vocabulary {model.vocab_size:,}; {self.device} in "
+            f"{str(self.dtype)[6:]}{processes}, {where}"
+        )
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        steps, interrupted = 0, False
-        with tqdm(total=self.config.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+        config = self.config
+        self.batches = data.Ahead(self._batch, self.first, config.steps)
+        self.progress = Progress(self.folder, config.steps, self.first, config.tensorboard)
+        try:
+            with Interrupts() as interrupts:
+                done = self._steps(interrupts)
+        finally:
+            self.batches.close()
             try:
-                for steps in self._steps(bar):
-                    if steps % self.config.eval_interval == 0 and steps < self.config.steps:
-                        self._evaluate(steps, bar)
-            except KeyboardInterrupt:
-                interrupted = True
-            self._evaluate(steps, bar)
+                self.checkpoints.close()
+            finally:
+                self.progress.close()
         speed = self.timed_tokens / self.timed_seconds if self.timed_seconds > 0 else None
-        return {
+        summary = {
             **self.best,
             "tokens_per_second": speed,
             "mfu": self._mfu(speed),
             "params": self.model.get_num_params(non_embedding=False),
-            "steps": steps,
+            "steps": done,
             "seconds": time.perf_counter() - started,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "data_seconds": self.batches.waited,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "processes": self.world.size,
             "backend": dict(self.model.backend),
-            "interrupted": interrupted,
+            "interrupted": done < config.steps,
         }
+        if self.folder is not None:
+            self.progress.plot()
+            if not summary["interrupted"]:
+                self.folder.write_json("summary.json", summary)
+        return summary | {"run": str(self.path)}
 
-    def _steps(self, bar: tqdm):
-        """Yield the number of steps done after each. Time spent by the consumer does not count as training."""
-        config, clock = self.config, time.perf_counter()
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's rows of a step's batch."""
+        config, world = self.config, self.world
+        batch = self.train_split.random_batch(config.batch_size, config.seed, step, world.rank, world.size)
+        idx, targets = (part.contiguous() for part in batch)
+        return (idx.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (idx, targets)
+
+    def _steps(self, interrupts: Interrupts) -> int:
+        """Take the steps; how many were done, all runs of this folder together."""
+        config = self.config
         tokens_per_step = config.batch_size * config.model.block_size
-        untimed_steps = 0
-        for step in range(config.steps):
-            result = self._step(step)
-            untimed_steps += 1
+        untimed: list[tuple[int, StepResult]] = []
+        clock, waited = time.perf_counter(), 0.0
+        for step in range(self.first, config.steps):
+            untimed.append((step, self._step(step)))
             done = step + 1
             # the first step sets things up and compiles kernels: it is not part of the speed
-            if done == 1 or done % config.log_interval == 0 or done % config.eval_interval == 0 or done == config.steps:
-                value, norm = result.loss, result.grad_norm  # waits for the device
+            warm, last = step > self.first, done == config.steps
+            stop = self.world.any(interrupts.asked)
+            evaluates = last or (done % config.eval_interval == 0 and not stop)
+            saves = stop or last or (config.checkpoint_interval > 0 and done % config.checkpoint_interval == 0)
+            if done == 1 or not warm or saves or evaluates or done % config.log_interval == 0:
+                for number, result in untimed:  # waits for the device
+                    self._require_finite(number, result)
                 seconds = time.perf_counter() - clock
-                speed = untimed_steps * tokens_per_step / seconds
-                if done > 1:
-                    self.timed_tokens += untimed_steps * tokens_per_step
+                if warm:
+                    self.timed_tokens += len(untimed) * tokens_per_step
                     self.timed_seconds += seconds
-                self._report(done, value, norm, speed, bar)
-                bar.update(untimed_steps)
-                untimed_steps = 0
-                yield done
+                speed = len(untimed) * tokens_per_step / seconds
+                if done == 1 or evaluates or done % config.log_interval == 0:
+                    self._report(done, untimed[-1][1], speed, self.batches.waited - waited)
+                    waited = self.batches.waited
+                self.progress.advance(done)
+                untimed = []
+                if evaluates:
+                    self._evaluate(done)
+                if saves:
+                    self._checkpoint(done)
                 clock = time.perf_counter()
-            else:
-                yield done
+            if stop:
+                return done
+        return config.steps
 
     def _step(self, step: int) -> StepResult:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
-        return self.step(*self.train_split.random_batch(self.config.batch_size, self.config.seed, step))
+        # dropout is a function of seed, step and process, as batches are: there is no state to lose
+        drawn = np.random.SeedSequence((self.config.seed, step, self.world.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
+        for optimizer in self.step.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate(step)
+        return self.step(*self.batches.next())
 
     def _learning_rate(self, step: int) -> float:
         c = self.config
@@ -267,47 +271,96 @@ class _Training:
             c.schedule, step, c.steps, c.learning_rate, c.min_learning_rate, c.warmup_steps, c.decay_share
         )
 
-    def _report(self, step: int, loss: float, norm: float, speed: float, bar: tqdm) -> None:
-        for name, value in (("loss", loss), ("gradient's norm", norm)):
-            if not math.isfinite(value):
-                raise RuntimeError(f"the {name} is {value} at step {step}; {_DIVERGED}")
-        mfu = self._mfu(speed)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {_percent(mfu)}")
-        rate = self._learning_rate(step - 1)
-        self.folder.append_log(
+    def _require_finite(self, step: int, result: StepResult) -> None:
+        """Raise RuntimeError for a step whose loss or gradient is no number, and keep its batch."""
+        overflowed = self.dtype == torch.float16 and result.loss_scale >= _LEAST_SCALE
+        for name, value in (("loss", result.loss), ("gradient's norm", result.grad_norm)):
+            if math.isfinite(value) or (overflowed and name != "loss"):
+                continue
+            where = ""
+            if self.folder is not None:
+                idx, targets = self.train_split.random_batch(self.config.batch_size, self.config.seed, step)
+                self.folder.write_tensors("failed-batch.safetensors", {"idx": idx, "targets": targets})
+                values = {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+                self.folder.write_json("failed-step.json", {"step": step + 1, "seed": self.config.seed, **values})
+                where = f"; its batch is in {self.path / 'failed-batch.safetensors'}"
+            raise RuntimeError(f"the {name} is {value} at step {step + 1}; {_DIVERGED}{where}")
+
+    def _report(self, step: int, result: StepResult, speed: float, waited: float) -> None:
+        scale = {"loss_scale": result.loss_scale} if self.dtype == torch.float16 else {}
+        # float16's gradients may overflow, and JSON has no infinity
+        norm = result.grad_norm if math.isfinite(result.grad_norm) else None
+        self.progress.step(
             {
                 "step": step,
-                "loss": loss,
+                "loss": result.loss,
                 "grad_norm": norm,
-                "learning_rate": rate,
+                "learning_rate": self._learning_rate(step - 1),
                 "tokens_per_second": speed,
-                "mfu": mfu,
+                "mfu": self._mfu(speed),
+                "memory_bytes": devices.peak_memory(self.device),
+                "data_seconds": waited,
+                **scale,
             }
         )
 
-    def _evaluate(self, step: int, bar: tqdm) -> None:
+    def _evaluate(self, step: int) -> None:
         """Losses of both splits; the weights are saved when validation's is the lowest yet."""
-        losses = {"val_loss": self._mean_loss(self.val_split), "train_loss": self._mean_loss(self.train_split)}
+        losses = {name: self._mean_loss(sequences) for name, sequences in self.sequences.items()}
         for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
             if not math.isfinite(value):
                 raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
-        self.folder.append_log({"step": step, **losses})
-        bar.write(f"step {step}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}")
-        if losses["val_loss"] < self.best["val_loss"]:
-            self.best = losses
-            self.folder.save_weights(self.model)
+        val_loss, perplexity = losses["val_loss"], evaluation.perplexity(losses["val_loss"])
+        ratio = self.bytes_per_token
+        entry = {
+            **losses,
+            "val_perplexity": perplexity if math.isfinite(perplexity) else None,
+            "val_bits_per_byte": None if ratio is None else evaluation.bits_per_byte(val_loss, ratio),
+        }
+        self.progress.evaluation({"step": step, **entry}, self._sample() if self.config.sample_tokens else None)
+        if self.best["val_loss"] is None or val_loss < self.best["val_loss"]:
+            self.best = entry
+            self._save_weights()
 
-    @torch.no_grad()
-    def _mean_loss(self, split: data.Split) -> float:
-        self.model.eval()
-        total, sequences = 0.0, 0
-        for idx, targets in split.even_batches(self.config.eval_batches, self.config.batch_size):
-            with devices.autocast(self.device, self.dtype):
-                _, loss = self.model(idx.to(self.device), targets.to(self.device))
-            total += float(loss) * len(idx)
-            sequences += len(idx)
-        self.model.train()
-        return total / sequences
+    def _save_weights(self) -> None:
+        started = time.perf_counter()
+        files = self.trained.files()
+        if self.folder is not None:
+            for name, tensors in files.items():
+                self.checkpoints.write(functools.partial(self.folder.write_tensors, name, tensors))
+        self.checkpoint_seconds += time.perf_counter() - started
+
+    def _mean_loss(self, sequences: Sequences) -> float:
+        # not what is compiled, or reduces gradients: but parts of parameters are gathered by the model itself
+        return sequences.mean_loss(self.model, self.dtype, self.world)
+
+    def _sample(self) -> str:
+        """A continuation of the prompt, the same draws each time."""
+        tokenizer, prompt = self.tokenizer, self.config.sample_prompt
+        if prompt:
+            idx = tokenizer.encode(prompt)
+        elif tokenizer.end_of_text is not None:
+            idx = np.array([tokenizer.end_of_text])
+        else:
+            idx = self._line_end()
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        start = torch.from_numpy(idx.astype(np.int64))[None].to(self.device)
+        with devices.autocast(self.device, self.dtype):
+            tokens = self.model.generate(start, self.config.sample_tokens, 0.8, None, generator)
+        return prompt + tokenizer.decode(tokens[0, len(idx) :].tolist())
+
+    def _line_end(self) -> np.ndarray:
+        try:
+            return self.tokenizer.encode("\n")
+        except ValueError:  # a text without lines
+            return self.train_split.tokens.windows(np.zeros(1, dtype=np.int64), 1)[0]
+
+    def _checkpoint(self, step: int) -> None:
+        started = time.perf_counter()
+        checkpoint = self.trained.checkpoint(step, {"best": self.best, "data": self.data})
+        if self.folder is not None:
+            self.checkpoints.save(checkpoint)
+        self.checkpoint_seconds += time.perf_counter() - started
 
     def _mfu(self, speed: float | None) -> float | None:
         if self.peak is None or speed is None:
@@ -318,16 +371,22 @@ class _Training:
 def describe(summary: dict[str, Any]) -> str:
     """The outcome of a run in a few lines for people."""
     speed = summary["tokens_per_second"]
+    bits = summary.get("val_bits_per_byte")
+    losses = "no evaluation yet"
+    if summary["val_loss"] is not None:
+        losses = (
+            f"validation loss {summary['val_loss']:.4f}{'' if bits is None else f' ({bits:.4f} bits per byte)'}, "
+            f"train loss {summary['train_loss']:.4f}"
+        )
     return (
-        f"validation loss {summary['val_loss']:.4f}, train loss {summary['train_loss']:.4f} "
-        f"after {summary['steps']} steps in {summary['seconds']:.0f} s\n"
-        f"{'no' if speed is None else format(speed, ',.0f')} tokens/s, MFU {_percent(summary['mfu'])} "
+        f"{losses} after {summary['steps']} steps in {summary['seconds']:.0f} s\n"
+        f"{'no' if speed is None else format(speed, ',.0f')} tokens/s, MFU {percent(summary['mfu'])} "
         f"on {summary['device']}, backend {json.dumps(summary['backend'])}"
     )
 
 
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{100 * fraction:.1f}%"
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _unused_folder(name: str) -> Path:

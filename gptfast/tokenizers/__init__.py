@@ -29,6 +29,7 @@ __all__ = [
     "WordTokenizer",
     "for_documents",
     "from_json",
+    "text_bytes",
 ]
 
 
@@ -87,6 +88,15 @@ def for_documents(
     if name in encoding_names():
         return TiktokenTokenizer.named(name, vocabulary)
     raise ValueError(f"unknown tokenizer {name!r}; accepted: char, byte, word, {', '.join(encoding_names())}")
+
+
+def text_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int | None:
+    """Bytes of UTF-8 that token ids [N] stand for, ends of documents left out; None of words, which keep no space."""
+    if isinstance(tokenizer, WordTokenizer):
+        return None
+    if tokenizer.end_of_text is not None:
+        ids = ids[ids != tokenizer.end_of_text]
+    return len(tokenizer.decode_bytes(ids.tolist()))
 
 
 _KINDS: dict[Any, Callable[[dict[str, Any]], Tokenizer]] = {

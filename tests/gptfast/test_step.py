@@ -226,6 +226,73 @@ def test_products_in_bfloat16_and_parameters_in_float32(backend: str):
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=0.05)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_float16_scales_its_loss(optimizer):
+    """Outcomes are not scaled; they are float32's but for what rounding does."""
+    given = batches(4)
+    expected_model, model = build(), build()
+    expected = plain(expected_model, optimizer(expected_model), given, 0.3)
+    step = TrainStep(model, optimizer(model), grad_clip=0.3, dtype=torch.float16)
+    results = [step(*batch) for batch in given]
+    outcome = [(result.loss, result.grad_norm) for result in results]
+    assert_same_training(model, outcome, expected_model, expected, tolerance=5e-3)
+    assert {result.loss_scale for result in results} == {2.0**16}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_float16_gradient_that_overflows_halves_the_scale_and_changes_nothing(optimizer):
+    first, second, third = batches(3)
+    expected_model, model = build(), build()
+    steps = [TrainStep(m, optimizer(m), grad_clip=0.3, dtype=torch.float16) for m in (expected_model, model)]
+    for step in steps:
+        step(*first)
+    hook = model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
+    assert not torch.tensor(steps[1](*second).grad_norm).isfinite()
+    hook.remove()
+    results = [step(*third) for step in steps]
+    assert [result.loss_scale for result in results] == [2.0**16, 2.0**15]
+    outcome, expected = ([(result.loss, result.grad_norm)] for result in reversed(results))
+    assert_same_training(model, outcome, expected_model, expected, tolerance=1e-3)
+
+
+def test_the_scale_grows_and_is_carried_on(monkeypatch):
+    monkeypatch.setattr(gptfast.step, "_GROWTH_INTERVAL", 3)
+    model = build()
+    step = TrainStep(model, adamw(model), dtype=torch.float16)
+    assert [step(*batch).loss_scale for batch in batches(5)] == [2.0**16] * 3 + [2.0**17] * 2
+    again = TrainStep(model, adamw(model), dtype=torch.float16)
+    again.load_state_dict(step.state_dict())
+    assert [again(*batch).loss_scale for batch in batches(2)] == [2.0**17, 2.0**18]
+    other = TrainStep(model, adamw(model), dtype=torch.bfloat16)
+    other.load_state_dict(step.state_dict())
+    assert other(*batches(1)[0]).loss_scale == 1.0
+    assert other.state_dict() == {}
+
+
+def test_several_optimizers_clip_by_one_norm():
+    """AdamW for the blocks' matrices, SGD for all else: a fused one and one that is not."""
+
+    def both(model: GPT) -> list[torch.optim.Optimizer]:
+        hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
+        return [torch.optim.AdamW(hidden, 1e-2, eps=EPS, fused=True), torch.optim.SGD(rest, 0.5, momentum=0.9)]
+
+    given = batches(4)
+    expected_model, model = build(), build()
+    expected_optimizers, expected = both(expected_model), []
+    for idx, targets in given:
+        _, loss = expected_model(idx, targets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected_model.parameters(), 0.3)
+        for optimizer in expected_optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        expected.append((loss.item(), norm.item()))
+    step = TrainStep(model, both(model), grad_clip=0.3)
+    results = [step(*batch) for batch in given]
+    assert_same_training(model, [(r.loss, r.grad_norm) for r in results], expected_model, expected)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 def test_a_replay_waits_for_nothing_and_draws_dropout_anew(compiled: bool):
@@ -261,10 +328,7 @@ def test_checkpointing_with_dropout_cannot_be_captured():
     [
         ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
         ({"grad_clip": -1.0}, "grad_clip must be at least 0 and finite, got -1.0"),
-        (
-            {"dtype": torch.float16},
-            "dtype must be float32 or bfloat16, which need no scaling of the loss, got torch.fl",
-        ),
+        ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
         ({"graph": True}, "graph=True needs a CUDA device, the model is on cpu"),
     ],
 )

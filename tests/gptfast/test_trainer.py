@@ -1,15 +1,18 @@
 import dataclasses
 import json
 import math
+import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from gptfast import GPT, GPTConfig, data, peaks, recipes, run, schedules, trainer
+from gptfast import GPT, GPTConfig, data, peaks, recipes, run, schedules, tokenizers, trainer
+from gptfast.settings import TrainConfig
 from gptfast.step import StepResult, TrainStep
-from gptfast.trainer import TrainConfig
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 
@@ -28,6 +31,8 @@ def config(tmp_path) -> TrainConfig:
         warmup_steps=5,
         eval_interval=8,
         eval_batches=2,
+        sample_tokens=5,
+        checkpoint_interval=8,
         log_interval=5,
     )
 
@@ -39,9 +44,11 @@ def log(path) -> list[dict]:
 def test_a_run_folder(config, tmp_path):
     summary = trainer.train(config)
     path = tmp_path / "run"
-    assert sorted(file.name for file in path.iterdir()) == [
+    assert sorted(file.name for file in path.iterdir() if file.name != ".lock") == [
+        "checkpoints",
         "config.json",
         "log.jsonl",
+        "loss.png",
         "model.safetensors",
         "summary.json",
         "tokenizer.json",
@@ -52,6 +59,11 @@ def test_a_run_folder(config, tmp_path):
     assert summary["device"] == "cpu"
     assert summary["backend"] == dict.fromkeys(("layer_norm", "ffn", "attention", "loss"), "eager")
     assert summary["interrupted"] is False
+    assert summary["processes"] == 1
+    assert 0 <= summary["data_seconds"] < summary["seconds"]
+    assert 0 < summary["checkpoint_seconds"] < summary["seconds"]
+    assert summary["val_perplexity"] == pytest.approx(math.exp(summary["val_loss"]))
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2))  # a character is a byte
     assert 0 < summary["mfu"] < 1.5
     assert summary["tokens_per_second"] > 0
     assert summary["val_loss"] < math.log(len(set(TEXT))), "nothing was learned"
@@ -59,7 +71,14 @@ def test_a_run_folder(config, tmp_path):
     assert [entry["step"] for entry in losses] == [1, 5, 8, 10, 15, 16, 20]
     assert [entry["step"] for entry in evaluations] == [8, 16, 20]
     assert summary["val_loss"] == min(entry["val_loss"] for entry in evaluations)
-    assert losses[0].keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"}
+    assert losses[0].keys() == {
+        "step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "memory_bytes", "data_seconds"
+    }  # fmt: skip
+    assert evaluations[0].keys() == {
+        "step", "val_loss", "train_loss", "val_perplexity", "val_bits_per_byte", "sample"
+    }  # fmt: skip
+    assert {len(entry["sample"]) for entry in evaluations} == {5}
+    assert sorted(file.name for file in (path / "checkpoints").iterdir()) == ["step-00000016", "step-00000020"]
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
@@ -72,28 +91,53 @@ def test_the_same_seed_gives_the_same_run(config, tmp_path):
 
 def test_the_saved_weights_are_those_of_the_best_evaluation(config, tmp_path, monkeypatch):
     losses = iter([3.0, 3.1, 1.0, 1.1, 2.0, 2.1])  # validation, train at steps 8, 16 and 20
-    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, split: next(losses))
-    saved_at = []
-    monkeypatch.setattr(trainer.RunFolder, "save_weights", lambda self, model: saved_at.append(len(log(self.path))))
+    monkeypatch.setattr(trainer._Training, "_mean_loss", lambda self, sequences: next(losses))
+    save, saved_at = trainer._Training._save_weights, []
+    monkeypatch.setattr(
+        trainer._Training, "_save_weights", lambda self: (saved_at.append(self.progress._done), save(self))
+    )
     summary = trainer.train(config)
     assert (summary["val_loss"], summary["train_loss"]) == (1.0, 1.1)
-    assert len(saved_at) == 2
+    assert saved_at == [8, 16]
+    best, last = (
+        safetensors.torch.load_file(tmp_path / "run" / path / "model.safetensors")
+        for path in ("", "checkpoints/step-00000016")
+    )
+    assert best.keys() == last.keys()
+    assert all(torch.equal(best[name], last[name]) for name in best)
 
 
-def test_an_interrupted_run_is_evaluated_and_saved(config, tmp_path, monkeypatch):
+def interrupting(monkeypatch, number: int, signals: list[signal.Signals]) -> None:
+    """Have signals come while step `number`, counted from 0, is taken."""
     step = trainer._Training._step
 
-    def interrupted_step(self, number):
-        if number == 6:
-            raise KeyboardInterrupt
-        return step(self, number)
+    def interrupted_step(self, this):
+        if this == number:
+            for one in signals:
+                signal.raise_signal(one)
+        return step(self, this)
 
     monkeypatch.setattr(trainer._Training, "_step", interrupted_step)
-    summary = trainer.train(config)
-    assert (summary["interrupted"], summary["steps"]) == (True, 6)
-    model, _ = run.load(tmp_path / "run", torch.device("cpu"))
-    assert math.isfinite(summary["val_loss"])
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_finishes_its_step_and_goes_on(config, tmp_path, monkeypatch, asked):
+    whole = trainer.train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patched:
+        interrupting(patched, 10, [asked])
+        summary = trainer.train(config)
+    assert (summary["interrupted"], summary["steps"]) == (True, 11)
+    assert not (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/checkpoints/step-00000011").is_dir()
+    again = trainer.train(dataclasses.replace(config, resume=True))
+    assert (again["interrupted"], again["steps"], again["val_loss"]) == (False, 20, whole["val_loss"])
+
+
+def test_a_second_interrupt_does_not_wait(config, tmp_path, monkeypatch):
+    interrupting(monkeypatch, 6, [signal.SIGINT, signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config)
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_run_that_fails_later_keeps_what_it_has(config, tmp_path, monkeypatch):
@@ -110,20 +154,52 @@ def test_a_run_that_fails_later_keeps_what_it_has(config, tmp_path, monkeypatch)
     assert [entry["step"] for entry in log(tmp_path / "run")] == [1]
 
 
+def outcomes(monkeypatch, values: dict[int, tuple[float, float, float]]) -> None:
+    """Give steps these losses, norms and scales."""
+    ordinary = (1.0, 1.0, 1.0)
+    results = lambda self, number: StepResult(torch.tensor(values.get(number, ordinary)))  # noqa: E731
+    monkeypatch.setattr(trainer._Training, "_step", results)
+
+
 @pytest.mark.parametrize(
-    ("values", "message"), [((math.nan, 1.0), "loss is nan"), ((1.0, math.inf), "gradient's norm is inf")]
+    ("values", "message"), [((math.nan, 1.0, 1.0), "loss is nan"), ((1.0, math.inf, 1.0), "gradient's norm is inf")]
 )
-def test_a_step_that_is_no_number_ends_the_run(config, monkeypatch, values, message):
-    monkeypatch.setattr(trainer._Training, "_step", lambda self, number: StepResult(torch.tensor(values)))
-    with pytest.raises(RuntimeError, match=f"the {message} at step 1; lower --learning-rate"):
+def test_a_step_that_is_no_number_ends_the_run_and_its_batch_is_kept(config, tmp_path, monkeypatch, values, message):
+    """The step that it began with, though the log is written at the tenth."""
+    outcomes(monkeypatch, {6: values, 7: (math.nan, math.nan, 1.0)})
+    with pytest.raises(RuntimeError, match=rf"the {message} at step 7; lower --learning-rate .*failed-batch.safetens"):
         trainer.train(config)
+    failed = json.loads((tmp_path / "run/failed-step.json").read_text())
+    assert failed == {"step": 7, "seed": 1337, "loss": str(values[0]), "grad_norm": str(values[1])}
+    batch = safetensors.torch.load_file(tmp_path / "run/failed-batch.safetensors")
+    text = corpus_ids(TEXT)
+    idx, targets = data.split(text, 16, 0.1)[0].random_batch(4, 1337, 6)
+    assert torch.equal(batch["idx"], idx)
+    assert torch.equal(batch["targets"], targets)
+
+
+def corpus_ids(text: str) -> np.ndarray:
+    return tokenizers.for_documents("char", [text]).encode(text)
+
+
+@pytest.mark.parametrize(("scale", "ends"), [(1.0, False), (2.0**-7, True)])
+def test_float16_may_overflow_while_its_scale_finds_its_level(config, monkeypatch, scale, ends):
+    outcomes(monkeypatch, {6: (1.0, math.inf, scale), 9: (1.0, math.inf, scale)})
+    config = dataclasses.replace(config, dtype="float16")
+    if ends:
+        with pytest.raises(RuntimeError, match="the gradient's norm is inf at step 7"):
+            trainer.train(config)
+    else:
+        trainer.train(config)
+        (entry,) = [e for e in log(Path(config.out)) if e["step"] == 10]
+        assert (entry["grad_norm"], entry["loss_scale"]) == (None, 1.0)
 
 
 def test_without_a_peak_there_is_no_mfu(config, monkeypatch, capsys):
     monkeypatch.setattr(peaks, "peak_flops", lambda device, dtype: None)
     monkeypatch.setattr(peaks, "describe", lambda device: f"unknown GPU {device}")
     assert trainer.train(config)["mfu"] is None
-    assert "no peak for float32, so no MFU: unknown GPU cpu\n" in capsys.readouterr().out
+    assert ", so no MFU: unknown GPU cpu\n" in capsys.readouterr().out
 
 
 def test_a_bad_peak_is_found_before_the_folder_is_made(config, tmp_path, monkeypatch):
@@ -154,31 +230,21 @@ def test_the_settings_reach_the_step(config, monkeypatch):
         return TrainStep(model, optimizer, *settings)
 
     monkeypatch.setattr(trainer, "TrainStep", recorded)
-    settings = {"grad_clip": 0.5, "accumulation": 2, "checkpoint_activations": True, "residual_dtype": "bfloat16"}
+    settings = {
+        "dtype": "float16",
+        "grad_clip": 0.5,
+        "accumulation": 2,
+        "checkpoint_activations": True,
+        "residual_dtype": "bfloat16",
+    }
     trainer.train(dataclasses.replace(config, steps=1, **settings))
-    assert made == [(True, torch.bfloat16, 2, 0.5, torch.float32, False)]
+    assert made == [(True, torch.bfloat16, 2, 0.5, torch.float16, False)]
 
 
 def test_parts_of_a_batch_train_like_the_whole(config):
     whole = trainer.train(config)
     parts = trainer.train(dataclasses.replace(config, accumulation=4, out=config.out + "2"))
     assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
-
-
-def test_evaluation_weighs_every_sequence_the_same(config, monkeypatch):
-    """The last batch may be smaller than the others."""
-    trained = []
-    evaluate = trainer._Training._evaluate
-    monkeypatch.setattr(
-        trainer._Training, "_evaluate", lambda self, step, bar: (trained.append(self), evaluate(self, step, bar))
-    )
-    trainer.train(dataclasses.replace(config, batch_size=3, eval_batches=3, steps=1, held_out=0.05))
-    loop = trained[-1]
-    batches = loop.val_split.even_batches(3, 3)
-    assert [len(idx) for idx, _ in batches] == [3, 2]
-    idx, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    loop.model.eval()
-    assert loop._mean_loss(loop.val_split) == pytest.approx(loop.model(idx, targets)[1].item(), rel=1e-5)
 
 
 def test_every_step_uses_its_batch_and_learning_rate(config, monkeypatch):
@@ -193,7 +259,7 @@ def test_every_step_uses_its_batch_and_learning_rate(config, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
     config = dataclasses.replace(config, seed=5, schedule="wsd", decay_share=0.5)
     trainer.train(config)
-    assert batches == [(4, 5, number) for number in range(20)]
+    assert batches == [(4, 5, number, 0, 1) for number in range(20)]
     expected = [schedules.learning_rate("wsd", number, 20, 1e-3, 1e-4, 5, 0.5) for number in range(20)]
     assert rates == [[rate] * 2 for rate in expected]
     assert [entry["learning_rate"] for entry in log(Path(config.out)) if "loss" in entry][-1] == expected[-1]
@@ -205,7 +271,9 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(config, monkeypatch):
     monkeypatch.setattr(
         GPT,
         "forward",
-        lambda self, *args: modes.append((torch.is_grad_enabled(), self.training)) or forward(self, *args),
+        lambda self, *args, **options: (
+            modes.append((torch.is_grad_enabled(), self.training)) or forward(self, *args, **options)
+        ),
     )
     trainer.train(dataclasses.replace(config, steps=4, eval_interval=1))
     assert set(modes) == {(True, True), (False, False)}
@@ -230,7 +298,13 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
         ({"grad_clip": float("inf")}, "grad_clip must be at least 0 and finite, got inf"),
-        ({"residual_dtype": "int8"}, "residual_dtype must be auto, float32 or bfloat16, got 'int8'"),
+        ({"residual_dtype": "int8"}, "residual_dtype must be one of auto, float32, bfloat16, got 'int8'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon, got 'sgd'"),
+        ({"parallel": "pipeline"}, "parallel must be one of ddp, fsdp, got 'pipeline'"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"checkpoint_interval": -1}, "checkpoint_interval must be at least 0, got -1"),
+        ({"resume": True}, "resume needs the folder of the run: give it with --out"),
+        ({"freeze": ["*"], "lora_rank": 2}, "freeze and lora_rank exclude each other"),
         ({"schedule": "linear"}, "schedule must be one of cosine, constant, wsd, got 'linear'"),
         ({"decay_share": 1.5}, r"decay_share must be in \[0, 1\], got 1.5"),
         ({"accumulation": 3}, "batch_size must be a multiple of accumulation=3, got 64"),

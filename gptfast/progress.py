@@ -1,0 +1,120 @@
+"""What a person and their programs see of a run: a progress bar, the log, TensorBoard and a plot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from gptfast.run import RunFolder, read_log
+
+
+class Progress:
+    """Shows and logs a run; without a folder, in processes other than the first, it does neither.
+
+    Args:
+        folder: whose log is written.
+        steps: of the run.
+        first: steps that were done before.
+        tensorboard: write its files too, into the folder's `tensorboard`.
+
+    """
+
+    def __init__(self, folder: RunFolder | None, steps: int, first: int, tensorboard: bool) -> None:
+        self._folder, self._done = folder, first
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if folder else True,
+            smoothing=0.05,
+        )
+        self._board: Any = None
+        if folder is not None and tensorboard:
+            self._board = require_tensorboard()(str(folder.path / "tensorboard"), purge_step=first + 1)
+
+    def advance(self, done: int) -> None:
+        """Move the bar to so many steps."""
+        self._bar.update(done - self._done)
+        self._done = done
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Log what a step measured."""
+        memory = entry["memory_bytes"]
+        self._bar.set_postfix_str(
+            f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s, MFU {percent(entry['mfu'])}"
+            + ("" if memory is None else f", {memory / 2**30:.1f} GiB")
+        )
+        self._log(entry)
+
+    def evaluation(self, entry: dict[str, Any], sample: str | None) -> None:
+        """Log and print an evaluation, and a sample of the model's text."""
+        if self._folder is None:
+            return
+        bits = entry["val_bits_per_byte"]
+        self._bar.write(
+            f"step {entry['step']}: train loss {entry['train_loss']:.4f}, validation loss {entry['val_loss']:.4f}"
+            + ("" if bits is None else f", {bits:.4f} bits per byte")
+        )
+        if sample is not None:
+            self._bar.write("\n".join(f"    {line}" for line in sample.splitlines()))
+        self._log(entry if sample is None else {**entry, "sample": sample})
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self._folder is None:
+            return
+        self._folder.append_log(entry)
+        if self._board is not None:
+            for name, value in entry.items():
+                if name == "sample":
+                    self._board.add_text(name, value, entry["step"])
+                elif name != "step" and value is not None:
+                    self._board.add_scalar(name, value, entry["step"])
+
+    def plot(self) -> None:
+        """Draw the losses of the log into loss.png."""
+        if self._folder is None:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        entries = read_log(self._folder.path)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for name, label, color, marker in (
+            ("loss", "training, each batch", "#b8c4d6", None),
+            ("train_loss", "training", "#2f6db3", "."),
+            ("val_loss", "validation", "#d1603d", "."),
+        ):
+            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self._folder.path.name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        partial = self._folder.path / "loss.png.partial"
+        figure.savefig(partial, format="png", dpi=120)
+        partial.replace(self._folder.path / "loss.png")
+
+    def close(self) -> None:
+        """End the bar and TensorBoard's file."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction for people; "unknown" for None."""
+    return "unknown" if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def require_tensorboard() -> Any:
+    """The class that writes TensorBoard's files. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard needs the package tensorboard ({error}); pip install tensorboard") from error
+    return SummaryWriter
