@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 import tomllib
@@ -228,5 +229,7 @@ def _parse(settings: type[Settings], options: list[str], program: str, default: 
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
+    # what is wrong with arguments all processes of a run find, and one says
+    if status != 2 or os.environ.get("RANK", "0") == "0":
+        print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(status)

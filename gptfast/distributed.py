@@ -85,7 +85,11 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives its processes: in it are the addresses of those that a restart has replaced
+        store = dist.PrefixStore(f"restart-{self.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
     def __enter__(self) -> World:
         return self

@@ -288,7 +288,9 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., V], without those of the padding."""
-        return self.lm_head(x)[..., : self.config.vocab_size]
+        logits = self.lm_head(x)
+        padded = self.config.padded_vocab_size > self.config.vocab_size
+        return logits[..., : self.config.vocab_size] if padded else logits
 
     def _check_tokens(self, idx: Tensor, targets: Tensor | None, before: int) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:

@@ -67,7 +67,7 @@ def test_long_sequences_are_computed_in_float32(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_with_dropout(monkeypatch, dtype: torch.dtype, scale: float | None):
     """Given a mask; its share is 2**-16 of a number, and the reference grows by that too."""
-    B, T, H, D = shape = (2, 33, 3, 20)
+    B, T, H, _ = shape = (2, 33, 3, 20)
     qkv, upstream = draw(shape, dtype)
     kept = torch.rand(B * H, T, T, generator=torch.Generator().manual_seed(1)) >= 0.25
     monkeypatch.setattr(cpu, "_kept", lambda shape, p: (kept.view(torch.uint8).view(shape), 1.0 / (1.0 - p)))
