@@ -130,11 +130,8 @@ def _train(arguments: list[str]) -> None:
     if chosen["print_config"]:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
-    first = World.of_environment().first
-    if first:
-        print(describe_settings(name, config, preset))
-    summary = trainer.train(config, Path(name).name)
-    if first:
+    summary = trainer.train(config, Path(name).name, describe_settings(name, config, preset))
+    if World.of_environment().first:
         print(trainer.describe(summary))
         again = f"gptfast train {summary['run']}"
         print(f"interrupted; to continue: {again}" if summary["interrupted"] else f"gptfast generate {summary['run']}")

@@ -46,16 +46,18 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self.resumed = resume and is_run(path)
+            if not self.resumed:
+                _require_unused(path, resume)
             self._lock = _lock(path / ".lock")
-            # what a process left that was killed before it had begun is nothing
-            taken = any(p.name != ".lock" and p.suffix != ".partial" for p in path.iterdir())
         except OSError as error:
             raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from error
-        self.resumed = resume and is_run(path)
-        if taken and not self.resumed:
-            self.close()
-            how = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
-            raise ValueError(f"the run folder {path} is not empty; {how}")
+        if not self.resumed:
+            try:
+                _require_unused(path, resume)  # since, another may have trained there
+            except ValueError:
+                self.close()
+                raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -91,6 +93,13 @@ class RunFolder:
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
             os.replace(partial, path)
+
+
+def _require_unused(path: Path, resume: bool) -> None:
+    # what a process left that was killed before it had begun is nothing
+    if any(file.name != ".lock" and file.suffix != ".partial" for file in path.iterdir()):
+        how = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
+        raise ValueError(f"the run folder {path} is not empty; {how}")
 
 
 def _lock(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -32,7 +33,7 @@ _DIVERGED = "lower --learning-rate or --grad-clip"
 _LEAST_SCALE = 2.0**-6
 
 
-def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
+def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[str, Any]:
     """Train as configured and write a run folder (see `gptfast.run`).
 
     Everything that can be wrong with the settings or the data is found before the folder is made, and a run that fails
@@ -43,6 +44,7 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     Args:
         config: the settings; the vocabulary size comes from the tokenizer.
         name: of the folder below runs/ where `config.out` gives none.
+        headline: to print when all settings are found right.
 
     Returns:
         What `summary.json` holds: `val_loss` and `train_loss` of the saved weights in nats per token (None where an
@@ -83,11 +85,10 @@ def train(config: TrainConfig, name: str = "run") -> dict[str, Any]:
     with world:
         world.connect(device)
         path = Path(world.share(open_folder))
-        if folder is None:
-            return _Training(start, world, device, dtype, peak, path, None).run()
-        with folder:
-            summary = _Training(start, world, device, dtype, peak, path, folder).run()
-    return summary
+        with contextlib.nullcontext() if folder is None else folder:
+            training = _Training(start, world, device, dtype, peak, path, folder)
+            training.begin(headline)
+            return training.run()
 
 
 class _Training:
@@ -122,7 +123,7 @@ class _Training:
         if saved is not None:
             self._require_same_data(saved)
             self.best = saved.state["best"]
-        self._begin(damaged)
+        self.damaged = damaged
         self.timed_tokens, self.timed_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
 
     def _build(self, saved: Checkpoint | None) -> TrainState:
@@ -150,12 +151,12 @@ class _Training:
                     f"{saved.state['data'][split]}, and is {found}"
                 )
 
-    def _begin(self, damaged: list[str]) -> None:
+    def begin(self, headline: str) -> None:
         """Write what a run begins with, and say it."""
         config, model = self.config, self.config.model
         if self.folder is None:
             return
-        for what in damaged:
+        for what in self.damaged:
             _say(f"continuing from an older checkpoint: {what}")
         if self.first >= config.steps:
             raise ValueError(
@@ -165,6 +166,8 @@ class _Training:
         self.folder.forget_log_after(self.first)
         self.folder.write_json("config.json", dataclasses.asdict(config))
         self.folder.write_json("tokenizer.json", self.tokenizer.to_json())
+        if headline:
+            _say(headline)
         if self.peak is None:
             _say(f"no peak for {str(self.dtype)[6:]}, so no MFU: {peaks.describe(self.device)}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -11,17 +11,28 @@ from gptfast import GPTConfig, peaks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+IN_ORDER = ROOT / "docs" / "training.md"
+
+
+def commands(path: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
 COMMANDS = [
-    pytest.param(line, id=f"{path.name}-{line}")
-    for path in DOCUMENTS
-    for block in re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines()
+    pytest.param(line, id=f"{path.name}-{line}") for path in DOCUMENTS if path != IN_ORDER for line in commands(path)
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(command: str):
     assert run(words(command), ROOT)
+
+
+@pytest.mark.slow
+def test_commands_one_after_the_other(tmp_path):
+    for command in commands(IN_ORDER):
+        assert run(words(command), tmp_path), command
 
 
 def test_the_tables_of_a_step_are_those_of_its_passes():

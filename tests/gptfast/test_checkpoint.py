@@ -111,7 +111,7 @@ def test_files_of_others_have_no_checksum_and_are_read(tmp_path):
 def test_what_is_no_safetensors_file(tmp_path, content):
     path = tmp_path / "some.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="some.safetensors is damaged: "):
+    with pytest.raises(ValueError, match=r"some\.safetensors is damaged: "):
         read_tensors(path)
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_safetensors_file(tmp_path, content):
 def test_what_is_no_json_object(tmp_path, content):
     path = tmp_path / "some.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="some.json is damaged: "):
+    with pytest.raises(ValueError, match=r"some\.json is damaged: "):
         read_json(path)
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, file: str, damage):
     assert same(found, checkpoint(1))
     assert ["step-00000003" in wrong[0], "step-00000002" in wrong[1]] == [True, True]
     damage(tmp_path / "step-00000001" / file)
-    with pytest.raises(ValueError, match="^no checkpoint can be read: .*step-00000003.*; .*02.*; .*01") as raised:
+    with pytest.raises(ValueError, match=r"^no checkpoint can be read: .*step-00000003.*; .*02.*; .*01") as raised:
         latest(tmp_path)
     assert "\n" not in str(raised.value)
 
@@ -287,11 +287,16 @@ FAILURES = {
 }
 
 
+def write_more(checkpoints: Checkpoints) -> None:
+    for _ in range(3):  # at the latest when two are waiting
+        checkpoints.write(lambda: None)
+
+
 @pytest.mark.parametrize(("module", "name", "failing", "calls"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("first", ["write", "close"])
+@pytest.mark.parametrize("later", [write_more, Checkpoints.close])
 @pytest.mark.parametrize("older", [(), (1, 2)], ids=["", "older ones"])
 def test_a_failed_write_comes_up_later_and_costs_nothing(
-    tmp_path, monkeypatch, module, name, failing, calls, first, older
+    tmp_path, monkeypatch, module, name, failing, calls, later, older
 ):
     save(tmp_path, *older)
     checkpoints = Checkpoints(tmp_path, 2)
@@ -301,15 +306,12 @@ def test_a_failed_write_comes_up_later_and_costs_nothing(
         last = "the last one is of step 2" if older else "there is none"
         expected = rf"^cannot write the checkpoint {re.escape(str(tmp_path))}/step-00000003: .*No space left.*; {last}$"
         with pytest.raises(OSError, match=expected) as raised:
-            if first == "close":
-                checkpoints.close()
-            for _ in range(3):  # at the latest when two are waiting
-                checkpoints.write(lambda: None)
+            later(checkpoints)
     assert "\n" not in str(raised.value)
     assert names(tmp_path) == [f"step-{step:08d}" for step in older]
     if older:
         assert same(latest(tmp_path)[0], checkpoint(2))
-    if first == "write":  # an error is told once, and there may be space again
+    if later is write_more:  # an error is told once, and there may be space again
         checkpoints.save(checkpoint(4))
         checkpoints.close()
         assert same(latest(tmp_path)[0], checkpoint(4))

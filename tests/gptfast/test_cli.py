@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import cli
+from gptfast import cli, trainer
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--steps", "20", "--batch-size", "4"]
@@ -77,7 +78,13 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
         (["--dropout", "half"], "Error parsing --dropout: could not convert string to float: 'half'"),
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--device", "cuda:99"], "no device 'cuda:99' here; accepted: auto, "),
-        (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; accepted: auto, float32, bfloat16, float16"),
+        (["--config", "none.json"], "no such file with settings: none.json"),
+        (["--config", "text.txt"], "text.txt is damaged: Expecting value"),
+        (["--config", "bad.toml"], "bad.toml is damaged: "),
+        (["--config", "unknown.toml"], "Unrecognized options: --layers, 3"),
+        (["--init-from", "gpt5"], "no pretrained model 'gpt5'; accepted: gpt2, "),
+        (["--freeze", "x.*"], "no parameter matches 'x.*'; accepted: names such as transformer.wte.weight, "),
         (["--tokenizer", "bert"], "unknown tokenizer 'bert'; accepted: char, byte, word, gpt2, "),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--batch-size", "1000000000000"], "batch_size must be below 2**31, got 1000000000000"),
@@ -93,6 +100,8 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
 )
 def test_bad_training_input(text, capsys, options, message):
     Path("empty.txt").touch()
+    Path("bad.toml").write_text("= 3")
+    Path("unknown.toml").write_text("layers = 3")
     Path("taken").mkdir()
     Path("taken/file").touch()
     before = sorted(Path().rglob("*"))
@@ -227,16 +236,52 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
     assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 
-def test_an_interrupted_run_says_so_by_its_exit_status(text, monkeypatch, capsys):
-    def interrupted_step(self, number):
-        raise KeyboardInterrupt
+def test_an_interrupted_run_says_how_to_go_on(text, monkeypatch, capsys):
+    step = trainer._Training._step
 
-    monkeypatch.setattr("gptfast.trainer._Training._step", interrupted_step)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
+    def interrupted_step(self, number):
+        if number == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gptfast.trainer._Training._step", interrupted_step)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
     assert ended.value.code == 130
-    assert "after 0 steps" in capsys.readouterr().out
-    assert Path("run/model.safetensors").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("no evaluation yet after 8 steps in ")
+    assert lines[-1] == "interrupted; to continue: gptfast train run"
+    cli.main(lines[-1].split("gptfast ")[1].split())
+    out = capsys.readouterr().out
+    assert "continuing run after step 8" in out
+    assert "after 20 steps" in out
+
+
+def test_settings_are_printed_back(text, capsys):
+    arguments = ["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY]
+    cli.main([*arguments, "--print-config"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["steps"], printed["model"]["n_embd"], printed["data"]) == (20, 16, text)
+    assert not Path("run").exists()
+    cli.main([*arguments, "--freeze", "*.bias", "*.wpe.*", "--no-compile", "--bias"])
+    assert capsys.readouterr().out.startswith(
+        "shakespeare-char with data='text.txt', out='run', freeze=('*.bias', '*.wpe"
+    )
+    saved = json.loads(Path("run/config.json").read_text())
+    assert saved["freeze"] == ["*.bias", "*.wpe.*"]
+    Path("settings.json").write_text(json.dumps(saved | {"out": "again"}))
+    cli.main(["train", "shakespeare-char", "--config", "settings.json", "--print-config"])
+    again = json.loads(capsys.readouterr().out)
+    again["model"]["vocab_size"] = saved["model"]["vocab_size"]  # the tokenizer determines it
+    assert again == saved | {"out": "again"}
+
+
+def test_options_win_over_files_and_files_over_presets(text, capsys):
+    Path("settings.toml").write_text("steps = 7\nseed = 3\n[model]\nn_layer = 2\n")
+    cli.main(["train", "shakespeare-char-cpu", "--config=settings.toml", "--seed", "4", "--print-config"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["steps"], printed["seed"], printed["model"]["n_layer"], printed["batch_size"]) == (7, 4, 2, 12)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train"], ["train", "--help"]])

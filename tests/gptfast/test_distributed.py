@@ -207,7 +207,7 @@ def test_what_torchrun_tells(monkeypatch):
         monkeypatch.setenv(name, value)
     assert World.of_environment() == World(5, 8, 1, 4, 2)
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not all that torchrun sets with it .*LOCAL_RANK"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is set, but not all that torchrun sets with it .*LOCAL_RANK"):
         World.of_environment()
 
 

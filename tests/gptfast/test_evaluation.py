@@ -19,7 +19,6 @@ from gptfast.distributed import World
 from gptfast.evaluation import Sequences
 from gptfast.shards import Tokens
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
-from oracle import DEVICE
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32, init_std=0.3)
 TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 8
@@ -27,7 +26,7 @@ TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 8
 
 def build(**settings) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**vars(CONFIG), **settings}), "eager").to(DEVICE)
+    return GPT(GPTConfig(**{**vars(CONFIG), **settings}), "eager")
 
 
 def split_of(ids: np.ndarray, block_size: int = 8) -> Split:
@@ -49,7 +48,7 @@ def loss_by_hand(sequences: Sequences, model: GPT) -> float:
     """Each sequence's mean by itself, and their mean, in float64."""
     exact, losses = copy.deepcopy(model).double().eval(), []
     for idx, targets in sequences.split.even_batches(sequences.batches, sequences.batch_size):
-        for row, following in zip(idx.to(DEVICE), targets.to(DEVICE), strict=True):
+        for row, following in zip(idx, targets, strict=True):
             chances = exact(row[None], row[None])[0][0].log_softmax(-1)
             losses.append(-chances.gather(1, following[:, None]).mean().item())
     return sum(losses) / len(losses)
@@ -195,7 +194,7 @@ def test_bits_per_byte_of_models_that_say_the_same():
 @pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
 def test_bytes_of_a_text(tokenizer):
     assert tokenizers.text_bytes(tokenizer, tokenizer.encode(TEXT)) == len(TEXT.encode()) > len(TEXT)
-    assert tokenizers.text_bytes(tokenizer, tokenizer.encode("é\U0001f600")) if "é" in TEXT else True
+    assert tokenizers.text_bytes(tokenizer, tokenizer.encode("ü東\U0001f600")) == 2 + 3 + 4
     assert tokenizers.text_bytes(tokenizer, tokenizer.encode("")) == 0
 
 
@@ -228,4 +227,3 @@ def test_words_do_not_keep_the_text():
 def test_perplexity(loss: float, expected: float):
     assert evaluation.perplexity(loss) == pytest.approx(expected)
     assert evaluation.perplexity(math.inf) == math.inf
-    assert math.isnan(evaluation.perplexity(math.nan)) or evaluation.perplexity(math.nan) == math.inf

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -167,7 +166,7 @@ def test_another_text_is_not_the_same_run(config, tmp_path):
     train_until(config, 5)
     (tmp_path / "text.txt").write_text(TEXT.replace("be", "eb", 1))
     with pytest.raises(
-        ValueError, match="text.txt is not what the run in .*run was trained on: train was 1548 tokens, "
+        ValueError, match=r"text.txt is not what the run in .*run was trained on: train was 1548 tokens, "
     ):
         trainer.train(dataclasses.replace(config, resume=True))
 
@@ -193,7 +192,7 @@ def test_checkpoints_of_another_model_do_not_fit(config, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "other/checkpoints").rename(tmp_path / "run/checkpoints")
     with pytest.raises(
-        ValueError, match="the checkpoint of step 3 does not fit config.json: parameter transformer.h.1"
+        ValueError, match=r"the checkpoint of step 3 does not fit config.json: parameter transformer.h.1"
     ):
         trainer.train(dataclasses.replace(config, resume=True))
 
@@ -211,7 +210,7 @@ def test_the_log_of_steps_that_are_taken_again_is_dropped(config, tmp_path):
 def test_two_trainers_on_one_folder(config, tmp_path):
     with run.RunFolder(tmp_path / "run"):
         for resume in (False, True):
-            with pytest.raises(ValueError, match="another process trains in the run folder .*run; wait for it"):
+            with pytest.raises(ValueError, match=r"another process trains in the run folder .*run; wait for it"):
                 trainer.train(dataclasses.replace(config, resume=resume))
     trainer.train(config)
 
@@ -229,7 +228,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(config, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(
-            OSError, match="cannot write the checkpoint .*step-00000015.*; the last one is of step 12"
+            OSError, match=r"cannot write the checkpoint .*step-00000015.*; the last one is of step 12"
         ) as e:
             trainer.train(dataclasses.replace(config, resume=True))
     assert "\n" not in str(e.value)
@@ -243,7 +242,7 @@ def test_a_folder_that_cannot_be_written(config, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(ValueError, match="cannot create the run folder .*run: Read-only file system"):
+    with pytest.raises(ValueError, match=r"cannot create the run folder .*run: Read-only file system"):
         trainer.train(config)
 
 

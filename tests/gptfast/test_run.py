@@ -14,10 +14,10 @@ CONFIG = {"block_size": 8, "vocab_size": 3, "n_layer": 1, "n_head": 2, "n_embd":
 
 def write(path: Path, **settings) -> GPT:
     model = GPT(GPTConfig(**CONFIG | settings))
-    folder = run.RunFolder(path)
-    folder.write_json("config.json", {"model": CONFIG | settings})
-    folder.write_json("tokenizer.json", CharTokenizer("abc").to_json())
-    folder.save_weights(model)
+    with run.RunFolder(path) as folder:
+        folder.write_json("config.json", {"model": CONFIG | settings})
+        folder.write_json("tokenizer.json", CharTokenizer("abc").to_json())
+        folder.write_tensors("model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     return model
 
 
@@ -69,7 +69,36 @@ def test_what_is_written_is_json(tmp_path):
         folder.write_json("summary.json", {"val_loss": float("inf")})
     with pytest.raises(ValueError, match="not JSON compliant"):
         folder.append_log({"loss": float("nan")})
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_run_to_continue(tmp_path):
+    with run.RunFolder(tmp_path / "new", resume=True) as folder:
+        assert not folder.resumed
+    write(tmp_path / "run")
+    with run.RunFolder(tmp_path / "run", resume=True) as folder:
+        assert folder.resumed
+    with pytest.raises(ValueError, match="is not empty; give a new one with --out, or continue it with --resume"):
+        run.RunFolder(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="other is not empty; it holds no run to continue"):
+        run.RunFolder(tmp_path / "other", resume=True)
+
+
+def test_a_start_that_was_killed_is_nothing(tmp_path):
+    run.RunFolder(tmp_path / "run").close()
+    (tmp_path / "run/config.json.partial").write_text("{")
+    run.RunFolder(tmp_path / "run").close()
+
+
+def test_a_flipped_byte_of_the_weights(tmp_path):
+    write(tmp_path / "run")
+    content = bytearray((tmp_path / "run/model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "run/model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its checksum is another"):
+        run.load(tmp_path / "run", CPU)
 
 
 def damage(path: Path, content: bytes | None) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 def words(command: str) -> list[str]:
     """The command for this interpreter, wherever scripts are installed."""
     first, *rest = shlex.split(command)
-    return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", first, *rest]
+    module = {"torchrun": "torch.distributed.run"}.get(first, first)
+    return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", module, *rest]
 
 
 def run(command: list[str], folder: Path) -> str:
