@@ -10,15 +10,16 @@ demo: .venv/ready
 	$(BIN)/gptfast train shakespeare-char-cpu --data stdlib --out runs/demo
 	$(BIN)/gptfast generate runs/demo --prompt "def " --max-new-tokens 400
 
+# as many processes as cores, with a thread each: what is interpreted has no use for more
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 # the oldest Triton that is supported: kernels interpreted, and compiled for GPUs that are not here
 test-triton36: .venv36/ready
-	.venv36/bin/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 .venv36/bin/python -m pytest -n auto --dist worksteal tests/kernels
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -47,5 +48,5 @@ clean:
 	$(PYTHON) -m venv .venv36
 	grep -vE '^(triton|numpy)==' constraints.txt > .venv36/constraints.txt
 	.venv36/bin/python -m pip install --quiet --constraint .venv36/constraints.txt \
-		--editable . 'triton==3.6.0' 'numpy<2.4' pytest hypothesis
+		--editable . 'triton==3.6.0' 'numpy<2.4' pytest pytest-xdist hypothesis
 	touch $@

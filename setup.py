@@ -7,7 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # thop imports distutils, which setuptools brings since Python 3.12
-BENCH = ["jinja2", "matplotlib", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
+BENCH = ["jinja2", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
 
 setup(
     name="gptfast",
@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "matplotlib",
         "numpy",
         "safetensors",
         "tiktoken",
@@ -30,8 +31,9 @@ setup(
         "tyro",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "ruff", *BENCH],
+        "dev": ["hypothesis", "mypy", "pytest-xdist", "ruff", "tensorboard", *BENCH],
         "bench": BENCH,
+        "tensorboard": ["tensorboard"],
     },
     entry_points={"console_scripts": ["gptfast = gptfast.cli:main"]},
 )

@@ -34,6 +34,7 @@ RECIPES = {
         warmup_steps=2000,
         beta2=0.95,
         eval_interval=1000,
+        checkpoint_interval=1000,
     ),
 }
 

@@ -9,5 +9,8 @@ from hypothesis import settings
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
+# tests that run in parallel start pytest themselves, which is to know nothing of that
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
