@@ -67,8 +67,7 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
             f"batch_size must be a multiple of {world.size} processes times accumulation={config.accumulation}, got "
             f"{config.batch_size}"
         )
-    if device.type == "cpu":
-        devices.keep_freed_memory()
+    devices.keep_freed_memory()
     if world.restarts > 0:
         config = dataclasses.replace(config, resume=True)
     if config.tensorboard:

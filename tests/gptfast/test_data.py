@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -75,3 +77,43 @@ def test_both_parts_need_a_block_and_its_successor(length, fits):
     else:
         with pytest.raises(ValueError, match="too short: 59 tokens make 53 to train on and 6 held out, each must be"):
             data.split(np.arange(length), block_size=6, held_out=0.1)
+
+
+def test_batches_ahead_are_those_asked_for():
+    asked = []
+    ahead = data.Ahead(lambda step: asked.append(step) or (torch.tensor(step), torch.tensor(-step)), 3, 6)
+    assert [tuple(map(int, ahead.next())) for _ in range(3)] == [(3, -3), (4, -4), (5, -5)]
+    ahead.close()
+    assert asked == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("batch", "step", "waits"), [(0.02, 0.06, False), (0.06, 0.02, True)])
+def test_a_batch_is_computed_during_the_step_before_it(batch, step, waits):
+    ahead = data.Ahead(lambda number: time.sleep(batch), 0, 10)
+    ahead.next()
+    waited = ahead.waited
+    for _ in range(8):
+        time.sleep(step)
+        ahead.next()
+    ahead.close()
+    assert ahead.waited - waited == pytest.approx(8 * 0.04 if waits else 0.0, abs=0.06)
+
+
+def test_an_error_of_a_batch_comes_up_with_it():
+    def damaged(step):
+        raise ValueError("a shard is damaged")
+
+    ahead = data.Ahead(damaged, 0, 10)
+    with pytest.raises(ValueError, match="a shard is damaged"):
+        ahead.next()
+    ahead.close()
+
+
+def test_another_text_has_another_fingerprint():
+    ids = np.arange(5000) % 17
+    first, same = (data.Split(Tokens([ids]), length) for length in (8, 16))
+    assert first.fingerprint() == same.fingerprint() == data.Split(Tokens([ids[:70], ids[70:]]), 8).fingerprint()
+    changed = ids.copy()
+    changed[4999] = 3
+    for other in (changed, ids[:-1], ids[::-1]):
+        assert data.Split(Tokens([other]), 8).fingerprint() != first.fingerprint()

@@ -33,7 +33,13 @@ def train(out: str, **settings) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GPTFAST_PEAK_FLOPS": "1e12",
+    }
 
 
 def torchrun(folder: Path, arguments: list[str], *options: str) -> subprocess.Popen:
@@ -109,6 +115,9 @@ def test_two_processes_are_one(folder, parallel: str, tolerance: float):
     assert_same_run(folder / parallel, folder / "whole", tolerance)
     summary = json.loads((folder / parallel / "summary.json").read_text())
     assert summary["processes"] == 2
+    whole = json.loads((folder / "whole/summary.json").read_text())
+    # the work of a token over the peaks of all
+    assert summary["mfu"] / summary["tokens_per_second"] == pytest.approx(whole["mfu"] / whole["tokens_per_second"] / 2)
 
 
 def killed(process: subprocess.Popen, checkpoint: Path) -> None:
