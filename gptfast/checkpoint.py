@@ -101,13 +101,18 @@ class Checkpoints:
             self._remove(path)  # one that was damaged, and the run came this way again
             os.rename(partial, path)
             sync_folder(self._folder)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             kept = [step for step, _ in self._found()]
             last = f"the last one is of step {kept[-1]}" if kept else "there is none"
             raise OSError(f"cannot write the checkpoint {path}: {error}; {last}") from error
-        for _, old in self._found()[: -self._keep]:
-            self._remove(old)
+        found = self._found()
+        upto = [path for step, path in found if step <= checkpoint.step]
+        # later ones are damaged, or the run would not have come this way again
+        for superfluous in (*upto[: -self._keep], *(path for step, path in found if step > checkpoint.step)):
+            self._remove(superfluous)
 
     def _remove(self, path: Path) -> None:
         if path.exists():
@@ -138,6 +143,10 @@ class Checkpoints:
         if wrong:
             raise ValueError(f"no checkpoint can be read: {'; '.join(wrong)}")
         return None, wrong
+
+    def exist(self) -> bool:
+        """Whether there are some, damaged ones too."""
+        return bool(self._found())
 
     def clean(self) -> None:
         """Remove what processes left that were killed while they wrote."""

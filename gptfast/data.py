@@ -67,12 +67,16 @@ class Split:
         starts = np.linspace(0, len(self.tokens) - self.block_size - 1, num=sequences).astype(np.int64)
         return [self._cut(starts[i : i + batch_size]) for i in range(0, sequences, batch_size)]
 
-    def fingerprint(self) -> str:
-        """A short text that another split would hardly have: of the number of tokens, and some of them throughout."""
+    def some(self) -> np.ndarray:
+        """Token ids from places spread evenly over the split, [64, at most 1024]."""
         length = min(1024, len(self.tokens))
         starts = np.linspace(0, len(self.tokens) - length, num=64).astype(np.int64)
+        return self.tokens.windows(starts, length)
+
+    def fingerprint(self) -> str:
+        """A short text that another split would hardly have: of the number of tokens, and some of them throughout."""
         digest = hashlib.sha256(str(len(self.tokens)).encode())
-        digest.update(self.tokens.windows(starts, length).astype("<i8").tobytes())
+        digest.update(self.some().astype("<i8").tobytes())
         return f"{len(self.tokens)} tokens, {digest.hexdigest()[:16]}"
 
     def _cut(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:

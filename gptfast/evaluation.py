@@ -30,10 +30,10 @@ class Sequences:
     batch_size: int
 
     def bytes_per_token(self, tokenizer: Tokenizer) -> float | None:
-        """Bytes of text for each token that is predicted; None where tokens do not keep the text."""
+        """Bytes of text for each token that is predicted; None where tokens do not keep the text, or are none."""
         targets = [targets.numpy().reshape(-1) for _, targets in self._all()]
         size = tokenizers.text_bytes(tokenizer, np.concatenate(targets))
-        return None if size is None else size / sum(len(part) for part in targets)
+        return None if not size else size / sum(len(part) for part in targets)
 
     def _all(self):
         return self.split.even_batches(self.batches, self.batch_size)

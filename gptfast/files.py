@@ -40,6 +40,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error}") from error
     if expected is not None and checksum(tensors) != expected:
         raise ValueError(f"{path} is damaged: its checksum is another")
     return tensors
@@ -49,9 +51,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, replacing an older one."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     partial = _beside(path)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    _put_in_place(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+        _put_in_place(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -65,9 +71,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
         safetensors.torch.save_file(contiguous, partial, metadata)
-    except SafetensorError as error:  # the system's errors come in its own clothes
+        _put_in_place(partial, path)
+    except (OSError, SafetensorError) as error:  # the system's errors come in its own clothes
+        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from error
-    _put_in_place(partial, path)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -54,11 +54,16 @@ def initial(source: str, wanted: GPTConfig) -> Initial:
             f"--block-size {found.config.block_size}"
         )
     found.crop_block_size(wanted.block_size)
-    # dropout and padding are set when a model is built
-    changes = {"dropout": wanted.dropout, "pad_vocab_size_to": wanted.pad_vocab_size_to}
-    model = GPT(dataclasses.replace(found.config, **changes), "eager")  # type: ignore[arg-type]
+    model = GPT(shaped(found.config, wanted), "eager")  # dropout and padding are set when a model is built
     model.load_state_dict(found.state_dict())
     return Initial(source, model, tokenizer)
+
+
+def shaped(own: GPTConfig, wanted: GPTConfig) -> GPTConfig:
+    """The settings of a trained model, with those of `wanted` that may be others."""
+    return dataclasses.replace(
+        own, block_size=wanted.block_size, dropout=wanted.dropout, pad_vocab_size_to=wanted.pad_vocab_size_to
+    )
 
 
 def require_vocabulary(start: Initial, tokenizer: Tokenizer) -> None:
@@ -78,6 +83,8 @@ def restrict(model: GPT, config: TrainConfig) -> None:
         ValueError: patterns that match nothing, or adapters in processes that have parts of parameters.
     """
     if config.lora_rank:
+        if config.parallel == "fsdp":
+            raise ValueError("adapters work with --parallel ddp, not with fsdp")
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     elif config.freeze:
         freeze(model, config.freeze)

@@ -12,6 +12,11 @@ from gptfast.model import GPT
 
 NAMES = ("adamw", "muon")
 
+_KEYS: dict[type, set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
+
 
 def build(
     name: str, model: GPT, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -71,10 +76,11 @@ def load_state(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, s
         by_parameter.setdefault(parameter, {})[key] = value
     for optimizer in optimizers:
         content = optimizer.state_dict()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        missing = [names[p] for p in parameters if names[p] not in by_parameter]
-        if missing and by_parameter:
-            raise ValueError(f"the optimizer's state lacks {missing[0]}: it is of other settings")
-        if by_parameter:
-            content["state"] = {index: by_parameter[names[p]] for index, p in enumerate(parameters)}
+        ours = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        # one whose gradients have all overflowed so far has no state, though another has
+        if any(name in by_parameter for name in ours):
+            for name in ours:
+                if by_parameter.get(name, {}).keys() != _KEYS[type(optimizer)]:
+                    raise ValueError(f"the optimizer's state lacks {name}: it is of other settings")
+            content["state"] = {index: by_parameter[name] for index, name in enumerate(ours)}
         optimizer.load_state_dict(content)

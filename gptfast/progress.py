@@ -78,20 +78,25 @@ class Progress:
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         entries = read_log(self._folder.path)
         figure = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for name, label, color, marker in (
-            ("loss", "training, each batch", "#b8c4d6", None),
+            ("loss", "training, single batches", "#b8c4d6", None),
             ("train_loss", "training", "#2f6db3", "."),
             ("val_loss", "validation", "#d1603d", "."),
         ):
             points = [(entry["step"], entry[name]) for entry in entries if name in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self._folder.path.name)
+                few = marker if len(points) < 50 else None
+                axes.plot(*zip(*points, strict=True), label=label, color=color, marker=few)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set_title(self._folder.path.name, parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gptfast import corpus, data, finetuning, run, shards, tokenizers
+from gptfast.checkpoint import Checkpoints
 from gptfast.data import Split
 from gptfast.files import read_json
 from gptfast.model import GPT
@@ -35,8 +36,10 @@ class Start:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, asked: dict[str, str]) -> None:
-        initial = None if config.init_from is None else finetuning.initial(config.init_from, config.model)
         saved = Path(config.out) if config.resume and config.out and run.is_run(Path(config.out)) else None
+        # what a run began with is in its checkpoints, and need no longer be there
+        begins = saved is None or not Checkpoints(saved / "checkpoints", 1).exist()
+        initial = finetuning.initial(config.init_from, config.model) if config.init_from and begins else None
         tokenizer = initial.tokenizer if initial else None
         if saved is not None:
             tokenizer = tokenizers.from_json(read_json(saved / "tokenizer.json"))
@@ -44,6 +47,8 @@ class Start:
         if initial is not None:
             finetuning.require_vocabulary(initial, self.tokenizer)
             shape = initial.model.config
+        elif config.init_from and saved is not None:
+            shape = finetuning.shaped(run.read_config(saved)[1], config.model)
         else:
             shape = dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
         self.config = dataclasses.replace(config, model=shape)
@@ -94,4 +99,11 @@ def _load(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[Tokenizer, 
         )
     elif tokenizer is None:
         tokenizer = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
-    return tokenizer, *data.prepared(folder, block_size)
+    splits = data.prepared(folder, block_size)
+    largest = max(int(split.some().max()) for split in splits)
+    if largest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder} has a token {largest}, and {config.tokenizer!r} {tokenizer.vocab_size} of them; give the "
+            "tokenizer that it was prepared with"
+        )
+    return tokenizer, *splits

@@ -137,12 +137,13 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatc
     write_json(tmp_path / "some.json", {"a": 1})
     write_tensors(tmp_path / "some.safetensors", {"a": torch.ones(1)})
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"cannot write .*some\.json: .*No space left on device"):
         write_json(tmp_path / "some.json", {"a": 2})
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"cannot write .*some\.safetensors: .*No space left on device"):
         write_tensors(tmp_path / "some.safetensors", {"a": torch.zeros(1)})
     assert read_json(tmp_path / "some.json") == {"a": 1}
     assert read_tensors(tmp_path / "some.safetensors")["a"].tolist() == [1.0]
+    assert names(tmp_path) == ["some.json", "some.safetensors"]
 
 
 def test_a_checkpoint_comes_back(tmp_path):
@@ -209,6 +210,11 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -217,7 +223,7 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"}")
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, longer, Path.unlink])
+@pytest.mark.parametrize("damage", [truncated, emptied, longer, Path.unlink, a_folder])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, file: str, damage):
     save(tmp_path, 1, 2, 3, keep=3)
@@ -328,6 +334,16 @@ def test_a_failed_write_leaves_a_damaged_one_in_place_or_removes_it(tmp_path, mo
                 save(tmp_path, 2)
         assert names(tmp_path) == ["step-00000001", "step-00000002"][: 2 - calls]
         assert same(latest(tmp_path)[0], checkpoint(1))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_of_later_steps_are_not_kept_in_the_place_of_whole_ones(tmp_path, keep: int):
+    save(tmp_path, 10, 20, 30, keep=3)
+    for step in (20, 30):
+        truncated(tmp_path / f"step-000000{step}/model.safetensors")
+    save(tmp_path, 15, keep=keep)
+    assert names(tmp_path) == ["step-00000010", "step-00000015"][-keep:]
+    assert same(latest(tmp_path)[0], checkpoint(15))
 
 
 def test_what_a_killed_process_left_is_never_read(tmp_path):

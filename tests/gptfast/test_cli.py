@@ -223,7 +223,7 @@ def test_errors_of_the_file_system_are_one_line(trained, monkeypatch, capsys):
 
     monkeypatch.setattr("os.fsync", full_disk)
     error = fails(capsys, "train", "shakespeare-char", "--data", "text.txt", "--out", "full", status=1)
-    assert error == "[Errno 28] No space left on device"
+    assert error == "cannot write full/config.json: [Errno 28] No space left on device"
     assert not Path("full").exists()
 
 

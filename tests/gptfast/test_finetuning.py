@@ -210,6 +210,11 @@ def test_adapters_by_rank_size_and_pattern():
         finetuning.restrict(build(), TrainConfig(lora_rank=1, lora_targets=("c_attn",)))
 
 
+def test_adapters_are_not_for_parameters_in_parts():
+    with pytest.raises(ValueError, match="adapters work with --parallel ddp, not with fsdp"):
+        finetuning.restrict(build(), TrainConfig(lora_rank=2, parallel="fsdp"))
+
+
 STEPS = 12
 LORA = {"lora_rank": 2, "lora_alpha": 8.0, "lora_targets": ("*.attn.c_attn", "*.mlp.c_fc")}
 

@@ -220,3 +220,24 @@ def test_a_state_of_other_settings(trained, lacking: str):
     deeper = build(n_layer=3)
     with pytest.raises(ValueError, match=r"lacks transformer\.h\.2\..*: it is of other settings"):
         optimizers.load_state(optimizers_of(name, deeper), names_of(deeper), saved)
+
+
+def test_a_state_of_another_optimizer(trained):
+    name, saved = trained
+    model = build()
+    other = next(other for other in optimizers.NAMES if other != name)
+    with pytest.raises(ValueError, match=r"the optimizer's state lacks transformer\..*: it is of other settings"):
+        optimizers.load_state(optimizers_of(other, model), names_of(model), saved)
+
+
+def test_a_float16_gradient_that_overflows_in_the_first_step():
+    """Muon has no state after it, and AdamW has."""
+    model = build()
+    built = optimizers_of("muon", model)
+    model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
+    TrainStep(model, built, dtype=torch.float16)(*batches(1)[0])
+    saved = optimizers.state(built, names_of(model))
+    assert saved.keys().isdisjoint(f"{name}/momentum_buffer" for name in HIDDEN)
+    again = optimizers_of("muon", model)
+    optimizers.load_state(again, names_of(model), saved)
+    assert optimizers.state(again, names_of(model)).keys() == saved.keys()

@@ -206,6 +206,12 @@ def test_a_single_evaluation_is_a_point(folder):
     assert {name for name, color in CURVES.items() if color in found} == {"train_loss", "val_loss"}
 
 
+def test_a_folder_whose_name_is_no_formula(tmp_path):
+    with RunFolder(tmp_path / "a $_$ run") as made:
+        write_curves(made, 100)
+        assert drawn(made).shape[:2] == (480, 840)
+
+
 def test_a_plot_takes_the_place_of_the_older_one(folder):
     write_curves(folder, 100)
     first = drawn(folder)

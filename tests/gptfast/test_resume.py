@@ -246,6 +246,18 @@ def test_a_folder_that_cannot_be_written(config, monkeypatch):
         trainer.train(config)
 
 
+def test_a_fine_tuned_run_goes_on_without_what_it_began_with(config, tmp_path):
+    trainer.train(dataclasses.replace(config, out=str(tmp_path / "base"), steps=4))
+    tuned = dataclasses.replace(config, init_from=str(tmp_path / "base"), lora_rank=2)
+    trainer.train(dataclasses.replace(tuned, out=str(tmp_path / "whole")))
+    train_until(tuned, 11)
+    shutil.rmtree(tmp_path / "base")
+    trainer.train(dataclasses.replace(tuned, resume=True))
+    assert_same_outcome(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"no pretrained model '.*base'"):
+        trainer.train(dataclasses.replace(tuned, out=str(tmp_path / "new")))
+
+
 def train_quietly(config: TrainConfig, started) -> None:
     torch.set_num_threads(1)
     devnull = os.open(os.devnull, os.O_WRONLY)

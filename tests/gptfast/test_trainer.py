@@ -330,3 +330,12 @@ def test_default_folders_are_numbered(config, tmp_path, monkeypatch):
     short = dataclasses.replace(config, out=None, steps=1)
     assert trainer.train(short, "name")["run"] == "runs/name"
     assert trainer.train(short, "name")["run"] == "runs/name-2"
+
+
+def test_tokens_that_the_tokenizer_does_not_have(config, tmp_path):
+    """NanoGPT's files do not tell their tokenizer."""
+    (tmp_path / "ids").mkdir()
+    for split in ("train", "val"):
+        np.full(200, 300, dtype="<u2").tofile(tmp_path / f"ids/{split}.bin")
+    with pytest.raises(ValueError, match="ids has a token 300, and 'byte' 257 of them; give the tokenizer that it was"):
+        trainer.train(dataclasses.replace(config, data=str(tmp_path / "ids"), tokenizer="byte"))
