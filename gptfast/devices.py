@@ -58,6 +58,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def seed(device: torch.device, value: int) -> None:
+    """Seed what draws on a device and on the host. `torch.manual_seed` seeds every device, and takes its time."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory that tensors on the CPU leave, for those to come.
 

@@ -26,6 +26,11 @@ class TrainState:
         self._model, self._step = model, step
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether this process has parts of parameters alone."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self._names)
+
     def checkpoint(self, steps: int, state: dict) -> Checkpoint:
         """Copies of everything, without padding of the vocabulary."""
         weights = {name: _copy(self._shown(name, parameter)) for parameter, name in self._names.items()}

@@ -147,8 +147,8 @@ class TrainStep:
                 f"a batch of {idx.shape[0]} sequences cannot be divided by accumulation={self.accumulation}"
             )
         parts = (self.accumulation, idx.shape[0] // self.accumulation)
-        idx = idx.to(self.device, non_blocking=True).unflatten(0, parts)  # [A, B / A, T]
-        targets = targets.to(self.device, non_blocking=True).unflatten(0, parts)  # [A, B / A, T]
+        idx = idx.to(self.device, non_blocking=True).reshape(*parts, -1)  # [A, B / A, T]
+        targets = targets.to(self.device, non_blocking=True).reshape(*parts, -1)  # [A, B / A, T]
         return StepResult(self._replay(idx, targets) if self.graph else self._run(idx, targets))
 
     @property

@@ -117,6 +117,7 @@ class _Training:
         self.checkpoints = Checkpoints(path / "checkpoints", config.keep_checkpoints)
         saved, damaged = self.checkpoints.latest() if config.resume else (None, [])
         self.first = 0 if saved is None else saved.step
+        self._require_steps()
         self.best: dict[str, Any] = {"val_loss": None, "train_loss": None}
         self.trained = self._build(saved)
         if saved is not None:
@@ -124,6 +125,17 @@ class _Training:
             self.best = saved.state["best"]
         self.damaged = damaged
         self.timed_tokens, self.timed_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
+
+    def _require_steps(self) -> None:
+        """Raise ValueError unless there are steps to take, in all processes the same."""
+        if int(self.world.sum(torch.tensor(self.first))) != self.first * self.world.size:
+            raise ValueError(
+                f"processes see different checkpoints in {self.path}, a folder that all of them must share"
+            )
+        if self.first >= self.config.steps:
+            raise ValueError(
+                f"the run in {self.path} has done {self.first} steps; to go on give more than that as --steps"
+            )
 
     def _build(self, saved: Checkpoint | None) -> TrainState:
         """The step, with the weights and the optimizers' state of a checkpoint."""
@@ -157,10 +169,6 @@ class _Training:
             return
         for what in self.damaged:
             _say(f"continuing from an older checkpoint: {what}")
-        if self.first >= config.steps:
-            raise ValueError(
-                f"the run in {self.path} has done {self.first} steps; to go on give more than that as --steps"
-            )
         self.checkpoints.clean()
         self.folder.forget_log_after(self.first)
         self.folder.write_json("config.json", dataclasses.asdict(config))
@@ -261,7 +269,7 @@ class _Training:
     def _step(self, step: int) -> StepResult:
         # dropout is a function of seed, step and process, as batches are: there is no state to lose
         drawn = np.random.SeedSequence((self.config.seed, step, self.world.rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn[0]))
+        devices.seed(self.device, int(drawn[0]))
         for optimizer in self.step.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
@@ -325,6 +333,8 @@ class _Training:
             self._save_weights()
 
     def _save_weights(self) -> None:
+        if not self._takes_part_in_saving:
+            return
         started = time.perf_counter()
         files = self.trained.files()
         if self.folder is not None:
@@ -357,7 +367,13 @@ class _Training:
         except ValueError:  # a text without lines
             return self.train_split.tokens.windows(np.zeros(1, dtype=np.int64), 1)[0]
 
+    @property
+    def _takes_part_in_saving(self) -> bool:
+        return self.folder is not None or self.trained.in_parts
+
     def _checkpoint(self, step: int) -> None:
+        if not self._takes_part_in_saving:
+            return
         started = time.perf_counter()
         checkpoint = self.trained.checkpoint(step, {"best": self.best, "data": self.data})
         if self.folder is not None:
