@@ -233,6 +233,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def passage(content: dict[str, Any]) -> str:
+    """What a document shows of a file of results: the table, and on what it was measured."""
+    measured_on = content["machine_info"]["gptfast"]
+    versions = f"PyTorch {measured_on['torch']}, Python {measured_on['python']}, {measured_on['threads']} threads"
+    when = f"{content['datetime'][:10]} at commit {content['commit_info']['id'][:10]}"
+    return (
+        f"{table(content['recipes'])}\n\n{measured_on['device']}, gptfast {measured_on['gptfast']}, {versions}; "
+        f"measured {when}.\n"
+    )
+
+
 def _speed_cells(speed: dict[str, Any]) -> tuple[str, ...]:
     medians = (units.count(speed["tokens_per_second"][side]["median"]) for side in (NANOGPT, GPTFAST))
     ratio = {name: units.ratio(value) for name, value in speed["ratio"].items()}

@@ -1,11 +1,12 @@
 """Commands in the documents run, and their tables are what the code says now."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import step_table
+from benchmarks import recipes, step_table
 from documents import run, words
 from gptfast import GPTConfig, peaks
 
@@ -41,6 +42,13 @@ def test_the_tables_of_a_step_are_those_of_its_passes():
     written = text.partition(f"{step_table.START}\n")[2].partition(step_table.END)[0]
     (gpu,) = [gpu for gpu in peaks.GPUS if gpu.name == "H200 SXM"]
     assert written == step_table.tables(GPTConfig.preset("gpt2", pad_vocab_size_to=128), 32, 1024, gpu)
+
+
+def test_the_table_of_recipes_is_that_of_the_committed_results():
+    text = IN_ORDER.read_text(encoding="utf-8")
+    written = text.partition("<!-- recipes:start -->\n")[2].partition("<!-- recipes:end -->")[0]
+    results = json.loads((ROOT / "benchmarks/results/cpu/recipes.json").read_text(encoding="utf-8"))
+    assert written == recipes.passage(results)
 
 
 def test_links_between_documents_lead_somewhere():

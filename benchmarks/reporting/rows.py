@@ -158,8 +158,9 @@ class Run:
 
     @property
     def newest(self) -> Source:
-        """The file that was measured last."""
-        return self.sources[-1]
+        """The file that was measured last, of those that have rows if some do: others may lie beside them."""
+        used = {row.source.path for row in self.rows}
+        return next((source for source in reversed(self.sources) if source.path in used), self.sources[-1])
 
 
 def row_order(row: Row) -> tuple:
