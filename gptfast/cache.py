@@ -7,57 +7,103 @@ from torch import Tensor
 
 
 class KVCache:
-    """Static memory for the keys and values of every layer, filled from the left.
+    """Static memory for the keys and values of every layer.
+
+    Tokens come in pieces: of any length, the same for all sequences, as prompts are read; and once `part` has told how
+    long each sequence is, one for each sequence, at a place of its own. Then the host need not know the lengths: they
+    are a tensor, which a CUDA graph reads anew at each replay.
 
     Args:
         n_layer: layers of the model.
-        capacity: S, how many tokens fit.
+        capacity: S, how many tokens of a sequence fit.
     """
 
     def __init__(self, n_layer: int, capacity: int) -> None:
         self.capacity = capacity
-        self.length = 0  # tokens that are in it; moved on by `advance`, when all layers have theirs
+        self.length = 0  # tokens of each sequence that are in it, until they part; moved on by `advance`
+        self.lengths: Tensor | None = None  # [B] int64, once they have parted
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
+        self._rows: Tensor | None = None
         self._seen: Tensor | None = None
+
+    def part(self, lengths: Tensor) -> None:
+        """Go on with sequences of different lengths.
+
+        Args:
+            lengths: [B] int64, how many of the tokens that are in the cache belong to each sequence.
+        """
+        self.lengths = lengths.clone()
+        self._rows = torch.arange(len(lengths), device=lengths.device)
+        self._seen = None
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Where the next `tokens` of each sequence stand in it: [tokens], or [B, 1] once sequences have parted."""
+        if self.lengths is not None:
+            return self.lengths[:, None]
+        return torch.arange(self.length, self.length + tokens, device=device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values [B, H, T, D] of T new tokens to a layer.
 
         Returns:
-            The keys and values of the layer, [B, H, S, D] each, of which the first `length` + T are there.
+            The keys and values of the layer, [B, H, S, D] each.
 
         Raises:
             ValueError: they do not fit.
         """
         end = self.length + k.shape[2]
-        if end > self.capacity:
+        if self.lengths is None and end > self.capacity:
             raise ValueError(f"{end} tokens do not fit into a cache for {self.capacity}")
         memory = self._layers[layer]
         if memory is None:
             batch, heads, _, head_size = k.shape
             # rows of one head side by side: decoding reads them one after another
             shape = (batch, heads, self.capacity, head_size)
-            memory = (k.new_empty(shape), v.new_empty(shape))
+            # zeros: what is masked is multiplied with 0, and memory that was never written may hold NaN
+            memory = (k.new_zeros(shape), v.new_zeros(shape))
             self._layers[layer] = memory
         for whole, new in zip(memory, (k, v), strict=True):
-            whole[:, :, self.length : end] = new
+            if self.lengths is None:
+                whole[:, :, self.length : end] = new
+            else:
+                whole[self._rows, :, self.lengths] = new[:, :, 0]
         return memory
 
-    def seen(self, tokens: int, like: Tensor) -> Tensor:
-        """How many keys each sequence has with its new `tokens`, [B] int32 on the device of `like` [B, ...].
+    def seen(self, like: Tensor) -> Tensor:
+        """How many keys each sequence has with its new token, [B] int32 on the device of `like` [B, ...].
 
         Made once for all layers: a launch for each would take longer than the attention of a short sequence.
         """
         if self._seen is None:
-            self._seen = like.new_full((like.shape[0],), self.length + tokens, dtype=torch.int32)
+            if self.lengths is None:
+                self._seen = like.new_full((like.shape[0],), self.length + 1, dtype=torch.int32)
+            else:
+                self._seen = (self.lengths + 1).to(torch.int32)
         return self._seen
 
     def advance(self, tokens: int) -> None:
         """Count the new tokens as seen, once every layer has them."""
-        self.length += tokens
+        if self.lengths is None:
+            self.length += tokens
+        else:
+            self.lengths += tokens
+        self._seen = None
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the sequences, in another order or several times.
+
+        Args:
+            rows: [B'] int64: sequence i is from now on what sequence rows[i] was.
+        """
+        self._layers = [
+            None if memory is None else (memory[0].index_select(0, rows), memory[1].index_select(0, rows))
+            for memory in self._layers
+        ]
+        if self.lengths is not None:
+            self.part(self.lengths.index_select(0, rows))
         self._seen = None
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
-        self._seen = None
+        self.lengths = self._rows = self._seen = None

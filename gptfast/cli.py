@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from gptfast import devices, recipes, run, trainer
+from gptfast import devices, recipes, run, trainer, writing
 from gptfast import prepare as preparation
 from gptfast.distributed import World
 from gptfast.files import read_json
@@ -27,36 +27,12 @@ from gptfast.settings import TrainConfig
 USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data too large to tokenize at every start
        gptfast train PRESET [options]      train a GPT and write a run folder
        gptfast train RUN [options]         continue a run from its last checkpoint
-       gptfast generate RUN [options]      continue a prompt with a trained model
+       gptfast generate MODEL [options]    continue prompts with a trained model
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and the like list the options."""
 
 Settings = TypeVar("Settings")
-
-
-@dataclass
-class GenerateConfig:
-    """Continue a prompt with a trained model."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder of the model."""
-    prompt: str = "\n"
-    """Text to continue."""
-    max_new_tokens: int = 500
-    """Tokens to add."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens only."""
-    num_samples: int = 1
-    """How many continuations to write."""
-    seed: int = 1337
-    """Seed of the sampling."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    backend: str = "auto"
-    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
 
 
 @dataclass
@@ -191,20 +167,7 @@ def _option(options: list[str], flag: str, default: str) -> str:
 
 
 def _generate(arguments: list[str]) -> None:
-    config = _parse(GenerateConfig, arguments, "gptfast generate")
-    if config.num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {config.num_samples}")
-    if not 0 <= config.seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {config.seed}")
-    if not config.prompt:
-        raise ValueError("the prompt is empty; give at least one character")
-    device = devices.resolve(config.device)
-    model, tokenizer = run.load(Path(config.run), device, config.backend)
-    prompt = torch.from_numpy(tokenizer.encode(config.prompt))[None].to(device)  # [1, T]
-    generator = torch.Generator(device).manual_seed(config.seed)
-    for _ in range(config.num_samples):
-        tokens = model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, generator)
-        print(tokenizer.decode(tokens[0].tolist()))
+    writing.write(_parse(writing.GenerateConfig, arguments, "gptfast generate"))
 
 
 def _parse(settings: type[Settings], options: list[str], program: str, default: Settings | None = None) -> Settings:

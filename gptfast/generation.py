@@ -1,20 +1,46 @@
-"""Sampling text from a GPT."""
+"""Continuing text with a GPT: greedily, by sampling or by beam search, prompts of any lengths together."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptfast.cache import KVCache
+from gptfast import beam, sampling
+from gptfast.decoding import CachedDecoder
+from gptfast.sampling import Sampling
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
 
 
-@torch.no_grad()
+@dataclass
+class Continuation:
+    """What follows a prompt.
+
+    Args:
+        tokens: the new ones; the last is the stop token, if one ended it.
+        log_probs: the model's log-probability of each of them, before temperature, penalties and filters.
+        finished: a stop token ended it.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class Step(NamedTuple):
+    """One token more of those sequences that go on."""
+
+    rows: list[int]  # the places of the sequences in the batch
+    tokens: list[int]
+    log_probs: list[float]
+
+
 def generate(
     model: GPT,
     idx: Tensor,
@@ -22,13 +48,13 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    **settings,
 ) -> Tensor:
-    """Continue each row of `idx` one sampled token at a time; beyond `block_size` the model sees the last tokens.
+    """Continue each row of `idx`; nanoGPT's function, with more to choose from.
 
     Keys and values are kept, so that each token is computed once, until the window of `block_size` tokens is full and
-    moves on with every token: then it is computed anew.
-
-    Dropout is off while it runs. The model is left in the mode it was in.
+    moves on with every token: then it is computed anew. Dropout is off while it runs. The model is left in the mode it
+    was in.
 
     Args:
         model: the GPT.
@@ -37,46 +63,176 @@ def generate(
         temperature: divides the logits; any size, down to 0, which takes the likeliest token.
         top_k: sample among the k likeliest tokens only.
         generator: makes the sampling repeatable; on the device of `idx`.
+        settings: of `Sampling`, and of `continuations`, `stop_tokens` and `num_samples`: rows that have ended are
+            filled up with their stop token, and the samples of a row stand below each other.
 
     Returns:
-        [B, T + max_new_tokens] int64.
+        [B * num_samples, T + n] int64, n the number of new tokens of the longest continuation.
 
     Raises:
         ValueError: a setting out of range, or token ids out of range.
     """
     if idx.dim() != 2 or idx.shape[1] == 0:
         raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
+    stop_tokens, num_samples = settings.pop("stop_tokens", ()), settings.pop("num_samples", 1)
+    chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
+    found = continuations(
+        model, idx, [idx.shape[1]] * len(idx), max_new_tokens, chosen, stop_tokens, num_samples, generator
+    )
+    rows = [continuation.tokens for samples in found for continuation in samples]
+    longest = max(map(len, rows), default=0)
+    new = [row + row[-1:] * (longest - len(row)) for row in rows]
+    added = torch.tensor(new, dtype=idx.dtype, device=idx.device).view(len(rows), longest)
+    return torch.cat((idx.repeat_interleave(num_samples, dim=0), added), dim=1)
+
+
+def continuations(
+    model: GPT,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    settings: Sampling | None = None,
+    stop_tokens: Collection[int] = (),
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> list[list[Continuation]]:
+    """Continue prompts of any lengths.
+
+    Args:
+        model: the GPT.
+        idx: [B, T] int64 token ids, padded at the end with anything that is a token.
+        lengths: how many tokens of each row are its prompt, at least 1.
+        max_new_tokens: the most to add to each.
+        settings: how tokens are drawn; by default from the model's distribution.
+        stop_tokens: tokens that end a continuation.
+        num_samples: continuations of each prompt.
+        generator: makes the sampling repeatable; on the device of `idx`.
+
+    Returns:
+        For each prompt its `num_samples` continuations.
+
+    Raises:
+        ValueError: a setting out of range, or token ids out of range.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    rows = torch.arange(len(idx), device=idx.device).repeat_interleave(num_samples)
+    repeated = [length for length in lengths for _ in range(num_samples)]
+    found = [Continuation() for _ in repeated]
+    stops = frozenset(stop_tokens)
+    _check_stops(model, stops)
+    ends = lambda row, token: token in stops  # noqa: E731
+    for step in steps(model, idx[rows], repeated, max_new_tokens, settings, ends, generator):
+        for row, token, log_prob in zip(*step, strict=True):
+            found[row].tokens.append(token)
+            found[row].log_probs.append(log_prob)
+            found[row].finished = token in stops
+    return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
+
+
+@torch.no_grad()
+def steps(
+    model: GPT,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    settings: Sampling | None = None,
+    ends: Callable[[int, int], bool] = lambda row, token: False,
+    generator: torch.Generator | None = None,
+) -> Iterator[Step]:
+    """The tokens of `continuations`, as they come. Sequences that have ended leave the batch.
+
+    Args:
+        model: the GPT.
+        idx: as `continuations`.
+        lengths: as `continuations`.
+        max_new_tokens: as `continuations`.
+        settings: as `continuations`.
+        ends: whether a token ends the sequence at a place of the batch; called for each, after the step was given out.
+        generator: as `continuations`.
+    """
+    chosen = settings or Sampling()
+    _check(model, idx, lengths, max_new_tokens)
+    if max_new_tokens == 0 or len(idx) == 0:
+        return
+    rows = list(range(len(idx)))
+    with _evaluating(model):
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens)
+        prompts = torch.tensor(lengths, device=idx.device)
+        logits = decoder.prefill()
+        for number in range(max_new_tokens):
+            if not logits.is_cuda:
+                sampling.check(logits)
+            drawn = _draw(logits, decoder, prompts, chosen, generator)
+            log_probs = logits.float().log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+            tokens = drawn.tolist()
+            yield Step(rows, tokens, log_probs.tolist())
+            going = [place for place, (row, token) in enumerate(zip(rows, tokens, strict=True)) if not ends(row, token)]
+            if not going or number == max_new_tokens - 1:
+                return
+            if len(going) < len(rows):
+                kept = torch.tensor(going, device=idx.device)
+                decoder.select(kept)
+                rows, drawn, prompts = [rows[place] for place in going], drawn[kept], prompts[kept]
+            logits = decoder.step(drawn)
+
+
+def _draw(
+    logits: Tensor, decoder: CachedDecoder, prompts: Tensor, chosen: Sampling, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each sequence, [B] int64."""
+    tokens, ends = decoder.tokens, decoder.ends
+    logits = sampling.penalize(logits.float(), tokens, ends, prompts, chosen)
+    if chosen.no_repeat_ngram_size:
+        logits = sampling.block_ngrams(logits, tokens, ends, chosen.no_repeat_ngram_size)
+    return sampling.draw(logits, chosen, generator)
+
+
+def search_beams(
+    model: GPT,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: beam.EarlyStopping = False,
+    stop_tokens: Collection[int] = (),
+    num_return_sequences: int = 1,
+) -> list[list[beam.Hypothesis]]:
+    """The likeliest continuations of prompts of any lengths; see `gptfast.beam.search` for the arguments."""
+    _check(model, idx, lengths, max_new_tokens)
+    if len(idx) == 0:
+        return []
+    with _evaluating(model), torch.no_grad():
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens)
+        return beam.search(
+            decoder, len(idx), max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens,
+            num_return_sequences,
+        )  # fmt: skip
+
+
+def _check_stops(model: GPT, stop_tokens: Collection[int]) -> None:
+    vocabulary = model.config.vocab_size
+    outside = sorted(token for token in stop_tokens if not 0 <= token < vocabulary)
+    if outside:
+        raise ValueError(f"stop_tokens must be from 0 to {vocabulary - 1}, got {', '.join(map(str, outside))}")
+
+
+def _check(model: GPT, idx: Tensor, lengths: Sequence[int], max_new_tokens: int) -> None:
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
+    if len(lengths) != len(idx) or not all(1 <= length <= idx.shape[1] for length in lengths):
+        raise ValueError(f"lengths must be {len(idx)} numbers from 1 to {idx.shape[1]}, got {list(lengths)}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not (temperature >= 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    model.require_tokens(idx)
+
+
+@contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        window = model.config.block_size
-        cache = KVCache(model.config.n_layer, min(window, idx.shape[1] + max_new_tokens))
-        for _ in range(max_new_tokens):
-            # positions are counted from the window's start: once it moves, all of it is new
-            if idx.shape[1] > window or cache.length == 0:
-                cache.clear()
-            logits, _ = model(idx[:, -window:][:, cache.length :], cache=cache)
-            following = sample(logits[:, -1], temperature, top_k, generator)  # [B, 1]
-            idx = torch.cat((idx, following), dim=1)
+        yield
     finally:
         model.train(was_training)
-    return idx
-
-
-def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token id per row of `logits` [B, V], as [B, 1] int64. Arguments as `generate`."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1, keepdim=True)
-    # below the largest logit, so that a small temperature divides to 0 and -inf, not to inf; 0 / 0 where it underflows
-    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    logits = (below / temperature).masked_fill(below == 0.0, 0.0)
-    if top_k is not None:
-        kth_best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
-        logits = logits.masked_fill(logits < kth_best, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn as nn
@@ -79,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
         if T == 1 and dropout == 0.0:
-            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))
+            y = self.backend.decode_attention(q, k, v, cache.seen(x))
         else:
             seen = cache.length + T
             y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)
@@ -155,13 +155,14 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
-        first = 0 if cache is None else cache.length
-        end = first + idx.shape[1]
+        T = idx.shape[1]
+        # [T], or [B, 1] of sequences that differ in length
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(first, end, device=idx.device))
+            x = x + self.wpe(positions)
         elif self.sinusoidal:
             # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
-            x = x * math.sqrt(x.shape[-1]) + sinusoids(end, x.shape[-1], x)[first:]
+            x = x * math.sqrt(x.shape[-1]) + sinusoids(positions, x.shape[-1], x.dtype)
         x = self.drop(x)
         if self.residual_dtype is not None:
             x = x.to(self.residual_dtype)
@@ -276,17 +277,17 @@ class GPT(nn.Module):
         self._check_tokens(idx, targets, 0 if cache is None else cache.length)
         x = self.transformer(idx, cache)  # [B, T, C]
         if targets is None:
-            return self._logits(x[:, -1:]), None  # [B, 1, V]: generation needs no more
+            return self.logits(x[:, -1:]), None  # [B, 1, V]: generation needs no more
         targets = targets.clamp(min=IGNORED_TARGET)
         if self.backend["loss"] == "eager":
-            logits = self._logits(x)  # [B, T, V]
+            logits = self.logits(x)  # [B, T, V]
             return logits, reference.cross_entropy(logits, targets, IGNORED_TARGET)
         loss = self.backend.linear_cross_entropy(
             x, self.lm_head.weight, targets, IGNORED_TARGET, vocab_size=self.config.vocab_size
         )
-        return None if self.training else self._logits(x), loss
+        return None if self.training else self.logits(x), loss
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., V], without those of the padding."""
         logits = self.lm_head(x)
         padded = self.config.padded_vocab_size > self.config.vocab_size
@@ -311,6 +312,11 @@ class GPT(nn.Module):
             if reason is not None:
                 raise ValueError(f"backend 'triton' cannot run: {reason}; move the model to a GPU or use 'auto'")
 
+    def require_tokens(self, idx: Tensor) -> None:
+        """Raise ValueError for token ids out of range; on a GPU PyTorch's own kernels find them."""
+        if idx.device.type == "cpu":
+            self._check_range("token id", idx, lowest=0)
+
     def _check_range(self, name: str, values: Tensor, lowest: int | None) -> None:
         if values.numel() == 0:
             return
@@ -326,9 +332,10 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """Continue each row of `idx` by sampling; see `gptfast.generation.generate`."""
-        return generation.generate(self, idx, max_new_tokens, temperature, top_k, generator)
+        """Continue each row of `idx`; see `gptfast.generation.generate`, also for the other settings."""
+        return generation.generate(self, idx, max_new_tokens, temperature, top_k, generator, **settings)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -417,14 +424,12 @@ class GPT(nn.Module):
         return from_pretrained(model_type, override_args, backend)
 
 
-def sinusoids(length: int, width: int, like: Tensor) -> Tensor:
-    """The position encoding of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), [length, width].
+def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The position encoding of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), [...] -> [..., width].
 
-    Even columns are sin(t / 10000^(c / width)), odd ones the cosine of the same angle; dtype and device of `like`.
+    Even columns are sin(t / 10000^(c / width)), odd ones the cosine of the same angle.
     """
-    position = torch.arange(length, device=like.device, dtype=torch.float32)
-    frequency = torch.exp(
-        torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10000.0) / width)
-    )
-    angle = position[:, None] * frequency[None, :]  # [length, width / 2]
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).view(length, width).to(like.dtype)
+    columns = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    frequency = torch.exp(columns * (-math.log(10000.0) / width))
+    angle = positions[..., None].float() * frequency  # [..., width / 2]
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)

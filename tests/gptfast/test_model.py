@@ -232,7 +232,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(backend: str, dropo
 def test_sinusoids_are_the_papers():
     from gptfast.model import sinusoids
 
-    table = sinusoids(7, 6, torch.empty(0, dtype=torch.float64))
+    table = sinusoids(torch.arange(7), 6, torch.float64)
     for t in range(7):
         for i in range(3):
             angle = t / 10000 ** (2 * i / 6)
@@ -252,7 +252,9 @@ def test_what_enters_the_blocks(position):
     embedding = model.transformer.wte(idx)
     expected = {
         "learned": lambda: embedding + model.transformer.wpe.weight,
-        "sinusoidal": lambda: embedding * math.sqrt(32) + sinusoids(16, 32, embedding),
+        "sinusoidal": lambda: (
+            embedding * math.sqrt(32) + sinusoids(torch.arange(16, device=embedding.device), 32, embedding.dtype)
+        ),
         "none": lambda: embedding,
     }[position]()
     torch.testing.assert_close(entered[0], expected)
