@@ -10,12 +10,12 @@ demo: .venv/ready
 	$(BIN)/gptfast train shakespeare-char-cpu --data stdlib --out runs/demo
 	$(BIN)/gptfast generate runs/demo --prompt "def " --max-new-tokens 400
 
-# as many processes as cores, with a thread each: what is interpreted has no use for more
+# as many processes as cores, with a thread each: threads that wait for each other do not share a core with others
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # the oldest Triton that is supported: kernels interpreted, and compiled for GPUs that are not here
 test-triton36: .venv36/ready

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +112,10 @@ class World:
                 content["error"] = str(error)
         text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
         length = torch.tensor(len(text))
-        self._meet(lambda: dist.broadcast(length, 0))
-        text = text if self.first else torch.empty(int(length), dtype=torch.uint8)
-        self._meet(lambda: dist.broadcast(text, 0))
+        with self.meeting():
+            dist.broadcast(length, 0)
+            text = text if self.first else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(text, 0)
         content = json.loads(bytes(text.tolist()))
         if "error" in content:
             raise ValueError(content["error"])
@@ -126,16 +128,27 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor on the host."""
         if not self.alone:
-            self._meet(lambda: dist.all_reduce(values))
+            with self.meeting():
+                dist.all_reduce(values)
         return values
 
-    def _meet(self, call: Callable[[], Any]) -> None:
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Where other processes are waited for: within it, the end of one is an error that says so.
+
+        Raises:
+            RuntimeError: another process has ended.
+        """
         try:
-            call()
+            yield
         except RuntimeError as error:
+            text = " ".join(str(error).split())
+            # gradients travel within the backward, whose errors may be of any kind
+            if self.alone or not any(name in text.lower() for name in ("gloo", "nccl")):
+                raise
             raise RuntimeError(
-                f"another process of this run has ended ({' '.join(str(error).split())[:200]}); the run can go on from "
-                "its last checkpoint, with --resume"
+                f"another process of this run has ended ({text[:200]}); the run can go on from its last checkpoint, "
+                "with --resume"
             ) from error
 
     def wrap(self, model: GPT, parallel: str, compiled: bool) -> nn.Module:

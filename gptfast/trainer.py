@@ -273,7 +273,8 @@ class _Training:
         for optimizer in self.step.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
-        return self.step(*self.batches.next())
+        with self.world.meeting():
+            return self.step(*self.batches.next())
 
     def _learning_rate(self, step: int) -> float:
         c = self.config
