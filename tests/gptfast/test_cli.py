@@ -166,7 +166,7 @@ def test_bad_generation_input(trained, capsys, options, message):
 
 
 def test_no_run_folder_given(capsys):
-    assert fails(capsys, "generate") == "Missing from gptfast generate: STR Run folder of the model. (required)"
+    assert fails(capsys, "generate").startswith("Missing from gptfast generate: STR Run folder, folder in Hugging Face")
 
 
 def test_not_a_run_folder(tmp_path, capsys):
@@ -232,7 +232,7 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
         raise KeyboardInterrupt
 
     capsys.readouterr()
-    monkeypatch.setattr("gptfast.generation.sample", interrupt)
+    monkeypatch.setattr("gptfast.sampling.draw", interrupt)
     assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 
