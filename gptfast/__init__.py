@@ -3,7 +3,9 @@
 from gptfast.backend import Backend
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
+from gptfast.sampling import Sampling
 from gptfast.step import TrainStep
+from gptfast.texts import generate_text
 
-__all__ = ["GPT", "Backend", "GPTConfig", "TrainStep"]
+__all__ = ["GPT", "Backend", "GPTConfig", "Sampling", "TrainStep", "generate_text"]
 __version__ = "0.1.0"

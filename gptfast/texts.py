@@ -85,7 +85,7 @@ def stream(
     longest = max(lengths, default=1)
     padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
     idx = torch.tensor(padded, device=model.lm_head.weight.device).view(len(texts), longest)
-    streams = [TextStream(tokenizer, stop) for _ in texts]
+    streams = [TextStream(tokenizer, stop, after=ids[-1]) for ids in prompts]
 
     def ends(row: int, token: int) -> bool:
         return texts[row].finished

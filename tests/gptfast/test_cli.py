@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -155,6 +156,10 @@ def trained(text) -> str:
         (["--max-new-tokens", "-5"], "max_new_tokens must be at least 0, got -5"),
         (["--seed", "-1"], "seed must be in [0, 2**64), got -1"),
         (["--seed", "18446744073709551616"], "seed must be in [0, 2**64), got 18446744073709551616"),
+        (["--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
+        (["--prompt-file", "none.txt"], "no such file with prompts: none.txt"),
+        (["--json", "--stream"], "--json writes whole continuations; it excludes --stream"),
+        (["--interactive", "--json"], "--interactive asks for prompts and writes text; it excludes --prompt-file and"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
@@ -163,6 +168,53 @@ def trained(text) -> str:
 def test_bad_generation_input(trained, capsys, options, message):
     capsys.readouterr()
     assert fails(capsys, "generate", trained, *options).startswith(message)
+
+
+def generated(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    cli.main(["generate", *arguments, "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def test_pieces_of_a_stream_are_the_text(trained, capsys):
+    options = [trained, "--prompt", "To", "--max-new-tokens", "20"]
+    assert generated(capsys, *options, "--stream") == generated(capsys, *options)
+
+
+def test_prompts_from_a_file_and_from_standard_input(trained, capsys, monkeypatch):
+    Path("prompts.txt").write_text("To\nbe or\n")
+    options = [trained, "--max-new-tokens", "5", "--temperature", "0", "--prompt-file"]
+    lines = generated(capsys, *options, "prompts.txt", "--json").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [entry["prompt"] for entry in found] == ["To", "be or"]
+    assert all(len(entry["tokens"]) == len(entry["log_probs"]) == len(entry["text"]) == 5 for entry in found)
+    monkeypatch.setattr("sys.stdin", io.StringIO("To\nbe or\n"))
+    assert generated(capsys, *options, "-", "--json").splitlines() == lines
+
+
+def test_a_conversation(trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    typed = iter(["To", "", "be"])
+
+    def answer(question: str) -> str:
+        assert question == "> "
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    written = generated(capsys, trained, "--interactive", "--max-new-tokens", "3")
+    assert written.startswith("To")
+    assert "\nbe" in written
+    assert (tmp_path / "cache/gptfast/prompts").is_file()
+
+
+def test_a_stop_string(trained, capsys):
+    free = generated(capsys, trained, "--prompt", "To", "--max-new-tokens", "30")
+    stop = free[10]
+    text = generated(capsys, trained, "--prompt", "To", "--max-new-tokens", "30", "--stop", stop)
+    assert text == free[: free.index(stop, 2)] + "\n"
 
 
 def test_no_run_folder_given(capsys):

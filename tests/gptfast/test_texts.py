@@ -8,7 +8,7 @@ import torch
 from gptfast import GPT, GPTConfig, texts
 from gptfast.sampling import Sampling
 from gptfast.texts import Text
-from gptfast.tokenizers import ByteTokenizer, CharTokenizer
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from oracle import DEVICE
 
 
@@ -66,6 +66,18 @@ def test_prompts_of_any_lengths_together():
         assert (text.text, text.tokens, text.finished) == (alone.text, alone.tokens, alone.finished)
         assert "".join(piece for number, piece in pieces if number == row) == text.text
         assert len(text.log_probs) == len(text.tokens)
+
+
+def test_words_have_a_space_between_them():
+    """Between the prompt and its continuation too."""
+    tokenizer = WordTokenizer(["the", "quick", "brown", "fox", "."])
+    model = text_model(tokenizer)
+    text = Text("the quick")
+    list(texts.stream(model, tokenizer, [text], 8, Sampling(temperature=0)))
+    ids = tokenizer.encode("the quick").tolist()
+    kept = [token for token in text.tokens if token != tokenizer.end_of_text]
+    assert "the quick" + text.text == tokenizer.decode(ids + kept)
+    assert text.text[0] in " ."
 
 
 def test_a_document_ends():
