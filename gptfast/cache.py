@@ -95,15 +95,22 @@ class KVCache:
         Args:
             rows: [B'] int64: sequence i is from now on what sequence rows[i] was.
         """
-        self._layers = [
-            None if memory is None else (memory[0].index_select(0, rows), memory[1].index_select(0, rows))
-            for memory in self._layers
-        ]
+        for layer, memory in enumerate(self._layers):
+            if memory is not None:
+                k, v = (_selected(whole, rows) for whole in memory)
+                self._layers[layer] = k, v
         if self.lengths is not None:
-            self.part(self.lengths.index_select(0, rows))
+            self.lengths = _selected(self.lengths, rows)
+            self._rows = torch.arange(len(rows), device=rows.device)
         self._seen = None
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
         self.lengths = self._rows = self._seen = None
+
+
+def _selected(whole: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor; in its place where they are as many, for CUDA graphs that read there."""
+    found = whole.index_select(0, rows)
+    return whole.copy_(found) if len(found) == len(whole) else found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import gptfast.decoding
+import gptfast.step
 from gptfast import GPT, GPTConfig
 from gptfast.decoding import CachedDecoder
 from oracle import DEVICE
@@ -96,3 +97,39 @@ def test_a_prompt_is_read_once(monkeypatch):
     for _ in range(6):
         tokens = decoder.step(tokens).argmax(-1)
     assert seen == [(2, 5)] + [(2, 1)] * 6
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[int]:
+    """Graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
+    made: list[int] = []
+
+    def capture(function, pool, stream):
+        made.append(1)
+        return function
+
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(gptfast.step, "capture", capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 5, 3]], ids=str)
+def test_steps_are_replayed(captures, lengths):
+    """A graph for each number of sequences; in another order they are still in its memory."""
+    model, idx = build(), prompts(lengths)
+    decoder = CachedDecoder(model, idx, lengths, 12, graph=True)
+    sequences = [row[:length] for row, length in zip(idx, lengths, strict=True)]
+    logits = decoder.prefill()
+    for number, rows in enumerate([None, None, None, [2, 0, 0], None, [1, 0], None, None, None]):
+        if rows is not None:
+            decoder.select(torch.tensor(rows, device=DEVICE))
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
+        tokens = logits.argmax(-1)
+        sequences = [torch.cat((sequence, token[None])) for sequence, token in zip(sequences, tokens, strict=True)]
+        logits = decoder.step(tokens).clone()  # a graph writes where it wrote before
+        assert_as_alone(model, logits, sequences)
+        if DEVICE.type != "cuda":
+            assert len(captures) == (number >= 2) + (number >= 7)
