@@ -133,3 +133,20 @@ def test_steps_are_replayed(captures, lengths):
         assert_as_alone(model, logits, sequences)
         if DEVICE.type != "cuda":
             assert len(captures) == (number >= 2) + (number >= 7)
+
+
+@torch.no_grad()
+def test_what_a_graph_reads_stays_where_it_is():
+    """While the number of sequences does, in whatever order they go on."""
+    decoder = CachedDecoder(build(), prompts([1, 5, 3]), [1, 5, 3], 6, graph=False)
+    tokens = decoder.prefill().argmax(-1)
+
+    def places() -> list[int]:
+        cache = decoder._cache
+        return [t.data_ptr() for t in (cache.lengths, *(part for memory in cache._layers for part in memory))]
+
+    before = places()
+    decoder.step(tokens)
+    decoder.select(torch.tensor([2, 0, 0], device=DEVICE))
+    decoder.step(tokens)
+    assert places() == before
