@@ -173,17 +173,3 @@ class World:
             fully_shard(block)
         fully_shard(model)
         return model
-
-
-def whole(tensor: Any) -> Tensor:
-    """All of a tensor that processes have in parts. All have to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def like(tensor: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, in the parts that a parameter of its shape has."""
-    if not hasattr(parameter, "device_mesh") or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

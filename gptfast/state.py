@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gptfast import lora, optimizers, padding
 from gptfast.checkpoint import Checkpoint
-from gptfast.distributed import like, whole
 from gptfast.model import GPT
+from gptfast.parts import is_part, like, whole
 from gptfast.step import TrainStep
 
 _STEP = "step/"  # before the names of what the step itself carries on
@@ -29,7 +29,7 @@ class TrainState:
     @property
     def in_parts(self) -> bool:
         """Whether this process has parts of parameters alone."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self._names)
+        return any(map(is_part, self._names))
 
     def checkpoint(self, steps: int, state: dict) -> Checkpoint:
         """Copies of everything, without padding of the vocabulary."""

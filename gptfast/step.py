@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from gptfast import devices
+from gptfast.parts import is_part, local, whole
 
 _WARMUP = 2  # steps before a capture: compilation, memory and the optimizer's state settle in them
 
@@ -212,7 +213,7 @@ class TrainStep:
         """Clip, and step the optimizers; loss, norm and scale, [3]."""
         gradients = [p.grad for group in self._groups for p in group["params"] if p.grad is not None]
         scale = self._scale.clone()
-        norm = _whole(get_total_norm(gradients)) / scale
+        norm = whole(get_total_norm(gradients)) / scale
         # `clip_grads_with_norm_`'s factor, as a divisor: the pass over the gradients that it would take is saved
         divisor = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0.0 else torch.ones_like(norm)
         not_finite = (~norm.isfinite()).float()
@@ -226,7 +227,7 @@ class TrainStep:
         """Step with gradients that are divided first."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # what GradScaler asks too: whether the step itself divides gradients, and skips those that are not finite
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not any(map(_is_sharded, parameters)):
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not any(map(is_part, parameters)):
             optimizer.grad_scale, optimizer.found_inf = divisor, not_finite
             try:
                 optimizer.step()
@@ -236,7 +237,7 @@ class TrainStep:
         if self._grown is not None and bool(not_finite):
             return
         if self._grown is not None or self.grad_clip > 0.0:
-            gradients = [_local(p.grad) for p in parameters]
+            gradients = [local(p.grad) for p in parameters]
             torch._foreach_div_(gradients, divisor)
         optimizer.step()
 
@@ -363,20 +364,6 @@ def _gradients_stay(model: Any, wait: bool) -> Iterator[None]:
         yield
     else:
         yield
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _whole(tensor: Any) -> Tensor:
-    """A tensor that processes may have in parts."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _settings(group: dict) -> tuple:
