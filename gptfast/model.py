@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, generation, padding, peaks
+from gptfast import flops, generation, optimizers, padding, peaks
 from gptfast.backend import Backend, Request, parse, resolve
 from gptfast.cache import KVCache
 from gptfast.config import GPTConfig
@@ -349,11 +349,7 @@ class GPT(nn.Module):
             device_type: nanoGPT's argument, "cuda" or "cpu"; the fused implementation serves both.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        return optimizers.adamw(trained, weight_decay, learning_rate, betas, device_type)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""

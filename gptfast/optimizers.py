@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptfast.model import GPT
+if TYPE_CHECKING:
+    from gptfast.model import GPT
 
 NAMES = ("adamw", "muon")
 
@@ -16,6 +17,21 @@ _KEYS: dict[type, set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
 }
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    device_type: str,
+) -> torch.optim.AdamW:
+    """AdamW, fused where PyTorch has it so, that decays parameters with two or more dimensions alone."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 
 def build(
@@ -39,12 +55,7 @@ def build(
         torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
     ]
     if rest:
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        fused = device_type in ("cuda", "cpu")
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
+        optimizers.append(adamw(rest, weight_decay, learning_rate, betas, device_type))
     return optimizers
 
 
