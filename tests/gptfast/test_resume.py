@@ -18,29 +18,15 @@ import torch
 
 from gptfast import GPTConfig, run, trainer
 from gptfast.settings import TrainConfig
+from runs import TEXT, tiny_run
 
-TEXT = "To be, or not to be, that is the question:\n" * 40
 CHANGES_FROM_RUN_TO_RUN = ("tokens_per_second", "mfu", "memory_bytes", "data_seconds")
 
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     """A run of 20 steps with dropout, whose checkpoints lie between its evaluations."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    return TrainConfig(
-        model=GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-        data=str(tmp_path / "text.txt"),
-        out=str(tmp_path / "run"),
-        device="cpu",
-        steps=20,
-        batch_size=4,
-        warmup_steps=5,
-        eval_interval=8,
-        eval_batches=2,
-        sample_tokens=5,
-        checkpoint_interval=3,
-        log_interval=5,
-    )
+    return tiny_run(tmp_path, dropout=0.1, checkpoint_interval=3)
 
 
 def outcome(path: Path) -> tuple[dict, dict, list]:

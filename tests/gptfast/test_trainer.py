@@ -10,31 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from gptfast import GPT, GPTConfig, data, peaks, recipes, run, schedules, tokenizers, trainer
+from gptfast import GPT, data, peaks, recipes, run, schedules, tokenizers, trainer
 from gptfast.settings import TrainConfig
 from gptfast.step import StepResult, TrainStep
-
-TEXT = "To be, or not to be, that is the question:\n" * 40
+from runs import TEXT, tiny_run
 
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     """A run of 20 steps that takes a fraction of a second."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    return TrainConfig(
-        model=GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16),
-        data=str(tmp_path / "text.txt"),
-        out=str(tmp_path / "run"),
-        device="cpu",
-        steps=20,
-        batch_size=4,
-        warmup_steps=5,
-        eval_interval=8,
-        eval_batches=2,
-        sample_tokens=5,
-        checkpoint_interval=8,
-        log_interval=5,
-    )
+    return tiny_run(tmp_path)
 
 
 def log(path) -> list[dict]:
