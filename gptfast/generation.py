@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
     rows: list[int]  # the places of the sequences in the batch
     tokens: list[int]
-    log_probs: list[float]
+    log_probs: list[float]  # none unless they were asked for
 
 
 def generate(
@@ -76,8 +76,9 @@ def generate(
         raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
     stop_tokens, num_samples = settings.pop("stop_tokens", ()), settings.pop("num_samples", 1)
     chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
+    lengths = [idx.shape[1]] * len(idx)
     found = continuations(
-        model, idx, [idx.shape[1]] * len(idx), max_new_tokens, chosen, stop_tokens, num_samples, generator
+        model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, log_probs=False
     )
     rows = [continuation.tokens for samples in found for continuation in samples]
     longest = max(map(len, rows), default=0)
@@ -95,6 +96,7 @@ def continuations(
     stop_tokens: Collection[int] = (),
     num_samples: int = 1,
     generator: torch.Generator | None = None,
+    log_probs: bool = True,
 ) -> list[list[Continuation]]:
     """Continue prompts of any lengths.
 
@@ -107,6 +109,7 @@ def continuations(
         stop_tokens: tokens that end a continuation.
         num_samples: continuations of each prompt.
         generator: makes the sampling repeatable; on the device of `idx`.
+        log_probs: give the log-probabilities of tokens too.
 
     Returns:
         For each prompt its `num_samples` continuations.
@@ -122,10 +125,11 @@ def continuations(
     stops = frozenset(stop_tokens)
     _check_stops(model, stops)
     ends = lambda row, token: token in stops  # noqa: E731
-    for step in steps(model, idx[rows], repeated, max_new_tokens, settings, ends, generator):
-        for row, token, log_prob in zip(*step, strict=True):
+    for step in steps(model, idx[rows], repeated, max_new_tokens, settings, ends, generator, log_probs):
+        for place, (row, token) in enumerate(zip(step.rows, step.tokens, strict=True)):
             found[row].tokens.append(token)
-            found[row].log_probs.append(log_prob)
+            if log_probs:
+                found[row].log_probs.append(step.log_probs[place])
             found[row].finished = token in stops
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
@@ -139,6 +143,7 @@ def steps(
     settings: Sampling | None = None,
     ends: Callable[[int, int], bool] = lambda row, token: False,
     generator: torch.Generator | None = None,
+    log_probs: bool = True,
 ) -> Iterator[Step]:
     """The tokens of `continuations`, as they come. Sequences that have ended leave the batch.
 
@@ -150,6 +155,7 @@ def steps(
         settings: as `continuations`.
         ends: whether a token ends the sequence at a place of the batch; called for each, after the step was given out.
         generator: as `continuations`.
+        log_probs: as `continuations`.
     """
     chosen = settings or Sampling()
     _check(model, idx, lengths, max_new_tokens)
@@ -164,9 +170,8 @@ def steps(
             if not logits.is_cuda:
                 sampling.check(logits)
             drawn = _draw(logits, decoder, prompts, chosen, generator)
-            log_probs = logits.float().log_softmax(-1).gather(1, drawn[:, None])[:, 0]
             tokens = drawn.tolist()
-            yield Step(rows, tokens, log_probs.tolist())
+            yield Step(rows, tokens, _log_probs(logits, drawn).tolist() if log_probs else [])
             going = [place for place, (row, token) in enumerate(zip(rows, tokens, strict=True)) if not ends(row, token)]
             if not going or number == max_new_tokens - 1:
                 return
@@ -175,6 +180,11 @@ def steps(
                 decoder.select(kept)
                 rows, drawn, prompts = [rows[place] for place in going], drawn[kept], prompts[kept]
             logits = decoder.step(drawn)
+
+
+def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Those of `tokens` [B], by logits [B, V]."""
+    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def _draw(
