@@ -1,9 +1,13 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from benchmarks.measuring.recipe_runs import FILES
+from nanogpt import TEXT, TRAIN
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -29,3 +33,28 @@ def rewrite() -> Callable[..., Path]:
         return target
 
     return change
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """What stands for nanoGPT."""
+    folder = tmp_path / "checkout"
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(TRAIN if name == "train.py" else "")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def nanogpt() -> Path:
+    checkout = os.environ.get("NANOGPT")
+    if not checkout:
+        pytest.skip("needs a checkout of nanoGPT, whose folder is in the variable NANOGPT")
+    return Path(checkout)
