@@ -2,10 +2,10 @@
 
 from gptfast.backend import Backend
 from gptfast.config import GPTConfig
+from gptfast.generation.sampling import Sampling
+from gptfast.generation.texts import generate_text
 from gptfast.model import GPT
-from gptfast.sampling import Sampling
-from gptfast.step import TrainStep
-from gptfast.texts import generate_text
+from gptfast.training.step import TrainStep
 
 __all__ = ["GPT", "Backend", "GPTConfig", "Sampling", "TrainStep", "generate_text"]
 __version__ = "0.1.0"

@@ -18,11 +18,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from gptfast import devices, recipes, run, trainer, writing
-from gptfast import prepare as preparation
-from gptfast.distributed import World
+from gptfast import devices, run
+from gptfast.data import prepare as preparation
 from gptfast.files import read_json
-from gptfast.settings import TrainConfig
+from gptfast.generation import writing
+from gptfast.training import recipes, trainer
+from gptfast.training.distributed import World
+from gptfast.training.settings import TrainConfig
 
 USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data too large to tokenize at every start
        gptfast train PRESET [options]      train a GPT and write a run folder

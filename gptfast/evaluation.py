@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from gptfast import devices, tokenizers
-from gptfast.data import Split
-from gptfast.distributed import World
+from gptfast.data.batches import Split
 from gptfast.tokenizers import Tokenizer
+from gptfast.training.distributed import World
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, generation, optimizers, padding, peaks
+from gptfast import flops, padding, peaks
 from gptfast.backend import Backend, Request, parse, resolve
-from gptfast.cache import KVCache
 from gptfast.config import GPTConfig
+from gptfast.generation import generate
+from gptfast.generation.cache import KVCache
+from gptfast.training import optimizers
 from kernels import reference, runtime
 
 IGNORED_TARGET = -1
@@ -335,7 +337,7 @@ class GPT(nn.Module):
         **settings: Any,
     ) -> Tensor:
         """Continue each row of `idx`; see `gptfast.generation.generate`, also for the other settings."""
-        return generation.generate(self, idx, max_new_tokens, temperature, top_k, generator, **settings)
+        return generate.generate(self, idx, max_new_tokens, temperature, top_k, generator, **settings)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str

@@ -4,7 +4,7 @@
     tokenizer.json        the tokenizer
     model.safetensors     the weights with the lowest validation loss so far
     adapters.safetensors  of a run with adapters, these alone
-    checkpoints/          the last ones, see `gptfast.checkpoint`
+    checkpoints/          the last ones, see `gptfast.training.checkpoint`
     log.jsonl             one JSON object per line: losses, learning rate, speed, samples
     summary.json, loss.png    the outcome; there when training has ended
     failed-step.json, failed-batch.safetensors    what a run has ended with whose loss was no number

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from gptfast import corpus, recipes
+from gptfast.data import corpus
 from gptfast.files import read_json
-from gptfast.settings import TrainConfig
+from gptfast.training import recipes
+from gptfast.training.settings import TrainConfig
 
 NANOGPT, GPTFAST = "nanoGPT", "gptfast"
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,12 @@ import pytest
 import torch
 import tyro
 
-import gptfast.recipes
+import gptfast.training.recipes
 from benchmarks.measuring import recipe_runs
 from benchmarks.measuring.recipe_runs import CONFIG, GPTFAST, NANOGPT, RECIPES, Outcome, Plan, RunError, Runs
-from gptfast import data, tokenizers
-from gptfast.settings import TrainConfig
+from gptfast import tokenizers
+from gptfast.data import batches
+from gptfast.training.settings import TrainConfig
 from nanogpt import TEXT, TRAIN
 
 CPU = RECIPES["cpu"]
@@ -136,7 +137,7 @@ def trained(recipe, plan: Plan) -> TrainConfig:
     assert train == "train"
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
     assert set(options[::2]) <= known
-    default = gptfast.recipes.recipe(preset, torch.device("cpu"))
+    default = gptfast.training.recipes.recipe(preset, torch.device("cpu"))
     return tyro.cli(TrainConfig, args=options, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -156,10 +157,10 @@ def test_nanogpt_is_asked_for_its_readmes_recipe(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_gptfast_is_asked_for_the_same(name):
     recipe = RECIPES[name]
-    for plan, interval, batches in ((Plan(7), 7, 1), (Plan(2000, 20), 250, 20), (Plan(300, 20), 300, 20)):
+    for plan, interval, evaluated in ((Plan(7), 7, 1), (Plan(2000, 20), 250, 20), (Plan(300, 20), 300, 20)):
         config = trained(recipe, plan)
         assert (config.data, config.out, config.device) == ("text.txt", "run", "cpu")
-        assert (config.steps, config.eval_interval, config.eval_batches) == (plan.steps, interval, batches)
+        assert (config.steps, config.eval_interval, config.eval_batches) == (plan.steps, interval, evaluated)
         # and nothing else than the preset's own
         own = ("data", "out", "device", "steps", "eval_interval", "eval_batches")
         changed = dataclasses.replace(config, **{field: getattr(recipe.config, field) for field in own})
@@ -185,7 +186,7 @@ def test_commands_are_shown_as_one_would_type_them():
 def test_nanogpt_reads_the_tokens_that_gptfast_makes(tmp_path):
     vocab_size, held_out = recipe_runs.write_tokens(TEXT, tmp_path / "data")
     tokenizer = tokenizers.for_documents("char", [TEXT])
-    parts = data.split(tokenizer.encode(TEXT).astype(np.uint16), 64, 0.1)
+    parts = batches.split(tokenizer.encode(TEXT).astype(np.uint16), 64, 0.1)
     for name, part in zip(("train", "val"), parts, strict=True):
         written = np.fromfile(tmp_path / "data" / f"{name}.bin", dtype=np.uint16)
         assert len(written) == len(part.tokens)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import cli, trainer
+from gptfast import cli
+from gptfast.training import trainer
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--steps", "20", "--batch-size", "4"]
@@ -113,7 +114,7 @@ def test_bad_training_input(text, capsys, options, message):
 
 def test_the_last_device_decides_the_recipe(text, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("gptfast.recipes.recipe", lambda name, device: asked.append(device) or {}[name])
+    monkeypatch.setattr("gptfast.training.recipes.recipe", lambda name, device: asked.append(device) or {}[name])
     with pytest.raises(KeyError):
         cli.main(["train", "shakespeare-char", "--device", "tpu", "--steps", "3", "--device", "cpu"])
     assert asked == [torch.device("cpu")]
@@ -249,7 +250,7 @@ def test_too_little_memory_is_one_line_and_leaves_no_folder(text, monkeypatch, c
     def step(self, number):
         raise error
 
-    monkeypatch.setattr("gptfast.trainer._Training._step", step)
+    monkeypatch.setattr("gptfast.training.trainer._Training._step", step)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
     assert ended.value.code == 1
@@ -284,7 +285,7 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
         raise KeyboardInterrupt
 
     capsys.readouterr()
-    monkeypatch.setattr("gptfast.sampling.draw", interrupt)
+    monkeypatch.setattr("gptfast.generation.sampling.draw", interrupt)
     assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 
@@ -297,7 +298,7 @@ def test_an_interrupted_run_says_how_to_go_on(text, monkeypatch, capsys):
         return step(self, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr("gptfast.trainer._Training._step", interrupted_step)
+        patched.setattr("gptfast.training.trainer._Training._step", interrupted_step)
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
     assert ended.value.code == 130

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import GPT, GPTConfig, evaluation, tokenizers
-from gptfast.data import Split
-from gptfast.distributed import World
+from gptfast.data.batches import Split
+from gptfast.data.shards import Tokens
 from gptfast.evaluation import Sequences
-from gptfast.shards import Tokens
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.training.distributed import World
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32, init_std=0.3)
 TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 8

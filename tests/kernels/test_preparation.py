@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from gptfast import GPT, GPTConfig
-from gptfast.cache import KVCache
+from gptfast.generation.cache import KVCache
 from kernels import runtime, tile
 from oracle import DEVICE
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import assume, currently_in_test_context
 
-from gptfast.sampling import Sampling
+from gptfast.generation.sampling import Sampling
 from oracle import DEVICE
 
 INF = math.inf

@@ -1,0 +1,156 @@
+"""Continuing text with a GPT: greedily, by sampling or by beam search, prompts of any lengths together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptfast.generation import beam
+from gptfast.generation.decoding import CachedDecoder
+from gptfast.generation.sampling import Sampling
+from gptfast.generation.steps import check, evaluating, steps
+
+if TYPE_CHECKING:
+    from gptfast.model import GPT
+
+
+@dataclass
+class Continuation:
+    """What follows a prompt.
+
+    Args:
+        tokens: the new ones; the last is the stop token, if one ended it.
+        log_probs: the model's log-probability of each of them, before temperature, penalties and filters.
+        finished: a stop token ended it.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    **settings,
+) -> Tensor:
+    """Continue each row of `idx`; nanoGPT's function, with more to choose from.
+
+    Keys and values are kept, so that each token is computed once, until the window of `block_size` tokens is full and
+    moves on with every token: then it is computed anew. Dropout is off while it runs. The model is left in the mode it
+    was in.
+
+    Args:
+        model: the GPT.
+        idx: [B, T] int64 token ids, T >= 1.
+        max_new_tokens: tokens to add to each row.
+        temperature: divides the logits; any size, down to 0, which takes the likeliest token.
+        top_k: sample among the k likeliest tokens only.
+        generator: makes the sampling repeatable; on the device of `idx`.
+        settings: of `Sampling`, and of `continuations`, `stop_tokens` and `num_samples`: rows that have ended are
+            filled up with their stop token, and the samples of a row stand below each other.
+
+    Returns:
+        [B * num_samples, T + n] int64, n the number of new tokens of the longest continuation.
+
+    Raises:
+        ValueError: a setting out of range, or token ids out of range.
+    """
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
+    stop_tokens, num_samples = settings.pop("stop_tokens", ()), settings.pop("num_samples", 1)
+    chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
+    lengths = [idx.shape[1]] * len(idx)
+    found = continuations(
+        model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, log_probs=False
+    )
+    rows = [continuation.tokens for samples in found for continuation in samples]
+    longest = max(map(len, rows), default=0)
+    new = [row + row[-1:] * (longest - len(row)) for row in rows]
+    added = torch.tensor(new, dtype=idx.dtype, device=idx.device).view(len(rows), longest)
+    return torch.cat((idx.repeat_interleave(num_samples, dim=0), added), dim=1)
+
+
+def continuations(
+    model: GPT,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    settings: Sampling | None = None,
+    stop_tokens: Collection[int] = (),
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    log_probs: bool = True,
+) -> list[list[Continuation]]:
+    """Continue prompts of any lengths.
+
+    Args:
+        model: the GPT.
+        idx: [B, T] int64 token ids, padded at the end with anything that is a token.
+        lengths: how many tokens of each row are its prompt, at least 1.
+        max_new_tokens: the most to add to each.
+        settings: how tokens are drawn; by default from the model's distribution.
+        stop_tokens: tokens that end a continuation.
+        num_samples: continuations of each prompt.
+        generator: makes the sampling repeatable; on the device of `idx`.
+        log_probs: give the log-probabilities of tokens too.
+
+    Returns:
+        For each prompt its `num_samples` continuations.
+
+    Raises:
+        ValueError: a setting out of range, or token ids out of range.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    rows = torch.arange(len(idx), device=idx.device).repeat_interleave(num_samples)
+    repeated = [length for length in lengths for _ in range(num_samples)]
+    found = [Continuation() for _ in repeated]
+    stops = frozenset(stop_tokens)
+    _check_stops(model, stops)
+    ends = lambda row, token: token in stops  # noqa: E731
+    for step in steps(model, idx[rows], repeated, max_new_tokens, settings, ends, generator, log_probs):
+        for place, (row, token) in enumerate(zip(step.rows, step.tokens, strict=True)):
+            found[row].tokens.append(token)
+            if log_probs:
+                found[row].log_probs.append(step.log_probs[place])
+            found[row].finished = token in stops
+    return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
+
+
+def search_beams(
+    model: GPT,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: beam.EarlyStopping = False,
+    stop_tokens: Collection[int] = (),
+    num_return_sequences: int = 1,
+) -> list[list[beam.Hypothesis]]:
+    """The likeliest continuations of prompts of any lengths; see `gptfast.generation.beam.search` for the arguments."""
+    check(model, idx, lengths, max_new_tokens)
+    if len(idx) == 0:
+        return []
+    with evaluating(model), torch.no_grad():
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens)
+        return beam.search(
+            decoder, len(idx), max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens,
+            num_return_sequences,
+        )  # fmt: skip
+
+
+def _check_stops(model: GPT, stop_tokens: Collection[int]) -> None:
+    vocabulary = model.config.vocab_size
+    outside = sorted(token for token in stop_tokens if not 0 <= token < vocabulary)
+    if outside:
+        raise ValueError(f"stop_tokens must be from 0 to {vocabulary - 1}, got {', '.join(map(str, outside))}")

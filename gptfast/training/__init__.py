@@ -1,0 +1,1 @@
+"""Training a GPT: settings, the step, the loop, checkpoints, several processes."""

@@ -1,0 +1,120 @@
+import hashlib
+import socketserver
+import threading
+from pathlib import Path
+
+import pytest
+
+from gptfast.data import corpus
+
+
+def test_the_standard_library_is_plain_python_and_the_same_every_time():
+    text = corpus.load("stdlib")
+    assert len(text) > 3_000_000
+    assert text.isascii()
+    assert "def dataclass(" in text
+    assert "\r" not in text
+    assert corpus.standard_library() == text
+
+
+def test_files_and_folders(tmp_path):
+    (tmp_path / "b.txt").write_text("zwei")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.md").write_text("eins é")
+    (tmp_path / ".hidden").write_text("no")
+    assert corpus.load(str(tmp_path / "b.txt")) == "zwei"
+    assert corpus.load(str(tmp_path)) == "eins é\nzwei"
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(ValueError, match=r"no such data: 'nowhere.txt'; accepted: stdlib, shakespeare, or a text file"):
+        corpus.load("nowhere.txt")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"empty.txt is empty"):
+        corpus.load(str(tmp_path / "empty.txt"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder is empty"):
+        corpus.load(str(tmp_path / "folder"))
+    (tmp_path / "image.bin").write_bytes(b"text \xff\xfe")
+    with pytest.raises(ValueError, match=r"image.bin is not UTF-8 text: invalid start byte at byte 5"):
+        corpus.load(str(tmp_path / "image.bin"))
+
+
+@pytest.fixture
+def shakespeare(monkeypatch, tmp_path) -> Path:
+    """A stand-in for the download, as a file: URL with its checksum, and an empty cache."""
+    source = tmp_path / "input.txt"
+    source.write_bytes(b"First Citizen:\n")
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", source.as_uri())
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(source.read_bytes()).hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return source
+
+
+def test_shakespeare_is_downloaded_once(shakespeare):
+    assert corpus.load("shakespeare") == "First Citizen:\n"
+    shakespeare.unlink()
+    assert corpus.load("shakespeare") == "First Citizen:\n"
+
+
+def test_a_damaged_cache_is_downloaded_again(shakespeare, tmp_path):
+    corpus.load("shakespeare")
+    cached = tmp_path / "cache/gptfast/tinyshakespeare.txt"
+    cached.write_text("First Cit")
+    assert corpus.load("shakespeare") == "First Citizen:\n"
+    assert cached.read_text() == "First Citizen:\n"
+
+
+def test_offline_names_the_way_out(shakespeare):
+    shakespeare.unlink()
+    with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"):
+        corpus.load("shakespeare")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nFirst Cit", b"220 mail.example\r\n"],
+    ids=["cut", "mail"],
+)
+def test_a_broken_answer_is_one_line_and_leaves_nothing(shakespeare, tmp_path, monkeypatch, answer):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
+        with pytest.raises(
+            ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"
+        ) as caught:
+            corpus.load("shakespeare")
+        thread.join()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(shakespeare, tmp_path, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(ValueError, match=r"cannot write the download to .*No space left on device.*XDG_CACHE_HOME"):
+        corpus.load("shakespeare")
+    assert list((tmp_path / "cache/gptfast").iterdir()) == []
+
+
+def test_a_wrong_download_is_not_kept(shakespeare, tmp_path):
+    shakespeare.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match="is not Tiny Shakespeare"):
+        corpus.load("shakespeare")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_checksum_is_that_of_tiny_shakespeare():
+    path = Path(__file__).parents[4] / "shared/data/tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip("Tiny Shakespeare is not beside this checkout")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == corpus.SHAKESPEARE_SHA256

@@ -1,0 +1,119 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gptfast.data import batches
+from gptfast.data.shards import Tokens
+
+
+def split_of(length: int, block_size: int) -> batches.Split:
+    return batches.Split(Tokens([np.arange(length)]), block_size)
+
+
+def test_targets_are_the_tokens_that_follow():
+    part = split_of(100, block_size=7)
+    for idx, targets in [part.random_batch(5, seed=1, step=2), *part.even_batches(3, 4)]:
+        assert idx.dtype == targets.dtype == torch.int64
+        assert idx.shape == targets.shape == (len(idx), 7)
+        assert torch.equal(targets, idx + 1)
+        assert torch.equal(idx, idx[:, :1] + torch.arange(7))
+
+
+def test_random_batches_are_a_function_of_seed_and_step():
+    part = split_of(1000, block_size=7)
+    first = part.random_batch(5, seed=1, step=2)[0]
+    assert torch.equal(part.random_batch(5, seed=1, step=2)[0], first)
+    assert not torch.equal(part.random_batch(5, seed=1, step=3)[0], first)
+    assert not torch.equal(part.random_batch(5, seed=2, step=2)[0], first)
+
+
+def test_every_place_can_be_drawn_and_none_beyond():
+    part = split_of(10, block_size=7)
+    starts = part.random_batch(200, seed=0, step=0)[0][:, 0]
+    assert set(starts.tolist()) == {0, 1, 2}
+
+
+def test_an_epoch_visits_every_block_once_in_an_order_of_its_own():
+    part = split_of(10 * 7 + 5, block_size=7)
+    starts = torch.cat([part.random_batch(4, seed=3, step=step)[0][:, 0] for step in range(9)])  # 36: four epochs
+    epochs = starts.view(4, 9)
+    assert (epochs.sort(dim=1).values.diff(dim=1) == 7).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs - epochs.min(dim=1, keepdim=True).values}) == 4
+    assert len(set(epochs.min(dim=1).values.tolist())) > 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_a_batch_that_is_the_same_for_any_number_of_them(ranks: int):
+    part = split_of(1000, block_size=7)
+    whole = [part.random_batch(8, seed=1, step=step)[0] for step in range(20)]
+    for step, expected in enumerate(whole):
+        parts = [part.random_batch(8, seed=1, step=step, rank=rank, ranks=ranks)[0] for rank in range(ranks)]
+        assert torch.equal(torch.cat(parts), expected)
+
+
+def test_even_batches_cover_the_split_without_overlap_where_it_is_long_enough():
+    part = split_of(1000, block_size=10)
+    starts = torch.cat([idx[:, 0] for idx, _ in part.even_batches(4, 5)])
+    assert len(starts) == 20
+    assert (starts[0], starts[-1]) == (0, 989)
+    assert (starts.diff() >= 10).all()
+    # a short split gives as many sequences as it has
+    assert sum(len(idx) for idx, _ in split_of(35, 10).even_batches(4, 5)) == 3
+
+
+def test_split_takes_the_end_away():
+    train, val = batches.split(np.arange(100), block_size=5, held_out=0.1)
+    assert train.tokens.windows(np.array([0]), 90).tolist() == [list(range(90))]
+    assert val.tokens.windows(np.array([0]), 10).tolist() == [list(range(90, 100))]
+
+
+@pytest.mark.parametrize(("length", "fits"), [(59, False), (60, True)])
+def test_both_parts_need_a_block_and_its_successor(length, fits):
+    if fits:
+        train, val = batches.split(np.arange(length), block_size=5, held_out=0.1)
+        assert len(val.random_batch(1, 0, 0)[0]) == len(train.even_batches(1, 1)[0][0]) == 1
+    else:
+        with pytest.raises(ValueError, match="too short: 59 tokens make 53 to train on and 6 held out, each must be"):
+            batches.split(np.arange(length), block_size=6, held_out=0.1)
+
+
+def test_batches_ahead_are_those_asked_for():
+    asked = []
+    ahead = batches.Ahead(lambda step: asked.append(step) or (torch.tensor(step), torch.tensor(-step)), 3, 6)
+    assert [tuple(map(int, ahead.next())) for _ in range(3)] == [(3, -3), (4, -4), (5, -5)]
+    ahead.close()
+    assert asked == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("batch", "step", "waits"), [(0.02, 0.06, False), (0.06, 0.02, True)])
+def test_a_batch_is_computed_during_the_step_before_it(batch, step, waits):
+    ahead = batches.Ahead(lambda number: time.sleep(batch), 0, 10)
+    ahead.next()
+    waited = ahead.waited
+    for _ in range(8):
+        time.sleep(step)
+        ahead.next()
+    ahead.close()
+    assert ahead.waited - waited == pytest.approx(8 * 0.04 if waits else 0.0, abs=0.06)
+
+
+def test_an_error_of_a_batch_comes_up_with_it():
+    def damaged(step):
+        raise ValueError("a shard is damaged")
+
+    ahead = batches.Ahead(damaged, 0, 10)
+    with pytest.raises(ValueError, match="a shard is damaged"):
+        ahead.next()
+    ahead.close()
+
+
+def test_another_text_has_another_fingerprint():
+    ids = np.arange(5000) % 17
+    first, same = (batches.Split(Tokens([ids]), length) for length in (8, 16))
+    assert first.fingerprint() == same.fingerprint() == batches.Split(Tokens([ids[:70], ids[70:]]), 8).fingerprint()
+    changed = ids.copy()
+    changed[4999] = 3
+    for other in (changed, ids[:-1], ids[::-1]):
+        assert batches.Split(Tokens([other]), 8).fingerprint() != first.fingerprint()
