@@ -37,6 +37,7 @@ class Backend(Mapping[str, Choice]):
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     gelu_ffn: Callable[..., Tensor]
+    int8_linear: Callable[..., Tensor]
     causal_attention: Callable[..., Tensor]
     causal_attention_qkvpacked: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
@@ -62,6 +63,12 @@ class Backend(Mapping[str, Choice]):
 
     def __repr__(self) -> str:
         return f"Backend({', '.join(f'{operator}={choice!r}' for operator, choice in self._choices.items())})"
+
+
+class Switched:
+    """What a module is besides, whose operators are those of its model's backend."""
+
+    backend: Backend
 
 
 def parse(request: Request) -> dict[str, str]:

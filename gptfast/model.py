@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gptfast import flops, padding, peaks
-from gptfast.backend import Backend, Request, parse, resolve
+from gptfast.backend import Backend, Request, Switched, parse, resolve
 from gptfast.config import GPTConfig
 from gptfast.generation import generate
 from gptfast.generation.cache import KVCache
@@ -23,15 +23,13 @@ from kernels import reference, runtime
 IGNORED_TARGET = -1
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Switched, nn.Module):
     """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias.
 
     Given a residual stream as well, x is added to it first, through dropout: the call returns the norm of the sum and
     the sum, in one pass over memory where the backend has one. What it returns for a matrix product is in the product's
     dtype, so that nobody casts it; what stays the residual stream is in that of the stream.
     """
-
-    backend: Backend
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -54,13 +52,11 @@ class LayerNorm(nn.Module):
         return self.backend.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout, dtype=dtype)
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(Switched, nn.Module):
     """Multi-head causal self-attention, [B, T, C] -> [B, T, C].
 
     With a cache the T tokens follow those that are in it, whose keys and values they see and to which theirs are added.
     """
-
-    backend: Backend
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -88,14 +84,12 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
+class MLP(Switched, nn.Module):
     """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside.
 
     `c_fc` and `c_proj` hold the weights alone: both products are one operator's, with either backend, so that forward
     hooks on these two modules never run. Hooks on the MLP itself do.
     """
-
-    backend: Backend
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -240,13 +234,13 @@ class GPT(nn.Module):
         self._asked = asked
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
-        weight = self.lm_head.weight
+        weight = self.transformer.wte.weight
         return weight.device, weight.dtype
 
     def _install(self, backend: Backend) -> None:
         self._backend = backend
         for module in self.modules():
-            if isinstance(module, (LayerNorm, CausalSelfAttention, MLP)):
+            if isinstance(module, Switched):
                 module.backend = backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:

@@ -109,10 +109,10 @@ class KVCache:
         """
         for layer, memory in enumerate(self._layers):
             if memory is not None:
-                k, v = (_selected(whole, rows) for whole in memory)
+                k, v = (selected(whole, rows) for whole in memory)
                 self._layers[layer] = k, v
         if self.lengths is not None:
-            self.lengths = _selected(self.lengths, rows)
+            self.lengths = selected(self.lengths, rows)
             self._rows = torch.arange(len(rows), device=rows.device)
         self._seen = None
 
@@ -122,7 +122,7 @@ class KVCache:
         self.lengths = self._rows = self._seen = None
 
 
-def _selected(whole: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a tensor; in its place where they are as many, for CUDA graphs that read there."""
+def selected(whole: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B'] of a tensor [B, ...]; in its place where they are as many, for CUDA graphs that read there."""
     found = whole.index_select(0, rows)
     return whole.copy_(found) if len(found) == len(whole) else found

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptfast.generation import beam
-from gptfast.generation.decoding import CachedDecoder
+from gptfast.generation import beam, sampling, speculative
+from gptfast.generation.decoding import CachedDecoder, Logits
 from gptfast.generation.sampling import Sampling
-from gptfast.generation.steps import check, evaluating, steps
+from gptfast.generation.speculative import Draft
+from gptfast.generation.steps import Step, check, evaluating, steps
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
@@ -40,7 +41,15 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-    **settings,
+    *,
+    stop_tokens: Collection[int] = (),
+    num_samples: int = 1,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: beam.EarlyStopping = False,
+    draft: Draft | None = None,
+    compiled: bool = False,
+    **settings: Any,
 ) -> Tensor:
     """Continue each row of `idx`; nanoGPT's function, with more to choose from.
 
@@ -55,23 +64,37 @@ def generate(
         temperature: divides the logits; any size, down to 0, which takes the likeliest token.
         top_k: sample among the k likeliest tokens only.
         generator: makes the sampling repeatable; on the device of `idx`.
-        settings: of `Sampling`, and of `continuations`, `stop_tokens` and `num_samples`: rows that have ended are
-            filled up with their stop token, and the samples of a row stand below each other.
+        stop_tokens: tokens that end a row, which is filled up with the one that ended it.
+        num_samples: continuations of each row, which stand below each other; with beams the best ones, best first.
+        num_beams: more than 1 searches for likely continuations and draws nothing; see `search_beams`.
+        length_penalty: of the search.
+        early_stopping: of the search.
+        draft: a smaller model that proposes tokens; see `gptfast.generation.speculative`.
+        compiled: as `continuations`.
+        settings: the others of `Sampling`.
 
     Returns:
         [B * num_samples, T + n] int64, n the number of new tokens of the longest continuation.
 
     Raises:
-        ValueError: a setting out of range, or token ids out of range.
+        ValueError: a setting out of range, settings that contradict each other, or token ids out of range.
     """
     if idx.dim() != 2 or idx.shape[1] == 0:
         raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
-    stop_tokens, num_samples = settings.pop("stop_tokens", ()), settings.pop("num_samples", 1)
     chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
     lengths = [idx.shape[1]] * len(idx)
-    found = continuations(
-        model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, log_probs=False
-    )
+    found: Sequence[Sequence[Continuation | beam.Hypothesis]]
+    if num_beams == 1:
+        found = continuations(
+            model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, False, draft, compiled
+        )
+    elif draft is not None or compiled:
+        raise ValueError(f"num_beams={num_beams} excludes a draft and a compiled step: both are for drawing tokens")
+    else:
+        found = search_beams(
+            model, idx, lengths, max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens, num_samples,
+            chosen,
+        )  # fmt: skip
     rows = [continuation.tokens for samples in found for continuation in samples]
     longest = max(map(len, rows), default=0)
     new = [row + row[-1:] * (longest - len(row)) for row in rows]
@@ -89,6 +112,8 @@ def continuations(
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     log_probs: bool = True,
+    draft: Draft | None = None,
+    compiled: bool = False,
 ) -> list[list[Continuation]]:
     """Continue prompts of any lengths.
 
@@ -102,6 +127,8 @@ def continuations(
         num_samples: continuations of each prompt.
         generator: makes the sampling repeatable; on the device of `idx`.
         log_probs: give the log-probabilities of tokens too.
+        draft: a smaller model that proposes tokens; see `gptfast.generation.speculative`.
+        compiled: put a step through torch.compile, which takes a minute at the first of each shape.
 
     Returns:
         For each prompt its `num_samples` continuations.
@@ -117,7 +144,8 @@ def continuations(
     stops = frozenset(stop_tokens)
     _check_stops(model, stops)
     ends = lambda row, token: token in stops  # noqa: E731
-    for step in steps(model, idx[rows], repeated, max_new_tokens, settings, ends, generator, log_probs):
+    arguments = (idx[rows], repeated, max_new_tokens, settings, ends, generator, log_probs)
+    for step in follow(model, draft, compiled, *arguments):
         for place, (row, token) in enumerate(zip(step.rows, step.tokens, strict=True)):
             found[row].tokens.append(token)
             if log_probs:
@@ -126,6 +154,32 @@ def continuations(
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
 
+def follow(
+    model: GPT,
+    draft: Draft | None,
+    compiled: bool,
+    idx: Tensor,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    settings: Sampling | None,
+    ends: Callable[[int, int], bool],
+    generator: torch.Generator | None,
+    log_probs: bool = True,
+) -> Iterator[Step]:
+    """`steps` with these arguments, with tokens that a draft proposes if there is one.
+
+    Raises:
+        ValueError: as `steps`, and for a draft and a compiled step together.
+    """
+    arguments = (idx, lengths, max_new_tokens, settings, ends, generator, log_probs)
+    if draft is None:
+        return steps(model, *arguments, compiled=compiled)
+    if compiled:
+        raise ValueError("a draft excludes a compiled step: what is read at a time is not always one token")
+    return speculative.steps(model, draft, *arguments)
+
+
+@torch.no_grad()
 def search_beams(
     model: GPT,
     idx: Tensor,
@@ -136,16 +190,47 @@ def search_beams(
     early_stopping: beam.EarlyStopping = False,
     stop_tokens: Collection[int] = (),
     num_return_sequences: int = 1,
+    settings: Sampling | None = None,
 ) -> list[list[beam.Hypothesis]]:
-    """The likeliest continuations of prompts of any lengths; see `gptfast.generation.beam.search` for the arguments."""
+    """The likeliest continuations of prompts of any lengths.
+
+    Args:
+        model: the GPT.
+        idx: as `continuations`.
+        lengths: as `continuations`.
+        max_new_tokens: as `continuations`.
+        num_beams: open beginnings of each prompt; see `gptfast.generation.beam.search` for the method.
+        length_penalty: above 0 is for long continuations, below for short ones.
+        early_stopping: when the search of a prompt is over.
+        stop_tokens: tokens that complete a continuation.
+        num_return_sequences: hypotheses for each prompt.
+        settings: penalties and the blocking of n-grams, which change log-probabilities. A search draws nothing: filters
+            and temperatures other than 0 and 1 contradict it.
+
+    Returns:
+        For each prompt its best hypotheses, best first.
+
+    Raises:
+        ValueError: a setting out of range, or token ids out of range.
+    """
+    chosen = settings or Sampling()
+    drawing = [name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(chosen, name) is not None]
+    if chosen.temperature not in (0.0, 1.0):
+        drawing.insert(0, "temperature")
+    if drawing:
+        raise ValueError(f"num_beams={num_beams} searches and draws nothing; it excludes {', '.join(drawing)}")
     check(model, idx, lengths, max_new_tokens)
     if len(idx) == 0:
         return []
-    with evaluating(model), torch.no_grad():
-        decoder = CachedDecoder(model, idx, lengths, max_new_tokens)
+    with evaluating(model):
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens, Logits())
+
+        def process(log_probs: Tensor, tokens: Tensor) -> Tensor:
+            return sampling.process(log_probs, decoder.tokens, decoder.ends, decoder.prompts, chosen)
+
         return beam.search(
             decoder, len(idx), max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens,
-            num_return_sequences,
+            num_return_sequences, process,
         )  # fmt: skip
 
 

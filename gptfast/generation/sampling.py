@@ -10,6 +10,7 @@ CUDA graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -67,6 +68,14 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             _real(name, getattr(self, name), -_LARGEST_PENALTY, _LARGEST_PENALTY, "in [-100, 100]")
         _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+
+
+def process(logits: Tensor, sequences: Tensor, lengths: Tensor, prompt_lengths: Tensor, sampling: Sampling) -> Tensor:
+    """`penalize`, then `block_ngrams`: what depends on the tokens before. Arguments and result are `penalize`'s."""
+    logits = penalize(logits, sequences, lengths, prompt_lengths, sampling)
+    if sampling.no_repeat_ngram_size:
+        logits = block_ngrams(logits, sequences, lengths, sampling.no_repeat_ngram_size)
+    return logits
 
 
 def penalize(logits: Tensor, sequences: Tensor, lengths: Tensor, prompt_lengths: Tensor, sampling: Sampling) -> Tensor:
@@ -251,9 +260,8 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """One token per row, from softmax(`filtered(logits, sampling)`): an `exponential_race`, or at temperature 0 argmax.
 
-    torch.compile takes no generator: compile `filtered` and `exponential_race`, and draw `exponentials` outside, or
-    draw without one. A CUDA graph must be told of it (`CUDAGraph.register_generator_state`) to draw anew at each
-    replay.
+    torch.compile takes no generator: compile `choose`, and draw `exponentials` outside, or draw without one. A CUDA
+    graph must be told of it (`CUDAGraph.register_generator_state`) to draw anew at each replay.
 
     Args:
         logits: [B, V], V >= 1, of any floating dtype; -inf is never drawn.
@@ -266,10 +274,14 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None =
     Raises:
         ValueError: a shape other than [B, V].
     """
+    noise = None if sampling.temperature == 0.0 else exponentials(logits, generator)
+    return choose(logits, noise, sampling)
+
+
+def choose(logits: Tensor, times: Tensor | None, sampling: Sampling) -> Tensor:
+    """`draw` with the `exponentials` [B, V] of these logits given; None at temperature 0, which draws nothing."""
     kept = filtered(logits, sampling)
-    if sampling.temperature == 0.0:
-        return kept.argmax(dim=-1)
-    return exponential_race(kept, exponentials(kept, generator))
+    return kept.argmax(dim=-1) if times is None else exponential_race(kept, times)
 
 
 def exponentials(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -305,13 +317,19 @@ def check(logits: Tensor) -> None:
     Raises:
         ValueError: a row with NaN or inf, or with nothing but -inf; it names the first.
     """
-    largest = logits.amax(dim=-1)
-    wrong = (~largest.isfinite()).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        value = float(largest[row])
-        found = "-inf alone" if value == -math.inf else "NaN" if math.isnan(value) else "inf"
-        raise ValueError(f"row {row} of the logits has {found}; accepted: finite logits, at least one, and -inf")
+    require_finite(logits.amax(dim=-1).tolist())
+
+
+def require_finite(largest: Sequence[float]) -> None:
+    """`check` of logits whose largest of each row is given, as the host has it.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    for row, value in enumerate(largest):
+        if not math.isfinite(value):
+            found = "NaN" if math.isnan(value) else "inf" if value > 0.0 else "-inf alone"
+            raise ValueError(f"row {row} of the logits has {found}; accepted: finite logits, at least one, and -inf")
 
 
 def _counts(sequences: Tensor, counted: Tensor, vocabulary: int) -> Tensor:

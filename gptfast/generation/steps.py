@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,62 @@ class Step(NamedTuple):
     log_probs: list[float]  # none unless they were asked for
 
 
+class Drawn(NamedTuple):
+    """The tokens of a step on the device, and what the host is told of them."""
+
+    tokens: Tensor  # [B] int64
+    told: Tensor  # [3, B] float64, for one copy: tokens, their log-probabilities, the largest logits
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token drawn for each sequence, as the choice of a decoder.
+
+    Args:
+        settings: how.
+        generator: what it is drawn from; PyTorch's own if None.
+        log_probs: whether log-probabilities were asked for; 0 stands in their place otherwise.
+    """
+
+    settings: Sampling
+    generator: torch.Generator | None
+    log_probs: bool
+
+    def noise(self, logits: Sequence[int], device: torch.device) -> Tensor | None:
+        """Exponential random numbers [B, V], of which a greedy draw needs none."""
+        if self.settings.temperature == 0.0:
+            return None
+        return sampling.exponentials(torch.empty(*logits, device=device), self.generator)
+
+    def __call__(self, logits: Tensor, noise: Tensor | None, decoder: CachedDecoder) -> Drawn:
+        """One token for each row of the logits [B, V]."""
+        left = sampling.process(logits.float(), decoder.tokens, decoder.ends, decoder.prompts, self.settings)
+        tokens = sampling.choose(left, noise, self.settings)  # [B]
+        largest = logits.amax(-1).double()  # [B], from which the host sees whether there is a distribution at all
+        log_probs = log_softmax_of(logits, tokens).double() if self.log_probs else torch.zeros_like(largest)
+        return Drawn(tokens, torch.stack((tokens.double(), log_probs, largest)))
+
+
+class _Told:
+    """A step's `Drawn.told` on its way to the host."""
+
+    def __init__(self, told: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._values = told
+        if told.is_cuda:
+            self._values = torch.empty_like(told, device="cpu", pin_memory=True).copy_(told, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self, log_probs: bool) -> tuple[list[int], list[float]]:
+        """Tokens and their log-probabilities, once they are there. Raises ValueError for logits that are no numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens, found, largest = self._values.tolist()
+        sampling.require_finite(largest)
+        return [int(token) for token in tokens], found if log_probs else []
+
+
 @torch.no_grad()
 def steps(
     model: GPT,
@@ -35,6 +92,8 @@ def steps(
     ends: Callable[[int, int], bool] = lambda row, token: False,
     generator: torch.Generator | None = None,
     log_probs: bool = True,
+    compiled: bool = False,
+    ahead: bool | None = None,
 ) -> Iterator[Step]:
     """The tokens of `continuations`, as they come. Sequences that have ended leave the batch.
 
@@ -47,46 +106,40 @@ def steps(
         ends: whether a token ends the sequence at a place of the batch; called for each, after the step was given out.
         generator: as `continuations`.
         log_probs: as `continuations`.
+        compiled: as `continuations`.
+        ahead: have the device begin with a step before the host has read the one before it, by default on GPUs: the
+            device never waits then, and a sequence that has ended takes part in one step more, which nobody sees.
     """
-    chosen = settings or Sampling()
     check(model, idx, lengths, max_new_tokens)
     if max_new_tokens == 0 or len(idx) == 0:
         return
+    ahead = idx.is_cuda if ahead is None else ahead
     rows = list(range(len(idx)))
     with evaluating(model):
-        decoder = CachedDecoder(model, idx, lengths, max_new_tokens)
-        prompts = torch.tensor(lengths, device=idx.device)
-        logits = decoder.prefill()
+        draw = Draw(settings or Sampling(), generator, log_probs)
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens, draw, compiled=compiled)
+        drawn = decoder.prefill()
         for number in range(max_new_tokens):
-            if not logits.is_cuda:
-                sampling.check(logits)
-            drawn = _draw(logits, decoder, prompts, chosen, generator)
-            tokens = drawn.tolist()
-            yield Step(rows, tokens, _log_probs(logits, drawn).tolist() if log_probs else [])
-            going = [place for place, (row, token) in enumerate(zip(rows, tokens, strict=True)) if not ends(row, token)]
-            if not going or number == max_new_tokens - 1:
+            last = number == max_new_tokens - 1
+            told, following = _Told(drawn.told), drawn
+            if ahead and not last:
+                following = decoder.step(drawn.tokens)
+            step = Step(rows, *told.read(log_probs))
+            yield step
+            going = [place for place, (row, token) in enumerate(zip(*step[:2], strict=True)) if not ends(row, token)]
+            if last or not going:
                 return
             if len(going) < len(rows):
                 kept = torch.tensor(going, device=idx.device)
                 decoder.select(kept)
-                rows, drawn, prompts = [rows[place] for place in going], drawn[kept], prompts[kept]
-            logits = decoder.step(drawn)
+                rows = [rows[place] for place in going]
+                following = Drawn(following.tokens[kept], following.told[:, kept])
+            drawn = following if ahead else decoder.step(following.tokens)
 
 
-def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Those of `tokens` [B], by logits [B, V]."""
+def log_softmax_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities [B] float32 of `tokens` [B] int64, by logits [B, V]."""
     return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-
-
-def _draw(
-    logits: Tensor, decoder: CachedDecoder, prompts: Tensor, chosen: Sampling, generator: torch.Generator | None
-) -> Tensor:
-    """The next token of each sequence, [B] int64."""
-    tokens, ends = decoder.tokens, decoder.ends
-    logits = sampling.penalize(logits.float(), tokens, ends, prompts, chosen)
-    if chosen.no_repeat_ngram_size:
-        logits = sampling.block_ngrams(logits, tokens, ends, chosen.no_repeat_ngram_size)
-    return sampling.draw(logits, chosen, generator)
 
 
 def check(model: GPT, idx: Tensor, lengths: Sequence[int], max_new_tokens: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from gptfast.generation import generate
 from gptfast.generation.sampling import Sampling
-from gptfast.generation.steps import steps
+from gptfast.generation.speculative import Draft
 from gptfast.generation.streaming import TextStream
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
@@ -24,6 +27,7 @@ class Text:
         tokens: the new ones, with those.
         log_probs: the model's log-probability of each of them.
         finished: a stop string or the end of a document ended it.
+        score: of a search by beams, which gives no log-probabilities of single tokens.
     """
 
     prompt: str
@@ -31,6 +35,7 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finished: bool = False
+    score: float | None = None
 
 
 def generate_text(
@@ -41,12 +46,14 @@ def generate_text(
     settings: Sampling | None = None,
     stop: Sequence[str] = (),
     generator: torch.Generator | None = None,
+    draft: Draft | None = None,
+    compiled: bool = False,
 ) -> str:
     """Continue a text, until a stop string or the end of the document; what is added, without either.
 
     Arguments and errors are those of `stream`.
     """
-    pieces = stream(model, tokenizer, [Text(prompt)], max_new_tokens, settings, stop, generator)
+    pieces = stream(model, tokenizer, [Text(prompt)], max_new_tokens, settings, stop, generator, draft, compiled)
     return "".join(piece for _, piece in pieces)
 
 
@@ -58,6 +65,8 @@ def stream(
     settings: Sampling | None = None,
     stop: Sequence[str] = (),
     generator: torch.Generator | None = None,
+    draft: Draft | None = None,
+    compiled: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Continue texts together, and fill them in.
 
@@ -70,6 +79,8 @@ def stream(
         settings: how tokens are drawn.
         stop: strings before which a continuation ends.
         generator: makes the sampling repeatable; on the model's device.
+        draft: a smaller model of the same tokenizer that proposes tokens; texts are continued one after another then.
+        compiled: put a step through torch.compile, which takes a minute at the first of each shape.
 
     Returns:
         The number of a text, and a piece of its continuation that is certain: no piece splits a character, and none is
@@ -80,17 +91,14 @@ def stream(
             for.
     """
     end = tokenizer.end_of_text
-    prompts = [_ids(tokenizer, text.prompt) for text in texts]
-    lengths = [len(ids) for ids in prompts]
-    longest = max(lengths, default=1)
-    padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
-    idx = torch.tensor(padded, device=model.lm_head.weight.device).view(len(texts), longest)
+    prompts, idx, lengths = _encode(model, tokenizer, texts)
     streams = [TextStream(tokenizer, stop, after=ids[-1]) for ids in prompts]
 
     def ends(row: int, token: int) -> bool:
         return texts[row].finished
 
-    for step in steps(model, idx, lengths, max_new_tokens, settings, ends, generator):
+    arguments = (idx, lengths, max_new_tokens, settings, ends, generator)
+    for step in generate.follow(model, draft, compiled, *arguments):
         for row, token, log_prob in zip(*step, strict=True):
             text = texts[row]
             text.tokens.append(token)
@@ -106,6 +114,63 @@ def stream(
         if piece:
             text.text += piece
             yield row, piece
+
+
+def search(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    settings: Sampling | None = None,
+    num_samples: int = 1,
+) -> list[Text]:
+    """The likeliest continuations of texts, each up to the end of the document.
+
+    Args:
+        model: the GPT.
+        tokenizer: of the model.
+        prompts: of any lengths, as in `stream`.
+        max_new_tokens: the most to add to each.
+        num_beams: open beginnings of each.
+        length_penalty: above 0 is for long continuations, below for short ones; see `gptfast.generation.beam.search`.
+        settings: penalties and the blocking of n-grams.
+        num_samples: continuations of each prompt, best first; at most `num_beams`.
+
+    Returns:
+        `num_samples` texts for each prompt, with their scores.
+
+    Raises:
+        ValueError: as `stream`, and for settings of sampling, which beams exclude.
+    """
+    end = tokenizer.end_of_text
+    stops = [] if end is None else [end]
+    texts = [Text(prompt) for prompt in prompts]
+    ids, idx, lengths = _encode(model, tokenizer, texts)
+    found = generate.search_beams(
+        model, idx, lengths, max_new_tokens, num_beams, length_penalty, stop_tokens=stops,
+        num_return_sequences=num_samples, settings=settings,
+    )  # fmt: skip
+    written: list[Text] = []
+    for prompt, before, hypotheses in zip(prompts, ids, found, strict=True):
+        for hypothesis in hypotheses:
+            pieces = TextStream(tokenizer, after=before[-1])
+            text = "".join([*(pieces.push(token) for token in hypothesis.tokens if token != end), pieces.flush()])
+            tokens, finished = hypothesis.tokens, hypothesis.finished
+            score = hypothesis.score if math.isfinite(hypothesis.score) else None  # there is none
+            written.append(Text(prompt, text, tokens, finished=finished, score=score))
+    return written
+
+
+def _encode(model: GPT, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], Tensor, list[int]]:
+    """The prompts' tokens, the same padded [B, T] int64 on the model's device, and how many they are."""
+    prompts = [_ids(tokenizer, text.prompt) for text in texts]
+    lengths = [len(ids) for ids in prompts]
+    longest = max(lengths, default=1)
+    padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
+    device = model.transformer.wte.weight.device
+    return prompts, torch.tensor(padded, device=device).view(len(texts), longest), lengths
 
 
 def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

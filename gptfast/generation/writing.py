@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,15 @@ import tyro
 
 from gptfast import devices, run, tokenizers
 from gptfast.generation import texts
+from gptfast.generation.inference import for_decoding, quantize
 from gptfast.generation.sampling import Sampling
+from gptfast.generation.speculative import Draft
 from gptfast.generation.texts import Text
 from gptfast.model import GPT
 from gptfast.pretrained import from_pretrained
 from gptfast.tokenizers import Tokenizer
 
+_WRITING = Sampling(temperature=0.8)
 _TOGETHER = 64  # continuations that are written at a time
 
 
@@ -46,7 +49,15 @@ class GenerateConfig:
     """Continuations of each prompt."""
     stop: tuple[str, ...] = ()
     """Strings before which a continuation ends."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
+    num_beams: int = 1
+    """More than 1 searches for the likeliest continuations instead of drawing one."""
+    length_penalty: float = 1.0
+    """Of the search: above 0 is for long continuations, below 0 for short ones."""
+    draft: str | None = None
+    """A smaller model of the same tokenizer, which proposes tokens that the model checks several at a time."""
+    draft_tokens: int = 4
+    """Tokens it proposes at a time."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: _WRITING)
     seed: int = 1337
     """Seed of the sampling."""
     tokenizer: str = "gpt2"
@@ -57,6 +68,10 @@ class GenerateConfig:
     """auto, cpu, cuda, cuda:N or mps."""
     backend: str = "auto"
     """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+    dtype: str = "auto"
+    """Of the weights: auto (bfloat16 where the device multiplies in it), float32, float16, bfloat16 or int8."""
+    compile: bool = False
+    """Put each step through torch.compile, which takes a minute at the start."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -69,8 +84,35 @@ class GenerateConfig:
             raise ValueError("--interactive asks for prompts and writes text; it excludes --prompt-file and --json")
         if self.json and self.stream:
             raise ValueError("--json writes whole continuations; it excludes --stream")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+        if self.num_beams > 1:
+            self._check_beams()
+        if self.draft is not None and self.compile:
+            raise ValueError("--draft reads several tokens at a time; it excludes --compile")
         if not self.prompt and self.prompt_file is None and not self.interactive:
             raise ValueError("the prompt is empty; give at least one character")
+
+    def _check_beams(self) -> None:
+        excluded = {"--stream": self.stream, "--stop": self.stop, "--draft": self.draft, "--compile": self.compile}
+        given = [name for name, value in excluded.items() if value]
+        if given:
+            raise ValueError(f"--num-beams searches for whole continuations; it excludes {', '.join(given)}")
+        if self.num_samples > self.num_beams:
+            raise ValueError(f"num_samples must be at most num_beams={self.num_beams}, got {self.num_samples}")
+        if self.sampling.temperature == _WRITING.temperature:  # nobody asked for it
+            self.sampling = replace(self.sampling, temperature=0.0)
+
+
+@dataclass
+class _Writer:
+    """All that continues prompts."""
+
+    config: GenerateConfig
+    model: GPT
+    tokenizer: Tokenizer
+    draft: Draft | None
+    generator: torch.Generator
 
 
 def write(config: GenerateConfig) -> None:
@@ -80,34 +122,58 @@ def write(config: GenerateConfig) -> None:
         ValueError: a setting, model or prompt that is wrong.
     """
     device = devices.resolve(config.device)
-    model, tokenizer = load(config, device)
+    model, tokenizer = load(config, config.model, device)
     generator = torch.Generator(device).manual_seed(config.seed)
+    writer = _Writer(config, model, tokenizer, _load_draft(config, tokenizer, device), generator)
     prompts = _asked() if config.interactive else _prompts(config)
-    for batch in _batches(prompts, 1 if config.interactive else max(1, _TOGETHER // config.num_samples)):
-        found = [Text(prompt) for prompt in batch for _ in range(config.num_samples)]
-        # pieces of several texts at once would be mixed
-        one_by_one = config.stream or config.interactive
-        for group in [[text] for text in found] if one_by_one else [found]:
-            _write(config, model, tokenizer, group, generator, one_by_one)
+    # pieces of several texts at once would be mixed
+    one_by_one = config.stream or config.interactive
+    together = 1 if config.interactive else max(1, _TOGETHER // max(config.num_samples, config.num_beams))
+    for batch in _batches(prompts, together):
+        if config.num_beams > 1:
+            _write(writer, batch, piecewise=False)
+            continue
+        found = [prompt for prompt in batch for _ in range(config.num_samples)]
+        for group in [[prompt] for prompt in found] if one_by_one else [found]:
+            _write(writer, group, one_by_one)
 
 
-def load(config: GenerateConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The model on the device, and its tokenizer.
+def _load_draft(config: GenerateConfig, tokenizer: Tokenizer, device: torch.device) -> Draft | None:
+    if config.draft is None:
+        return None
+    model, its_tokenizer = load(config, config.draft, device)
+    if its_tokenizer.to_json() != tokenizer.to_json():
+        raise ValueError(f"--draft {config.draft} has another tokenizer than {config.model}; accepted: the same")
+    return Draft(model, config.draft_tokens)
+
+
+def load(config: GenerateConfig, name: str, device: torch.device) -> tuple[GPT, Tokenizer]:
+    """A model on the device, in the dtype of the settings, and its tokenizer.
 
     Raises:
         ValueError: there is none, it is damaged, or the tokenizer is of another vocabulary.
     """
-    path = Path(config.model).expanduser()
+    dtype = None if config.dtype == "int8" else devices.resolve_dtype(config.dtype, device)
+    path = Path(name).expanduser()
     if (path / "tokenizer.json").is_file() or not ((path / "config.json").is_file() or not path.exists()):
-        return run.load(path, device, config.backend)
-    model = from_pretrained(str(path) if path.is_dir() else config.model, backend="eager")
+        model, tokenizer = run.load(path, device)
+    else:
+        model, tokenizer = _load_pretrained(config, str(path) if path.is_dir() else name)
+    model.to(device, dtype or devices.resolve_dtype("auto", device)).set_backend(config.backend)
+    if dtype is None:
+        return quantize(model), tokenizer
+    # packed once, and not for every prompt; the compiler packs weights itself
+    return model if config.compile else for_decoding(model.eval()), tokenizer
+
+
+def _load_pretrained(config: GenerateConfig, name: str) -> tuple[GPT, Tokenizer]:
+    model = from_pretrained(name, backend="eager")
     tokenizer = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"{config.model} has a vocabulary of {model.config.vocab_size} tokens, {config.tokenizer!r} one of "
+            f"{name} has a vocabulary of {model.config.vocab_size} tokens, {config.tokenizer!r} one of "
             f"{tokenizer.vocab_size}; give the model's own with --tokenizer"
         )
-    model.to(device).set_backend(config.backend)
     return model, tokenizer
 
 
@@ -160,32 +226,50 @@ def _batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _write(
-    config: GenerateConfig,
-    model: GPT,
-    tokenizer: Tokenizer,
-    found: list[Text],
-    generator: torch.Generator,
-    piecewise: bool,
-) -> None:
-    started, first = time.perf_counter(), None
-    if piecewise:
-        print(found[0].prompt, end="", flush=True)
-    for _, piece in texts.stream(
-        model, tokenizer, found, config.max_new_tokens, config.sampling, config.stop, generator
-    ):
-        first = first or time.perf_counter() - started
-        if piecewise:
-            print(piece, end="", flush=True)
-    if piecewise:
-        print(flush=True)
-    elif config.json:
+def _write(writer: _Writer, prompts: list[str], piecewise: bool) -> None:
+    config = writer.config
+    started = time.perf_counter()
+    if config.num_beams > 1:
+        found, first = _search(writer, prompts), None
+    else:
+        found, first = _stream(writer, prompts, piecewise)
+    if config.json:
         for text in found:
             print(json.dumps(vars(text), ensure_ascii=False), flush=True)
-    else:
+    elif not piecewise:
         for text in found:
             print(text.prompt + text.text, flush=True)
     if sys.stderr.isatty():
         seconds, tokens = time.perf_counter() - started, sum(len(text.tokens) for text in found)
-        begun = "" if first is None else f", the first text after {first:.2f} s"
-        print(f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s{begun}", file=sys.stderr)
+        said = [f"{tokens:,} tokens", f"{tokens / seconds:,.0f} tokens/s"]
+        if first is not None:
+            said.append(f"the first text after {first - started:.2f} s")
+        if writer.draft is not None:
+            said.append(f"{writer.draft.acceptance_rate:.0%} of the draft's tokens accepted")
+        print(", ".join(said), file=sys.stderr)
+
+
+def _search(writer: _Writer, prompts: list[str]) -> list[Text]:
+    config = writer.config
+    return texts.search(
+        writer.model, writer.tokenizer, prompts, config.max_new_tokens, config.num_beams, config.length_penalty,
+        config.sampling, config.num_samples,
+    )  # fmt: skip
+
+
+def _stream(writer: _Writer, prompts: list[str], piecewise: bool) -> tuple[list[Text], float | None]:
+    """The texts, and when the first piece of them was there."""
+    config, first = writer.config, None
+    found = [Text(prompt) for prompt in prompts]
+    if piecewise:
+        print(prompts[0], end="", flush=True)
+    for _, piece in texts.stream(
+        writer.model, writer.tokenizer, found, config.max_new_tokens, config.sampling, config.stop, writer.generator,
+        writer.draft, config.compile,
+    ):  # fmt: skip
+        first = first or time.perf_counter()
+        if piecewise:
+            print(piece, end="", flush=True)
+    if piecewise:
+        print(flush=True)
+    return found, first

@@ -285,7 +285,7 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
         raise KeyboardInterrupt
 
     capsys.readouterr()
-    monkeypatch.setattr("gptfast.generation.sampling.draw", interrupt)
+    monkeypatch.setattr("gptfast.generation.sampling.choose", interrupt)
     assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 

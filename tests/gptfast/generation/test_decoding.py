@@ -9,7 +9,7 @@ from torch import Tensor
 import gptfast.generation.decoding
 import gptfast.graphs
 from gptfast import GPT, GPTConfig
-from gptfast.generation.decoding import CachedDecoder
+from gptfast.generation.decoding import CachedDecoder, Logits
 from oracle import DEVICE
 
 MODELS = {
@@ -57,7 +57,7 @@ def test_every_step_is_that_of_each_sequence_alone(monkeypatch, backend, changes
     monkeypatch.setattr(gptfast.generation.decoding, "CHUNK", chunk)
     model, idx = build(backend, **changes), prompts(lengths)
     reference = build("eager", **changes)
-    decoder = CachedDecoder(model, idx, lengths, 6)
+    decoder = CachedDecoder(model, idx, lengths, 6, Logits())
     sequences = [row[:length] for row, length in zip(idx, lengths, strict=True)]
     logits = decoder.prefill()
     assert_as_alone(reference, logits, sequences)
@@ -73,7 +73,7 @@ def test_every_step_is_that_of_each_sequence_alone(monkeypatch, backend, changes
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 5, 3], [3, 11, 8]], ids=str)
 def test_sequences_are_selected_and_repeated(lengths, rows):
     model, idx = build(), prompts(lengths)
-    decoder = CachedDecoder(model, idx, lengths, 5)
+    decoder = CachedDecoder(model, idx, lengths, 5, Logits())
     tokens = decoder.prefill().argmax(-1)
     decoder.step(tokens)
     decoder.select(torch.tensor(rows, device=DEVICE))
@@ -87,7 +87,7 @@ def test_sequences_are_selected_and_repeated(lengths, rows):
 @torch.no_grad()
 def test_a_prompt_is_read_once(monkeypatch):
     model = build()
-    decoder = CachedDecoder(model, prompts([3, 5]), [3, 5], 6)
+    decoder = CachedDecoder(model, prompts([3, 5]), [3, 5], 6, Logits())
     seen = []
     forward = type(model.transformer).forward
     monkeypatch.setattr(
@@ -104,7 +104,7 @@ def captures(monkeypatch) -> list[int]:
     """Graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
     made: list[int] = []
 
-    def capture(function, pool, stream):
+    def capture(function, pool, stream, generator=None):
         made.append(1)
         return function
 
@@ -120,7 +120,7 @@ def captures(monkeypatch) -> list[int]:
 def test_steps_are_replayed(captures, lengths):
     """A graph for each number of sequences; in another order they are still in its memory."""
     model, idx = build(), prompts(lengths)
-    decoder = CachedDecoder(model, idx, lengths, 12, graph=True)
+    decoder = CachedDecoder(model, idx, lengths, 12, Logits(), graph=True)
     sequences = [row[:length] for row, length in zip(idx, lengths, strict=True)]
     logits = decoder.prefill()
     for number, rows in enumerate([None, None, None, [2, 0, 0], None, [1, 0], None, None, None]):
@@ -138,7 +138,7 @@ def test_steps_are_replayed(captures, lengths):
 @torch.no_grad()
 def test_what_a_graph_reads_stays_where_it_is():
     """While the number of sequences does, in whatever order they go on."""
-    decoder = CachedDecoder(build(), prompts([1, 5, 3]), [1, 5, 3], 6, graph=False)
+    decoder = CachedDecoder(build(), prompts([1, 5, 3]), [1, 5, 3], 6, Logits(), graph=False)
     tokens = decoder.prefill().argmax(-1)
 
     def places() -> list[int]:

@@ -9,6 +9,7 @@ from benchmarks.measuring import models
 from gptfast import GPT, GPTConfig
 from gptfast.generation import generate
 from gptfast.generation.sampling import Sampling
+from gptfast.generation.speculative import Draft
 from oracle import DEVICE
 
 CONFIG = {"block_size": 8, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.3}
@@ -212,7 +213,6 @@ def test_tokens_out_of_range(model, token):
         model.generate(idx, 1)
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is not waited for")
 def test_logits_that_are_no_numbers(model):
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
@@ -233,3 +233,49 @@ def test_greedy_is_hugging_faces(model):
     )
     found = generate.search_beams(model, idx, [3] * 3, 5, num_beams=3)
     assert [hypotheses[0].tokens for hypotheses in found] == expected[:, 3:].tolist()
+
+
+def test_beams_of_generate_are_hugging_faces(model):
+    """With penalties too, which change log-probabilities."""
+    theirs = models.providers(None)["Hugging Face"].build(model.eval())
+    idx = prompt(3, 3)
+    arguments = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    beams = {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True}
+    expected = theirs.generate(idx, num_return_sequences=2, **arguments, **penalties, **beams)
+    found = model.generate(idx, 6, **penalties, **beams, num_samples=2)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model.generate(idx, 6, **beams, num_samples=2))
+
+
+def test_beams_end_with_a_stop_token(model):
+    idx = prompt(2, 3)
+    free = model.generate(idx, 6, num_beams=3)
+    stop = int(free[0, 4])
+    found = model.generate(idx, 6, num_beams=3, stop_tokens=[stop])
+    hypotheses = generate.search_beams(model, idx, [3, 3], 6, 3, stop_tokens=[stop])
+    for row, (best, *_) in zip(found[:, 3:].tolist(), hypotheses, strict=True):
+        assert row == best.tokens + best.tokens[-1:] * (len(row) - len(best.tokens))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.7, "top_k": 3}, "num_beams=2 searches and draws nothing; it excludes temperature, top_k"),
+        ({"min_p": 0.1}, "num_beams=2 searches and draws nothing; it excludes min_p"),
+        ({"compiled": True}, "num_beams=2 excludes a draft and a compiled step: both are for drawing tokens"),
+        ({"num_samples": 3}, "num_return_sequences must be from 1 to num_beams=2, got 3"),
+    ],
+)
+def test_what_beams_exclude(model, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate(prompt(1, 3), 4, num_beams=2, **settings)
+
+
+def test_a_draft_of_generate(model):
+    draft = Draft(model)
+    idx = prompt(2, 3)
+    assert torch.equal(model.generate(idx, 6, temperature=0, draft=draft), model.generate(idx, 6, temperature=0))
+    assert draft.acceptance_rate == 1.0
+    with pytest.raises(ValueError, match="a draft excludes a compiled step"):
+        model.generate(idx, 6, draft=draft, compiled=True)

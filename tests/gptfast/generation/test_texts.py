@@ -92,3 +92,20 @@ def test_a_document_ends():
         assert text.finished is (256 in text.tokens)
         assert 256 not in text.tokens[:-1]
         assert text.text == tokenizer.decode([token for token in text.tokens if token != 256])
+
+
+def test_texts_are_searched_by_beams():
+    tokenizer = ByteTokenizer()
+    model = text_model(tokenizer)
+    found = texts.search(model, tokenizer, ["Zürich", "a"], 12, num_beams=3, num_samples=2)
+    assert [text.prompt for text in found] == ["Zürich", "Zürich", "a", "a"]
+    for text in found:
+        kept = [token for token in text.tokens if token != tokenizer.end_of_text]
+        assert text.text == tokenizer.decode(kept)
+        assert text.finished == (text.tokens[-1] == tokenizer.end_of_text)
+    assert found[0].score >= found[1].score
+    idx = torch.from_numpy(tokenizer.encode("a")[None]).to(DEVICE)
+    ids = model.generate(idx, 12, num_beams=3, stop_tokens=[tokenizer.end_of_text])[0, 1:].tolist()
+    assert found[2].tokens == ids[: len(found[2].tokens)]
+    penalized = texts.search(model, tokenizer, ["a"], 12, num_beams=3, settings=Sampling(no_repeat_ngram_size=1))
+    assert len(set(penalized[0].tokens)) == len(penalized[0].tokens) > 1

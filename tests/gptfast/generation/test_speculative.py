@@ -1,0 +1,513 @@
+"""Whatever a draft proposes, what comes out is the larger model's own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptfast import GPT, GPTConfig
+from gptfast.generation import decoding, sampling, speculative
+from gptfast.generation.sampling import Sampling
+from gptfast.generation.speculative import Draft, verify
+from gptfast.generation.steps import Step, steps
+from oracle import DEVICE
+
+GREEDY = Sampling(temperature=0.0)
+CONFIG = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
+
+
+def gpt(seed: int = 0, backend: str = "eager", **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**CONFIG | changes), backend=backend).to(DEVICE).eval()
+
+
+def perturbed(model: GPT, by: float = 0.05) -> GPT:
+    """One of which some proposals are accepted, and some are not."""
+    other, noise = copy.deepcopy(model), torch.Generator(DEVICE).manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=noise, device=DEVICE))
+    return other
+
+
+def contrary(model: GPT) -> GPT:
+    """One that proposes what the model holds for the unlikeliest."""
+    other = copy.deepcopy(model)
+    other.lm_head.weight = torch.nn.Parameter(-other.lm_head.weight)
+    return other
+
+
+DRAFTS = {"the model itself": lambda model: model, "perturbed": perturbed, "another": lambda model: gpt(1, n_layer=1),
+          "contrary": contrary}  # fmt: skip
+
+
+def ragged(*lengths: int, vocabulary: int = 23) -> Tensor:
+    """Prompts of these lengths, padded with tokens that nobody is to look at."""
+    idx = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate(lengths):
+        idx[row, length:] = vocabulary - 1
+    return idx.to(DEVICE)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def merged(found: Iterable[Step], rows: int) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of each row."""
+    sequences: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
+    for step in found:
+        assert len(step.rows) == len(step.tokens) == len(step.log_probs)
+        for row, token, log_prob in zip(*step, strict=True):
+            sequences[row][0].append(token)
+            sequences[row][1].append(log_prob)
+    return sequences
+
+
+def assert_as_plain(model: GPT, draft: Draft, idx: Tensor, lengths: list[int], new: int, settings: Sampling) -> None:
+    """Greedy: token for token."""
+    expected = merged(steps(model, idx, lengths, new, settings), len(lengths))
+    found = merged(speculative.steps(model, draft, idx, lengths, new, settings), len(lengths))
+    for (tokens, log_probs), (plain_tokens, plain_log_probs) in zip(found, expected, strict=True):
+        assert tokens == plain_tokens
+        assert len(tokens) == new
+        assert log_probs == pytest.approx(plain_log_probs, abs=1e-4)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[GPT, int]]:
+    """Which transformer read how many tokens, at each call."""
+    called: list[tuple[GPT, int]] = []
+    kind = type(gpt(n_layer=1).transformer)
+    forward = kind.forward
+    monkeypatch.setattr(
+        kind, "forward", lambda self, idx, *a: called.append((self, idx.shape[1])) or forward(self, idx, *a)
+    )
+    return called
+
+
+def of(called: list, model: GPT) -> list[int]:
+    return [count for transformer, count in called if transformer is model.transformer]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_greedy_is_the_plain_loop_within_the_window_and_beyond(make, count):
+    model, lengths = gpt(), [1, 5, 3, 16, 20]
+    assert_as_plain(model, Draft(make(model), count), ragged(*lengths), lengths, 18, GREEDY)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_penalties_and_ngrams_see_what_was_proposed(monkeypatch, make, chunk):
+    """And prompts are read piece by piece."""
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
+    model, lengths = gpt(), [6, 9, 2]
+    for settings in (
+        Sampling(temperature=0.0, repetition_penalty=1.5, no_repeat_ngram_size=2),
+        Sampling(temperature=0.0, presence_penalty=2.0, frequency_penalty=1.0),
+    ):
+        assert_as_plain(model, Draft(make(model), 3), ragged(*lengths), lengths, 16, settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_size": 7}, {"block_size": 40}, {"n_layer": 1, "n_embd": 16, "pad_vocab_size_to": 32},
+     {"norm_position": "post", "position": "sinusoidal"}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_may_be_of_any_shape_and_dtype(changes, dtype):
+    model, draft, lengths = gpt(pad_vocab_size_to=8), gpt(1, **changes).to(dtype), [1, 6, 9]
+    assert_as_plain(model, Draft(draft, 3), ragged(*lengths), lengths, 12, GREEDY)
+
+
+@pytest.mark.parametrize("backends", [("triton", "triton"), ("triton", "eager"), ("eager", "triton")], ids=str)
+def test_backends(backends):
+    small = {"n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 8}
+    model, draft = gpt(backend=backends[0], **small), gpt(1, backend=backends[1], **small)
+    expected = merged(steps(gpt(**small), ragged(3), [3], 7, GREEDY), 1)
+    found = merged(speculative.steps(model, Draft(draft, 2), ragged(3), [3], 7, GREEDY), 1)
+    assert found[0][0] == expected[0][0]
+    assert found[0][1] == pytest.approx(expected[0][1], abs=1e-4)
+
+
+def test_what_is_accepted_need_not_be_read_alone(reads):
+    """A draft that is always right: the model is called once for four tokens, the draft reads its last one later."""
+    model, same = gpt(block_size=40), gpt(block_size=40)
+    draft = Draft(same, 3)
+    list(speculative.steps(model, draft, ragged(5), [5], 14, GREEDY))
+    assert of(reads, model) == [5 + 3, 4, 4, 2]
+    assert of(reads, same) == [5, 1, 1, 2, 1, 1, 2, 1, 1, 2]
+    assert (draft.proposed, draft.accepted) == (10, 10)
+    assert draft.acceptance_rate == 1.0
+
+
+def test_what_is_rejected_costs_nothing_but_time(reads):
+    """A draft that is always wrong: a call for each token. Near the end it proposes less."""
+    model = gpt(block_size=40)
+    other = contrary(model)
+    draft = Draft(other, 3)
+    list(speculative.steps(model, draft, ragged(5), [5], 6, GREEDY))
+    assert of(reads, model) == [5 + 3, 4, 4, 3, 2, 1]
+    assert of(reads, other) == [5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert (draft.proposed, draft.accepted) == (12, 0)
+    assert draft.acceptance_rate == 0.0
+
+
+def test_a_full_window_is_read_without_proposals(reads):
+    """The draft reads up to its window's end; then the model goes on, token by token, until its own has to move."""
+    model, other = gpt(block_size=12), gpt(1, block_size=9)
+    draft = Draft(contrary(other), 4)
+    list(speculative.steps(model, draft, ragged(7), [7], 8, GREEDY))
+    # sequences of 7, 8, ... 14 tokens
+    assert of(reads, model) == [7 + 3, 3, 2, 1, 1, 1, 12, 12]
+    assert draft.proposed == 3 + 2 + 1
+
+
+def test_counters_go_on():
+    model = gpt()
+    draft = Draft(model, 2)
+    assert math.isnan(draft.acceptance_rate)
+    for uses in (1, 2):
+        list(speculative.steps(model, draft, ragged(2, 4), [2, 4], 3, GREEDY))
+        assert (draft.proposed, draft.accepted) == (4 * uses, 4 * uses)
+    draft.proposed, draft.accepted = 8, 2
+    assert draft.acceptance_rate == 0.25
+
+
+def test_some_are_accepted_and_some_are_not():
+    """The tests above know the two extremes."""
+    model = gpt(block_size=64)
+    draft = Draft(perturbed(model, 0.02), 4)
+    list(speculative.steps(model, draft, ragged(3), [3], 50, GREEDY))
+    assert 0.2 < draft.acceptance_rate < 0.8
+
+
+def processed(model: GPT, sequences: Tensor, prompt: int, settings: Sampling) -> Tensor:
+    """The probabilities [B, V] of what follows sequences [B, T]."""
+    logits = model(sequences)[0][:, -1]
+    lengths = torch.full((len(sequences),), sequences.shape[1], device=DEVICE)
+    logits = sampling.penalize(logits, sequences, lengths, torch.full_like(lengths, prompt), settings)
+    if settings.no_repeat_ngram_size:
+        logits = sampling.block_ngrams(logits, sequences, lengths, settings.no_repeat_ngram_size)
+    return sampling.filtered(logits, settings).softmax(-1)
+
+
+@torch.no_grad()
+def joint(model: GPT, prompt: Tensor, new: int, settings: Sampling) -> Tensor:
+    """The probability of every continuation, [V ** new]."""
+    vocabulary = model.config.vocab_size
+    sequences, probabilities = prompt, torch.ones(1, device=DEVICE)
+    for _ in range(new):
+        following = processed(model, sequences, prompt.shape[1], settings)  # [B, V]
+        probabilities = (probabilities[:, None] * following).flatten()
+        tokens = torch.arange(vocabulary, device=DEVICE).repeat(len(sequences))[:, None]
+        sequences = torch.cat((sequences.repeat_interleave(vocabulary, dim=0), tokens), dim=1)
+    return probabilities
+
+
+def assert_distributed(counts: Tensor, probabilities: Tensor) -> None:
+    """Chi-square; cells of which less than five are expected count as one."""
+    counts, expected = counts.double().cpu(), probabilities.double().cpu() * counts.sum().item()
+    assert not counts[expected == 0.0].any()
+    rare = expected < 5.0
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    some = expected > 0.0
+    # the 99.99% quantile, as Wilson and Hilferty approximate it
+    freedom = int(some.sum()) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert ((counts - expected)[some] ** 2 / expected[some]).sum() < limit
+
+
+TINY = {"vocab_size": 5, "n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 6, "init_std": 0.7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Sampling(), Sampling(temperature=0.7, top_k=3, repetition_penalty=1.4, frequency_penalty=0.5),
+     Sampling(top_p=0.8, no_repeat_ngram_size=2)],
+    ids=["plain", "penalties and top-k", "ngrams and top-p"],
+)  # fmt: skip
+def test_continuations_are_distributed_as_the_models(settings):
+    """Three tokens together, from two proposals at a time: what follows depends on what was accepted."""
+    model, other, prompt = gpt(3, **TINY), gpt(4, **TINY), ragged(2, vocabulary=5)
+    samples, draft = 1000, Draft(other, 2)
+    found = merged(
+        speculative.steps(model, draft, prompt.repeat(samples, 1), [2] * samples, 3, settings, generator=generator()),
+        samples,
+    )
+    tokens = torch.tensor([tokens for tokens, _ in found])
+    codes = tokens @ torch.tensor([25, 5, 1])
+    assert_distributed(codes.bincount(minlength=125), joint(model, prompt, 3, settings))
+    assert 0.2 < draft.acceptance_rate < 0.9
+
+
+def distributions(*shape: int, seed: int = 0) -> Tensor:
+    return (2.0 * torch.randn(shape, generator=generator(seed), device=DEVICE)).softmax(-1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_round_has_the_models_distribution(count):
+    """Each token up to the first rejection and the one after are as p has them, given those before."""
+    samples, vocabulary = 300_000, 4
+    p, q = distributions(count + 1, vocabulary), distributions(count + 1, vocabulary, seed=1)
+    p[0, 0] = 0.0
+    p, q = p / p.sum(-1, keepdim=True), q.clone()
+    q[-1] = 0.0
+    random = generator()
+    times = sampling.exponentials(torch.empty(samples, count + 1, vocabulary, device=DEVICE), random)
+    proposals = (q / times).argmax(-1)[:, :count]
+    uniforms = torch.rand(samples, count, generator=random, device=DEVICE)
+    accepted, tokens = verify(
+        p.expand(samples, -1, -1), q.expand(samples, -1, -1), proposals, uniforms,
+        sampling.exponentials(torch.empty(samples, vocabulary, device=DEVICE), random),
+    )  # fmt: skip
+    assert accepted.shape == tokens.shape == (samples,)
+    assert accepted.min() == 0
+    assert accepted.max() == count
+    for place in range(count + 1):
+        reached = accepted >= place
+        # p does not depend on tokens here, so that of each place must be distributed as p of that place
+        following = proposals[:, place] if place < count else tokens
+        given = torch.where(accepted > place, following, tokens)[reached]
+        assert_distributed(given.bincount(minlength=vocabulary), p[place])
+        if place < count:
+            rate = (accepted > place).sum() / reached.sum()
+            expected = torch.minimum(p[place], q[place]).sum()  # Leviathan et al. 2023, theorem 3.5
+            assert rate.item() == pytest.approx(expected.item(), abs=0.02)
+
+
+def test_equal_distributions_are_accepted():
+    """Up to the largest number that is drawn below 1, for all roundings of the product."""
+    p = distributions(1, 2, 1000)
+    proposals = torch.arange(1000, device=DEVICE)[:, None]
+    q = torch.cat((p[:, :1], torch.zeros_like(p[:, :1])), dim=1)
+    below_1 = torch.full((1000, 1), 1.0 - 2.0**-24, device=DEVICE)
+    accepted, _ = verify(
+        p.expand(1000, -1, -1), q.expand(1000, -1, -1), proposals, below_1, torch.ones(1000, 1000, device=DEVICE)
+    )
+    assert accepted.all()
+
+
+def test_what_cannot_be_is_not_drawn():
+    """Where rounding leaves nothing of p - q, and where a number that is drawn is 0."""
+    p = torch.tensor([[[0.0, 1.0 - 2.0**-24], [1.0, 0.0]]], device=DEVICE)
+    q = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]], device=DEVICE)
+    one, ones = torch.ones(1, 1, device=DEVICE), torch.ones(1, 2, device=DEVICE)
+    accepted, tokens = verify(p, q, one.long(), one, ones)
+    assert (accepted.tolist(), tokens.tolist()) == ([0], [1])
+    p, q = (
+        torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], device=DEVICE),
+        torch.tensor([[[0.5, 0.5], [0.0, 0.0]]], device=DEVICE),
+    )
+    accepted, tokens = verify(p, q, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), 0 * one, ones)
+    assert (accepted.tolist(), tokens.tolist()) == ([0], [1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_log_probabilities_are_the_models_own(make):
+    """Of every token, accepted or not, before temperature, penalties and filters."""
+    model, lengths = gpt(block_size=24), [4, 6]
+    idx, chosen = ragged(*lengths), Sampling(temperature=0.5, top_k=5, repetition_penalty=1.3)
+    found = merged(speculative.steps(model, Draft(make(model), 3), idx, lengths, 12, chosen, generator=generator()), 2)
+    for (tokens, log_probs), row, length in zip(found, idx, lengths, strict=True):
+        whole = torch.cat((row[:length], torch.tensor(tokens, device=DEVICE)))[None]
+        logits = model.logits(model.transformer(whole))[0, length - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, whole[0, length:, None])[:, 0]
+        assert log_probs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_log_probabilities_nobody_asked_for():
+    model = gpt()
+    found = list(speculative.steps(model, Draft(model), ragged(3), [3], 5, GREEDY, log_probs=False))
+    asked = list(speculative.steps(model, Draft(model), ragged(3), [3], 5, GREEDY))
+    assert [step.log_probs for step in found] == [[]] * 5
+    assert [step[:2] for step in found] == [step[:2] for step in asked]
+
+
+def test_steps_can_stand_in_the_place_of_the_plain_ones():
+    """A row, a token and a number, as plain Python has them; rows one after another."""
+    model, lengths = gpt(), [2, 3]
+    found = list(speculative.steps(model, Draft(perturbed(model), 3), ragged(*lengths), lengths, 6, GREEDY))
+    assert [step.rows for step in found] == [[0]] * 6 + [[1]] * 6
+    for step in found:
+        assert isinstance(step, Step)
+        assert [type(part[0]) for part in step] == [int, int, float]
+
+
+def test_a_generator_makes_sampling_repeatable():
+    model = gpt()
+    draft = Draft(perturbed(model), 3)
+
+    def written(seed: int) -> list:
+        idx = ragged(3, 5)
+        return list(speculative.steps(model, draft, idx, [3, 5], 20, generator=generator(seed), log_probs=False))
+
+    first = written(0)
+    torch.manual_seed(1)  # nor does PyTorch's own generator matter
+    assert first == written(0)
+    assert first != written(1)
+    state = torch.get_rng_state()
+    written(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_greedy_draws_no_random_number():
+    model = gpt()
+    random = generator()
+    state = random.get_state()
+    list(speculative.steps(model, Draft(perturbed(model)), ragged(3), [3], 6, GREEDY, generator=random))
+    assert torch.equal(random.get_state(), state)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_sequence_ends_within_a_round(place):
+    """Wherever in it; the next one begins anew. The end is asked for after the step was given out."""
+    model, lengths = gpt(), [3, 5]
+    idx, draft = ragged(*lengths), Draft(model, 3)
+    free = merged(steps(model, idx, lengths, 9, GREEDY), 2)
+    given: list[tuple[int, int]] = []
+
+    def ends(row: int, token: int) -> bool:
+        assert given[-1] == (row, token)
+        return row == 0 and len(given) == place + 1
+
+    for step in speculative.steps(model, draft, idx, lengths, 9, GREEDY, ends):
+        given.append((step.rows[0], step.tokens[0]))
+    assert [token for row, token in given if row == 0] == free[0][0][: place + 1]
+    assert [token for row, token in given if row == 1] == free[1][0]
+
+
+def test_nothing_is_computed_beyond_the_end(reads):
+    model = gpt()
+    draft = Draft(model, 3)
+    assert len(list(speculative.steps(model, draft, ragged(3), [3], 9, GREEDY, lambda row, token: True))) == 1
+    assert (draft.proposed, draft.accepted) == (3, 3)
+    assert [count for _, count in reads] == [3, 1, 1, 6]
+
+
+@pytest.mark.parametrize("new", [0, 1, 2])
+def test_few_tokens_or_none(new, reads):
+    model = gpt()
+    draft = Draft(model, 4)
+    found = list(speculative.steps(model, draft, ragged(3), [3], new, GREEDY))
+    assert len(found) == new
+    assert [count for _, count in reads] == [[], [3], [3, 4]][new]
+    assert draft.proposed == [0, 0, 1][new]
+
+
+def test_no_prompts():
+    model = gpt()
+    assert list(speculative.steps(model, Draft(model), torch.zeros(0, 3, dtype=torch.int64), [], 5)) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_modes_of_both_models_are_left_alone(training):
+    """Even by those who leave early; and dropout is off."""
+    model, other = gpt(dropout=0.5), gpt(1, dropout=0.5)
+    expected = merged(steps(model, ragged(3), [3], 6, GREEDY), 1)
+    model.train(training)
+    other.train(not training)
+    assert merged(speculative.steps(model, Draft(other), ragged(3), [3], 6, GREEDY), 1)[0][0] == expected[0][0]
+    assert (model.training, other.training) == (training, not training)
+    begun = speculative.steps(model, Draft(other), ragged(3), [3], 6, GREEDY)
+    next(begun)
+    assert not model.training
+    assert not other.training
+    begun.close()
+    assert (model.training, other.training) == (training, not training)
+    list(speculative.steps(model, Draft(model), ragged(3), [3], 6, GREEDY))
+    assert model.training is training
+
+
+def test_a_round_reads_from_the_device_once(monkeypatch):
+    """On tensors without values: what asks for one raises. All that is read is counted, and taken for zeros."""
+    model, other, read = gpt().to("meta"), gpt(1).to("meta"), []
+    monkeypatch.setattr(
+        Tensor, "cpu", lambda told: read.append(told) or torch.zeros(told.shape, dtype=told.dtype, device="cpu")
+    )
+    everything = Sampling(
+        temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, typical_p=0.8, repetition_penalty=1.3, presence_penalty=0.4,
+        frequency_penalty=0.2, no_repeat_ngram_size=2,
+    )  # fmt: skip
+    for settings in (everything, GREEDY):
+        found = list(speculative.steps(model, Draft(other, 3), ragged(4).to("meta"), [4], 6, settings))
+        assert [step.tokens for step in found] == [[0]] * 6
+    assert len(read) == 2 * 6  # all zeros: nothing is accepted
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(0, "tokens must be at least 1, got 0"), (-3, "tokens must be at least 1, got -3"),
+     (True, "tokens must be an integer, got True"), (2.0, "tokens must be an integer, got 2.0")],
+)  # fmt: skip
+def test_bad_numbers_of_proposals(tokens, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Draft(gpt(n_layer=1), tokens)
+
+
+def test_drafts_that_do_not_fit():
+    model = gpt()
+    with pytest.raises(ValueError, match=r"^draft.model has a vocabulary of 50 tokens, the model one of 23; "):
+        next(speculative.steps(model, Draft(gpt(vocab_size=50)), ragged(3), [3], 5))
+    # the rows in memory do not count
+    padded = Draft(gpt(1, pad_vocab_size_to=64))
+    assert_as_plain(model, padded, ragged(3), [3], 5, GREEDY)
+    with pytest.raises(ValueError, match=rf"^draft.model is on meta, the model on {DEVICE.type}"):
+        next(speculative.steps(model, Draft(gpt(1).to("meta")), ragged(3), [3], 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": [3]}, "lengths must be 2 numbers from 1 to 3, got [3]"),
+        ({"lengths": [0, 3]}, "lengths must be 2 numbers from 1 to 3, got [0, 3]"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+    ],
+)
+def test_bad_prompts(arguments, message):
+    model = gpt()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(
+            speculative.steps(model, Draft(model), ragged(3, 3), **{"lengths": [3, 3], "max_new_tokens": 2} | arguments)
+        )
+
+
+@pytest.mark.parametrize(("value", "found"), [(math.nan, "NaN"), (math.inf, "NaN|inf")])
+def test_logits_that_are_no_numbers(value, found):
+    model, broken = gpt(), gpt()
+    with torch.no_grad():
+        broken.transformer.ln_f.weight.fill_(value)
+    with pytest.raises(ValueError, match=rf"^row 0 of the logits has ({found})"):
+        list(speculative.steps(broken, Draft(model), ragged(3), [3], 5))
+    with pytest.raises(ValueError, match=rf"^draft.model: row 0 of the logits has ({found})"):
+        list(speculative.steps(model, Draft(broken), ragged(3), [3], 5))
+
+
+def test_tokens_before_those_that_are_no_numbers_are_given_out(monkeypatch):
+    """As the plain loop does."""
+    model = gpt()
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda x: logits(x).index_fill(0, torch.tensor([2], device=DEVICE), math.nan))
+    begun = speculative.steps(model, Draft(gpt(), 3), ragged(3), [3], 5, GREEDY)
+    assert len([next(begun), next(begun)]) == 2
+    with pytest.raises(ValueError, match="row 0 of the logits has NaN"):
+        next(begun)
+
+
+def test_every_continuation_of_a_window_is_greedy():
+    """Prompts of all lengths up to beyond the window, and all numbers of tokens: rounds end where they have to."""
+    model = gpt(block_size=6, n_layer=1, n_embd=16)
+    draft = Draft(perturbed(model), 3)
+    for length, new in itertools.product(range(1, 9), (1, 2, 3, 7)):
+        assert_as_plain(model, draft, ragged(length), [length], new, GREEDY)
