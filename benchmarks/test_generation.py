@@ -1,6 +1,7 @@
 """Tokens per second of greedy generation, time to the first token and time for each one after it."""
 
 import pytest
+import torch
 
 from benchmarks.measuring.harness import CLOCK, case_id, report
 from benchmarks.measuring.machine import default_device
@@ -8,24 +9,27 @@ from benchmarks.measuring.models import ModelCase, providers
 from gptfast import GPTConfig
 
 NAMES = ("triton", "eager", "Hugging Face")
+INT8 = ("triton int8", "eager int8")
 COMPILED = ("triton compiled", "eager compiled")
 
 
-def gpt2(model: str, batch: int, prompt: int, new_tokens: int, names: tuple[str, ...] = NAMES) -> ModelCase:
-    return ModelCase("generation", model, GPTConfig.preset(model), batch, prompt, new_tokens, names)
+def gpt2(model: str, batch: int, prompt: int, new_tokens: int, names: tuple[str, ...] = NAMES, **dtype) -> ModelCase:
+    return ModelCase("generation", model, GPTConfig.preset(model), batch, prompt, new_tokens, names, **dtype)
 
 
 NANO = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128, activation="gelu")
 ON_GPU = [
-    gpt2("gpt2", 1, 32, 128),
+    gpt2("gpt2", 1, 32, 128, (*NAMES, *INT8)),
     gpt2("gpt2", 64, 32, 128),
-    *(gpt2(model, 1, 32, 32) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
-    gpt2("gpt2", 1, 32, 64, (*NAMES, *COMPILED)),  # compiled for every length: last
+    *(gpt2(model, 1, 32, 32, (*NAMES, *INT8)) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
+    gpt2("gpt2", 1, 32, 64, (*NAMES, *COMPILED)),  # last: it compiles
 ]
 ON_CPU = [
     ModelCase("generation", "nano", NANO, 1, 32, 64, (*NAMES, "nanoGPT")),
     ModelCase("generation", "nano", NANO, 16, 32, 64, (*NAMES, "nanoGPT")),
-    gpt2("gpt2", 1, 16, 8),
+    # nanoGPT keeps no keys and values: a minute for each of its rounds
+    gpt2("gpt2", 1, 16, 256, (*NAMES, "nanoGPT")),
+    gpt2("gpt2", 1, 16, 256, (*NAMES, *INT8), dtype=torch.bfloat16),
 ]
 
 

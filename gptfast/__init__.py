@@ -2,10 +2,12 @@
 
 from gptfast.backend import Backend
 from gptfast.config import GPTConfig
+from gptfast.generation.inference import quantize
 from gptfast.generation.sampling import Sampling
+from gptfast.generation.speculative import Draft
 from gptfast.generation.texts import generate_text
 from gptfast.model import GPT
 from gptfast.training.step import TrainStep
 
-__all__ = ["GPT", "Backend", "GPTConfig", "Sampling", "TrainStep", "generate_text"]
+__all__ = ["GPT", "Backend", "Draft", "GPTConfig", "Sampling", "TrainStep", "generate_text", "quantize"]
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ Request = str | Mapping[str, str]
 # the operators behind each choice, by their names in `kernels` and `kernels.reference`
 OPERATORS = {
     "layer_norm": ("layer_norm", "add_layer_norm"),
-    "ffn": ("gelu_ffn",),
+    "ffn": ("gelu_ffn", "int8_linear"),
     "attention": ("causal_attention", "causal_attention_qkvpacked", "decode_attention"),
     "loss": ("linear_cross_entropy",),
 }

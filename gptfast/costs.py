@@ -148,11 +148,12 @@ def parameters(config: GPTConfig) -> int:
     return count + (norm if config.norm_position == "pre" else 0)
 
 
-def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:
+def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int, int8_weights: bool = False) -> int:
     """Bytes that generating one token for each of `batch` sequences must read: the weights once, and the keys and
-    values of `context` earlier tokens of each sequence. Embedding rows are too few to count.
+    values of `context` earlier tokens of each sequence. Embedding rows are too few to count, and of weights of 8 bits
+    so are scales, biases and norms, a byte each here.
     """
     looked_up = config.block_size * config.n_embd if config.position == "learned" else 0
     looked_up += 0 if config.tie_weights else config.vocab_size * config.n_embd
     cache = 2 * batch * config.n_layer * config.n_embd * context
-    return (parameters(config) - looked_up + cache) * itemsize
+    return (parameters(config) - looked_up) * (1 if int8_weights else itemsize) + cache * itemsize

@@ -2,26 +2,35 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import recipes, step_table
+from benchmarks.reporting import generation
 from documents import run, words
 from gptfast import GPTConfig, peaks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-IN_ORDER = ROOT / "docs" / "training.md"
+TRAINING, GENERATION = (ROOT / "docs" / name for name in ("training.md", "generation.md"))
+IN_ORDER = (TRAINING, GENERATION)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def commands(path: Path) -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks(path, "sh") for line in block.splitlines()]
 
 
 COMMANDS = [
-    pytest.param(line, id=f"{path.name}-{line}") for path in DOCUMENTS if path != IN_ORDER for line in commands(path)
+    pytest.param(line, id=f"{path.name}-{line}")
+    for path in DOCUMENTS
+    if path not in IN_ORDER
+    for line in commands(path)
 ]
 
 
@@ -31,9 +40,22 @@ def test_a_command_runs(command: str):
 
 
 @pytest.mark.slow
-def test_commands_one_after_the_other(tmp_path):
-    for command in commands(IN_ORDER):
+@pytest.mark.parametrize("path", IN_ORDER, ids=lambda path: path.name)
+def test_commands_one_after_the_other(path, tmp_path):
+    for command in commands(path):
         assert run(words(command), tmp_path), command
+
+
+SCRIPTS = [
+    pytest.param(block, id=f"{path.name}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs(script: str, tmp_path):
+    assert run([sys.executable, "-c", script], tmp_path)
 
 
 def test_the_tables_of_a_step_are_those_of_its_passes():
@@ -45,10 +67,17 @@ def test_the_tables_of_a_step_are_those_of_its_passes():
 
 
 def test_the_table_of_recipes_is_that_of_the_committed_results():
-    text = IN_ORDER.read_text(encoding="utf-8")
+    text = TRAINING.read_text(encoding="utf-8")
     written = text.partition("<!-- recipes:start -->\n")[2].partition("<!-- recipes:end -->")[0]
     results = json.loads((ROOT / "benchmarks/results/cpu/recipes.json").read_text(encoding="utf-8"))
     assert written == recipes.passage(results)
+
+
+def test_the_table_of_generation_is_that_of_the_committed_results():
+    """`benchmarks.reporting.generation.passage` writes it."""
+    text = GENERATION.read_text(encoding="utf-8")
+    written = text.partition("<!-- generation:start -->\n")[2].partition("<!-- generation:end -->")[0]
+    assert written == generation.passage(ROOT / "benchmarks/results/cpu")
 
 
 def test_links_between_documents_lead_somewhere():

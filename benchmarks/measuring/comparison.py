@@ -15,7 +15,9 @@ from gptfast.costs import Cost, Passes
 
 MODES = ("forward", "backward", "both")
 # ours, and what defines correct: when these fail, something is broken; when a peer does, it is only missing
-OWN = ("eager", "triton", "triton compiled", "triton captured", "triton compiled captured")
+OWN = (
+    "eager", "eager int8", "triton", "triton int8", "triton compiled", "triton captured", "triton compiled captured",
+)  # fmt: skip
 
 # ||result - reference|| / ||reference||: several times what rounding leaves, far below what a wrong mask, scale or
 # missing block would. The tests hold the kernels to the stricter rule.

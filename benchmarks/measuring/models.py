@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import gptfast
 from benchmarks.measuring.comparison import UnavailableError
 from gptfast import GPT, GPTConfig
+from gptfast.generation.inference import quantize
 from kernels import runtime
 
 
@@ -31,6 +32,7 @@ class ModelCase:
         length: tokens of each; of the prompt, when generating.
         new_tokens: tokens to generate.
         providers: names in `PROVIDERS` that are measured; compiling large models takes minutes.
+        dtype: of the weights on a CPU, when generating.
     """
 
     suite: str
@@ -40,6 +42,7 @@ class ModelCase:
     length: int
     new_tokens: int = 0
     providers: tuple[str, ...] = field(default=("triton", "eager"))
+    dtype: torch.dtype = torch.float32
 
     @property
     def dims(self) -> dict[str, str | int]:
@@ -47,7 +50,9 @@ class ModelCase:
         return dims | ({"new": self.new_tokens} if self.new_tokens else {})
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" if name != "model" else str(value) for name, value in self.dims.items())
+        words = [f"{name}={value}" if name != "model" else str(value) for name, value in self.dims.items()]
+        # what differs in nothing else is another case too
+        return " ".join(words if self.dtype == torch.float32 else [*words, str(self.dtype).removeprefix("torch.")])
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class ModelProvider:
     """An implementation of GPT: `build(reference)` gives a model with the weights of `reference`.
 
     `loss(model, idx, targets)` and `logits(model, idx)` speak its language. With `captured` it trains by
-    `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
+    `gptfast.TrainStep` in CUDA graphs, else by a plain loop; with `int8` its products have weights of 8 bits. A result
+    may differ from the truth by `tolerance`, where that is more than what its dtype may have.
     """
 
     name: str
@@ -64,6 +70,8 @@ class ModelProvider:
     logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
     generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
     captured: bool = False
+    int8: bool = False
+    tolerance: float = 0.0
 
 
 def twin(reference: GPT, backend: str) -> GPT:
@@ -76,11 +84,11 @@ def twin(reference: GPT, backend: str) -> GPT:
     return model.train(reference.training)
 
 
-def _eager(reference: GPT) -> nn.Module:
+def _eager(reference: GPT) -> GPT:
     return twin(reference, "eager")
 
 
-def _triton(reference: GPT) -> nn.Module:
+def _triton(reference: GPT) -> GPT:
     device = reference.lm_head.weight.device
     if device.type != "cuda":
         raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
@@ -90,13 +98,21 @@ def _triton(reference: GPT) -> nn.Module:
     return twin(reference, "triton")
 
 
-def _compiled(build: Callable[[GPT], nn.Module]) -> Callable[[GPT], nn.Module]:
+def _int8(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
+    return lambda reference: quantize(build(reference))
+
+
+def _compiled(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
     def compiled(reference: GPT) -> nn.Module:
         model = build(reference)
         model.compile()
         return model
 
     return compiled
+
+
+def _by_compiled_steps(model: GPT, idx: Tensor, count: int) -> Tensor:
+    return model.generate(idx, count, temperature=0, compiled=True)
 
 
 def _hugging_face(reference: GPT) -> nn.Module:
@@ -165,10 +181,15 @@ def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
     built = [
         ModelProvider("triton", _triton),
         ModelProvider("triton captured", _triton, captured=True),
-        ModelProvider("triton compiled", _compiled(_triton)),
+        ModelProvider("triton compiled", _compiled(_triton), generate=_by_compiled_steps),
         ModelProvider("triton compiled captured", _compiled(_triton), captured=True),
         ModelProvider("eager", _eager),
-        ModelProvider("eager compiled", _compiled(_eager)),
+        ModelProvider("eager compiled", _compiled(_eager), generate=_by_compiled_steps),
+        *(
+            # weights that are rounded to 8 bits change logits by a percent
+            ModelProvider(f"{name} int8", _int8(build), int8=True, tolerance=0.05)
+            for name, build in (("triton", _triton), ("eager", _eager))
+        ),
         ModelProvider(
             "Hugging Face",
             _hugging_face,

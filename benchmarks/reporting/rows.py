@@ -35,8 +35,10 @@ OWN = (
     "triton captured",
     "triton compiled",
     "triton compiled captured",
+    "triton int8",
     "eager",
     "eager compiled",
+    "eager int8",
 )
 
 Key = tuple[str, str, str, str]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptfast.generation import decoding, sampling
 from gptfast.generation.cache import KVCache
+from gptfast.generation.inference import for_decoding
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.steps import Step, check, evaluating, log_softmax_of
 
@@ -146,7 +147,7 @@ class _Reader:
 
     def __init__(self, model: GPT, longest: int) -> None:
         self.window = model.config.block_size
-        self._model = model
+        self._model = for_decoding(model, longest)
         self._cache = KVCache(model.config.n_layer, min(self.window, longest))
 
     def read(self, tokens: Tensor, end: int, count: int) -> Tensor:
@@ -295,6 +296,6 @@ def _require_pair(model: GPT, draft: GPT) -> None:
             f"draft.model has a vocabulary of {vocabulary} tokens, the model one of {wanted}; speculative decoding "
             "needs two models of one tokenizer"
         )
-    device, there = draft.lm_head.weight.device, model.lm_head.weight.device
+    device, there = draft.transformer.wte.weight.device, model.transformer.wte.weight.device
     if device != there:
         raise ValueError(f"draft.model is on {device}, the model on {there}; move one to the other")

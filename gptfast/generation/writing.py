@@ -84,6 +84,8 @@ class GenerateConfig:
             raise ValueError("--interactive asks for prompts and writes text; it excludes --prompt-file and --json")
         if self.json and self.stream:
             raise ValueError("--json writes whole continuations; it excludes --stream")
+        if self.dtype not in (accepted := ("auto", *devices.DTYPES, "int8")):
+            raise ValueError(f"unknown dtype {self.dtype!r}; accepted: {', '.join(accepted)}")
         if self.num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
         if self.num_beams > 1:

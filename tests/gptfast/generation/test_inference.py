@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import kernels
 from gptfast import GPT, GPTConfig
-from gptfast.generation.inference import FeedForward, PackedLinear, for_decoding
+from gptfast.generation.inference import FeedForward, Int8Linear, PackedLinear, for_decoding, quantize
 from gptfast.training import lora
 from kernels import packed, reference
 
@@ -23,7 +24,8 @@ MODELS = {
 
 def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=2, n_embd=32, init_std=0.3, **changes)
+    shape = {"block_size": 12, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
+    config = GPTConfig(**shape | changes)
     model = GPT(config, backend="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -142,3 +144,74 @@ def test_generation_uses_packed_products(monkeypatch):
     monkeypatch.setattr("gptfast.generation.inference.packed.can_pack", lambda weight, dtype: False)
     assert torch.equal(model.generate(idx, 4, temperature=0), found)
     assert len(seen) == 9 * 4
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_model_is_that_of_rounded_weights(dtype, changes):
+    model, idx = build(dtype, **changes), tokens()
+    rounded = build(dtype, **changes)
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, nn.Linear):
+                integers, scale = kernels.quantize_int8(module.weight)
+                # tied, it would round the embedding too
+                module.weight = nn.Parameter((integers * scale[:, None]).double())
+    rounded.lm_head.weight.requires_grad_(False)
+    found, expected = logits(quantize(model), idx).double(), logits(rounded.double(), idx)
+    assert (found - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * expected.norm()
+    before = logits(build(torch.float64, **changes), idx)
+    assert 1e-4 * before.norm() < (expected - before).norm() < 0.05 * before.norm()
+
+
+def test_a_quantized_model_leaves_the_given_one():
+    model, idx = build(), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized = quantize(model).to(torch.bfloat16)
+    assert quantized.transformer.wte.weight.dtype == torch.bfloat16
+    assert {type(module) for module in quantized.modules()} >= {Int8Linear, FeedForward}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.generate(idx, 3, temperature=0), build().generate(idx, 3, temperature=0))
+
+
+def test_the_loss_of_a_quantized_model():
+    """Its head has no weight that the Triton loss could take."""
+    model, idx = build(), tokens()
+    with torch.no_grad():
+        expected = model(idx, idx)[1]
+        for backend in ("auto", "eager"):
+            model.set_backend(backend)
+            quantized = quantize(model)
+            assert quantized.backend["loss"] == "eager"
+            assert quantized(idx, idx)[1] == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_cached_steps_of_a_quantized_model():
+    model, idx = quantize(build()), tokens(length=5)
+    found = model.generate(idx, 12, temperature=0)  # beyond the window
+    for _ in range(12):
+        with torch.no_grad():
+            idx = torch.cat((idx, model(idx[:, -12:])[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(found, idx)
+
+
+def test_a_quarter_of_the_memory():
+    model = build(n_embd=256)
+    quantized = quantize(model)
+    products = [module for module in quantized.modules() if isinstance(module, Int8Linear)]
+    held = sum(module.weight.nbytes + module.scale.nbytes for module in products)
+    before = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    assert held < 0.26 * before
+
+
+def test_weights_that_are_not_finite_cannot_be_quantized():
+    model = build()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[3, 2] = torch.nan
+    with pytest.raises(
+        ValueError, match="quantize_int8: weight must be finite in float32, got NaN or infinity in row 3"
+    ):
+        quantize(model)

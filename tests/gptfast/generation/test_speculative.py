@@ -107,14 +107,16 @@ def test_greedy_is_the_plain_loop_within_the_window_and_beyond(make, count):
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 @pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
 def test_penalties_and_ngrams_see_what_was_proposed(monkeypatch, make, chunk):
-    """And prompts are read piece by piece."""
+    """In the draft's distribution too: the model as its own draft is always right. Prompts are read piece by piece."""
     monkeypatch.setattr(decoding, "CHUNK", chunk)
     model, lengths = gpt(), [6, 9, 2]
     for settings in (
         Sampling(temperature=0.0, repetition_penalty=1.5, no_repeat_ngram_size=2),
         Sampling(temperature=0.0, presence_penalty=2.0, frequency_penalty=1.0),
     ):
-        assert_as_plain(model, Draft(make(model), 3), ragged(*lengths), lengths, 16, settings)
+        draft = Draft(make(model), 3)
+        assert_as_plain(model, draft, ragged(*lengths), lengths, 16, settings)
+        assert draft.acceptance_rate == 1.0 or draft.model is not model
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,11 @@ def test_a_full_window_is_read_without_proposals(reads):
     # sequences of 7, 8, ... 14 tokens
     assert of(reads, model) == [7 + 3, 3, 2, 1, 1, 1, 12, 12]
     assert draft.proposed == 3 + 2 + 1
+    reads.clear()
+    draft = Draft(contrary(model), 4)
+    list(speculative.steps(model, draft, ragged(7), [7], 8, GREEDY))
+    assert of(reads, model) == [7 + 4, 5, 4, 3, 2, 1, 12, 12]
+    assert draft.proposed == 4 + 4 + 3 + 2 + 1
 
 
 def test_counters_go_on():
