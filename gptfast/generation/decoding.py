@@ -145,6 +145,14 @@ class CachedDecoder(Generic[Outcome]):
     def _noise(self, rows: int) -> Tensor | None:
         return self._choice.noise((rows, self._model.config.vocab_size), self.tokens.device)
 
+    def pays(self, remaining: int) -> bool:
+        """Whether to `select` the `remaining` sequences when others have ended.
+
+        A graph is captured for each number of sequences, which takes as long as hundreds of steps: half of them must
+        have ended then, or one may be there that is longer than the window, for which all would be read anew.
+        """
+        return self._replayed is None or 2 * remaining <= len(self._lengths) or max(self._lengths) >= self._window
+
     def select(self, rows: Tensor) -> None:
         """Go on with some of the sequences, in another order or several times: i is from now on what rows[i] was."""
         if self._replayed is not None and len(rows) != len(self._lengths):

@@ -73,13 +73,17 @@ class _Told:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def read(self, log_probs: bool) -> tuple[list[int], list[float]]:
-        """Tokens and their log-probabilities, once they are there. Raises ValueError for logits that are no numbers."""
+    def read(self, rows: list[int], places: list[int], log_probs: bool) -> Step:
+        """What was drawn for sequences at some places of the batch, once it is there.
+
+        Raises:
+            ValueError: their logits are no numbers.
+        """
         if self._copied is not None:
             self._copied.synchronize()
-        tokens, found, largest = self._values.tolist()
+        tokens, found, largest = ([values[place] for place in places] for values in self._values.tolist())
         sampling.require_finite(largest)
-        return [int(token) for token in tokens], found if log_probs else []
+        return Step(rows, [int(token) for token in tokens], found if log_probs else [])
 
 
 @torch.no_grad()
@@ -114,7 +118,8 @@ def steps(
     if max_new_tokens == 0 or len(idx) == 0:
         return
     ahead = idx.is_cuda if ahead is None else ahead
-    rows = list(range(len(idx)))
+    rows = list(range(len(idx)))  # of the decoder's sequences, which are these
+    live = rows  # places in `rows` of those that go on
     with evaluating(model):
         draw = Draw(settings or Sampling(), generator, log_probs)
         decoder = CachedDecoder(model, idx, lengths, max_new_tokens, draw, compiled=compiled)
@@ -124,15 +129,15 @@ def steps(
             told, following = _Told(drawn.told), drawn
             if ahead and not last:
                 following = decoder.step(drawn.tokens)
-            step = Step(rows, *told.read(log_probs))
+            step = told.read([rows[place] for place in live], live, log_probs)
             yield step
-            going = [place for place, (row, token) in enumerate(zip(*step[:2], strict=True)) if not ends(row, token)]
-            if last or not going:
+            live = [place for place, row, token in zip(live, *step[:2], strict=True) if not ends(row, token)]
+            if last or not live:
                 return
-            if len(going) < len(rows):
-                kept = torch.tensor(going, device=idx.device)
+            if len(live) < len(rows) and decoder.pays(len(live)):
+                kept = torch.tensor(live, device=idx.device)
                 decoder.select(kept)
-                rows = [rows[place] for place in going]
+                rows, live = [rows[place] for place in live], list(range(len(live)))
                 following = Drawn(following.tokens[kept], following.told[:, kept])
             drawn = following if ahead else decoder.step(following.tokens)
 

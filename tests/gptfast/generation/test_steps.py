@@ -94,27 +94,74 @@ def test_compiled_steps(backend):
         assert_same(taken(build(backend), lengths, settings, compiled=True), expected)
 
 
-def test_a_graph_draws_anew_at_each_step(monkeypatch):
-    """Graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
-    told = []
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """Steps from graphs: in form alone on machines without a GPU, where what is captured is called at each replay.
 
-    def capture(function, pool, stream, generator=None):
-        told.append(generator)
-        return function
+    It collects the generator of each capture.
+    """
+    made: list = []
+    capture = gptfast.graphs.capture
 
-    own = generator()
-    idx = prompts([1, 5])
-    expected = list(steps(build(), idx, [1, 5], 6, SAMPLED, generator=generator()))
+    def noted(function, pool, stream, generator=None):
+        made.append(generator)
+        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else function
+
+    monkeypatch.setattr(gptfast.graphs, "capture", noted)
     if DEVICE.type != "cuda":
-        decoder = "gptfast.generation.steps.CachedDecoder"
-        monkeypatch.setattr(decoder, functools.partial(gptfast.generation.decoding.CachedDecoder, graph=True))
-        monkeypatch.setattr(gptfast.graphs, "capture", capture)
+        graphed = functools.partial(gptfast.generation.decoding.CachedDecoder, graph=True)
+        monkeypatch.setattr("gptfast.generation.steps.CachedDecoder", graphed)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    found = list(steps(build(), idx, [1, 5], 6, SAMPLED, generator=own, ahead=True))
-    assert_same(found, expected)
-    if DEVICE.type != "cuda":
-        assert told == [own]
+    return made
+
+
+def test_a_graph_draws_anew_at_each_step(captures):
+    model, idx, own = build(), prompts([1, 5]), generator()
+    found = list(steps(model, idx, [1, 5], 6, SAMPLED, generator=own, ahead=True))
+    assert captures == [own]
+    rows = torch.tensor([step.tokens for step in found])  # [6, 2]
+    assert len(rows.unique(dim=0)) > 3
+    assert_same(found, list(steps(model, idx, [1, 5], 6, SAMPLED, generator=generator(), ahead=True)))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_graph_is_captured_anew_when_half_of_the_sequences_have_ended(captures, ahead):
+    """Those that have ended before are drawn for, and not given out."""
+    lengths, count = [1, 2, 3, 1, 2, 3], 9
+    expected = taken(build(), lengths, GREEDY, count=count)
+    captures.clear()
+    end = {0: 1, 3: 2, 4: 4, 1: 6}  # the last step of sequences
+    given: dict[int, list[int]] = {row: [] for row in range(6)}
+    seen = dict.fromkeys(range(6), -1)
+
+    def ends(row: int, token: int) -> bool:
+        seen[row] += 1
+        return seen[row] == end.get(row)
+
+    for step in steps(build(), prompts(lengths), lengths, count, GREEDY, ends, ahead=ahead):
+        for row, token in zip(step.rows, step.tokens, strict=True):
+            given[row].append(token)
+    for row in range(6):
+        whole = [step.tokens[row] for step in expected]
+        assert given[row] == whole[: end.get(row, count) + 1]
+    assert len(captures) == 2  # of six, and of three
+
+
+def test_sequences_that_have_ended_leave_before_they_fill_the_window(captures):
+    """For them alone all would be read anew, at every step."""
+    model, lengths = build(), [9, 1, 1]
+    sizes = []
+    forward = type(model.transformer).forward
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            type(model.transformer),
+            "forward",
+            lambda self, idx, *rest: sizes.append(tuple(idx.shape)) or forward(self, idx, *rest),
+        )
+        list(steps(model, prompts(lengths), lengths, 9, GREEDY, lambda row, token: row == 0, ahead=False))
+    assert sizes[0] == (3, 9)
+    assert all(length == 1 for _, length in sizes[1:])
 
 
 @pytest.mark.parametrize("ahead", [True, False])
