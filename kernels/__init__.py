@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kernels import reference, runtime
+from kernels.int8_weights import quantize_int8
 from kernels.preparation import warmup
 
 if TYPE_CHECKING:
     from kernels.attention import causal_attention, causal_attention_qkvpacked
     from kernels.decode import decode_attention
     from kernels.ffn import gelu_ffn
+    from kernels.int8 import int8_linear
     from kernels.loss import linear_cross_entropy
     from kernels.norm import add_layer_norm, layer_norm
 
@@ -24,8 +26,10 @@ __all__ = [
     "causal_attention_qkvpacked",
     "decode_attention",
     "gelu_ffn",
+    "int8_linear",
     "layer_norm",
     "linear_cross_entropy",
+    "quantize_int8",
     "reference",
     "warmup",
 ]
@@ -36,6 +40,7 @@ _MODULE_OF = {
     "causal_attention_qkvpacked": "attention",
     "decode_attention": "decode",
     "gelu_ffn": "ffn",
+    "int8_linear": "int8",
     "layer_norm": "norm",
     "linear_cross_entropy": "loss",
 }

@@ -135,6 +135,33 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     _scale("decode_attention", scale)
 
 
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    operator = "int8_linear"
+    _tensors(operator, ("bias",), x=x, scale=scale, bias=bias)
+    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
+        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{operator}: weight must be an int8 tensor, got {given}; kernels.quantize_int8 makes one")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{operator}: scale must be float32, got {scale.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{operator}: x must be [..., K] with K >= 1, got shape {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{operator}: weight must be [N, K] = [N, {x.shape[-1]}] with N >= 1, got shape {tuple(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"{operator}: weight is on {weight.device} and x on {x.device}; one device is needed")
+    for name, tensor in (("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.shape != weight.shape[:1]:
+            raise ValueError(f"{operator}: {name} must be [N] = [{weight.shape[0]}], got shape {tuple(tensor.shape)}")
+    for name, tensor in (("x", x), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{operator}: {name} requires a gradient, but int8 weights are for inference and have no derivative; "
+                "call it under torch.no_grad()"
+            )
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, vocab_size: int | None,
     label_smoothing: float, z_loss: float, workspace_bytes: int,

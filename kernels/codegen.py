@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, decode, ffn, loss, norm, tile, tuning
+from kernels import attention, decode, ffn, int8, loss, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
 
@@ -33,6 +33,7 @@ _TYPE_OF_DTYPE = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int8: "*i8",
 }
 
 
@@ -90,6 +91,11 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         targets, options = torch.zeros(64, dtype=torch.int64), (classes, 0.1, 1e-4, 2**29)
         launches += record(case, loss._compute, x, w, targets, -100, "mean", *options, [True, True])
         launches += record(f"{case} inference", loss._compute, x, w, targets, -100, "mean", *options, [False, False])
+    for outputs, width in ((768, 3072), (6400, 1600), (50_257, 768)):
+        weight, scale = tensor(outputs, width, dtype=torch.int8), tensor(outputs, dtype=torch.float32)
+        for rows in (1, 16, 32, 64):
+            case = f"int8_linear N={outputs} K={width} M={rows}"
+            launches += record(case, int8._compute, tensor(rows, width), weight, scale, tensor(outputs))
     for head_size in (64, 80, 128, 256):
         q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
         for seed in (None, torch.zeros(1, dtype=torch.int64)):

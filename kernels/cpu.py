@@ -1,20 +1,22 @@
-"""The eager operators on a CPU: `kernels.reference`'s, but for dropout and attention, which PyTorch is slow at there.
+"""The eager operators on a CPU: `kernels.reference`'s, but for those that PyTorch can be made faster at there.
 
 Dropout's random bits are four to a number: PyTorch draws a number for each. In half precision the backward of PyTorch's
 attention takes ten times as long as in float32, and with dropout it is computed step by step in float32; here attention
-is products of the given dtype, which CPUs with bfloat16 products do at four times the speed of float32.
+is products of the given dtype, which CPUs with bfloat16 products do at four times the speed of float32. int8 weights
+are multiplied as such, or made floating numbers a part at a time, which stays in the cache.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import checks, reference
+from kernels import checks, reference, runtime
 from kernels.reference import causal_attention, decode_attention, gelu_ffn, layer_norm, linear_cross_entropy
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "decode_attention",
     "dropout",
     "gelu_ffn",
+    "int8_linear",
     "layer_norm",
     "linear_cross_entropy",
 ]
@@ -31,6 +34,10 @@ __all__ = [
 # beyond it the probabilities, which are kept for the backward, would be several times the size of all else
 _LONGEST = 512
 _TILE = 2**20  # scores at a time: they stay in the cache
+# of int8 weights made floating numbers at a time: they stay in the cache
+_WEIGHT_BYTES = 2**21
+# beyond, PyTorch's product with int8 weights, whose time grows with each row, is slower than one with floating ones
+_FEW_ROWS = 16
 
 
 def dropout(x: Tensor, dropout_p: float) -> Tensor:
@@ -136,3 +143,54 @@ def _tiles(heads: int, length: int) -> list[slice]:
     """Which heads [B * H] are computed together."""
     step = max(1, _TILE // length**2)
     return [slice(first, first + step) for first in range(0, heads, step)]
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`kernels.reference.int8_linear`, without all weights in float32 at once.
+
+    Up to 16 rows in bfloat16 go to PyTorch's own product with int8 weights, which reads a byte for each and takes the
+    scale in bfloat16. Other dtypes have one too, without vectors: a tenth as fast. float16 is computed in float32,
+    which is faster.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return reference.int8_linear(x, weight, scale, bias)
+    checks.int8_linear(x, weight, scale, bias)
+    autocast = runtime.autocast_dtype(x.device)
+    x = x.to(autocast or x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # [M, K]
+    with nullcontext() if autocast is None else torch.autocast("cpu", enabled=False):
+        # the private product reads vectors whole, and past the end of rows that are no multiple of one
+        packed = rows.dtype == torch.bfloat16 and len(rows) <= _FEW_ROWS and rows.shape[1] % 64 == 0
+        if packed and _has_int8_product():
+            y = torch._weight_int8pack_mm(rows.contiguous(), weight.contiguous(), scale.to(rows.dtype))  # [M, N]
+            y = y if bias is None else y + bias
+        else:
+            y = _int8_by_parts(rows, weight, scale, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+@functools.cache
+def _has_int8_product() -> bool:
+    """Whether this PyTorch has the product with int8 weights, a private function, as it is called here."""
+    x, weight = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.int8)
+    try:
+        y = torch._weight_int8pack_mm(x, weight, torch.tensor([1.0, 2.0], dtype=x.dtype))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return y.tolist() == [[64.0, 128.0]]
+
+
+def _int8_by_parts(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x [M, K] @ weight.T * scale + bias, [M, N], a few outputs' weights made floating numbers at a time."""
+    n_outputs, width = weight.shape
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # integers up to 127 are exact in both
+    rows = x.to(wide)
+    step = min(n_outputs, max(1, _WEIGHT_BYTES // (width * wide.itemsize)))
+    part = torch.empty(step, width, dtype=wide)
+    y = torch.empty(len(x), n_outputs, dtype=x.dtype)
+    for first in range(0, n_outputs, step):
+        outputs = slice(first, min(first + step, n_outputs))
+        weights = part[: outputs.stop - first].copy_(weight[outputs])
+        result = F.linear(rows, weights) * scale[outputs]  # [M, step] in float32
+        y[:, outputs] = result if bias is None else result + bias[outputs]
+    return y

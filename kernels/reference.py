@@ -6,11 +6,14 @@ that PyTorch has, differentiable as often as PyTorch can.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks, runtime
+from kernels.int8_weights import quantize_int8 as quantize_int8
 
 
 def layer_norm(
@@ -224,6 +227,31 @@ def decode_attention(
     seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # [B, S]
     o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen[:, None, None, :], scale=scale)
     return o.masked_fill((lengths <= 0)[:, None, None, None], 0.0)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(x @ weight.T) * scale + bias with int8 weights, in float32, or in float64 for such x. No derivative.
+
+    Args:
+        x: [..., K].
+        weight: [N, K] int8, as `quantize_int8` makes it.
+        scale: [N] float32, of each output.
+        bias: [N] in any floating dtype, or None.
+
+    Returns:
+        [..., N] in the dtype of x, or autocast's.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted, or
+            that requires a gradient while gradients are recorded.
+    """
+    checks.int8_linear(x, weight, scale, bias)
+    autocast = runtime.autocast_dtype(x.device)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+        x = x.to(autocast or x.dtype)
+        y = F.linear(x.to(wide), weight.to(wide)) * scale  # [..., N]
+        return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
 def linear_cross_entropy(

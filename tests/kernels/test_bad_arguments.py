@@ -110,6 +110,29 @@ DECODE = [
     ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS, float("nan")), ValueError, "scale must be finite, got nan"),
     ((t(2, 1, 1, 4), CACHE, CACHE.half(), LENGTHS), TypeError, "all tensors must have one dtype"),
 ]
+Q, SCALE = t(7, 4, dtype=torch.int8), t(7)
+INT8 = [
+    ((t(), Q, SCALE), ValueError, r"x must be \[\.\.\., K\] with K >= 1, got shape \(\)"),
+    ((t(2, 0), Q[:, :0], SCALE), ValueError, r"x must be .* got shape \(2, 0\)"),
+    ((t(2, 4, dtype=torch.int8), Q, SCALE), TypeError, "x must have a floating dtype, got torch.int8"),
+    (([[1.0]], Q, SCALE), TypeError, "x must be a tensor, got list"),
+    ((t(2, 4), t(7, 4), SCALE), TypeError, "weight must be an int8 tensor, got torch.float32; kernels.quantize_int8"),
+    ((t(2, 4), Q.to(torch.uint8), SCALE), TypeError, "weight must be an int8 tensor, got torch.uint8"),
+    ((t(2, 4), None, SCALE), TypeError, "weight must be an int8 tensor, got NoneType"),
+    ((t(2, 5), Q, SCALE), ValueError, r"weight must be \[N, K\] = \[N, 5\] with N >= 1, got shape \(7, 4\)"),
+    ((t(2, 4), Q[:0], SCALE[:0]), ValueError, "weight must be .* with N >= 1"),
+    ((t(2, 4), Q[0], SCALE), ValueError, r"weight must be \[N, K\] .* got shape \(4,\)"),
+    ((t(2, 4), Q.to("meta"), SCALE), ValueError, "weight is on meta and x on"),
+    ((t(2, 4), Q, None), TypeError, "scale must be a tensor, got NoneType"),
+    ((t(2, 4), Q, SCALE.half()), TypeError, "scale must be float32, got torch.float16"),
+    ((t(2, 4), Q, SCALE[:6]), ValueError, r"scale must be \[N\] = \[7\], got shape \(6,\)"),
+    ((t(2, 4), Q, SCALE.to("meta")), ValueError, "scale is on meta and x on"),
+    ((t(2, 4), Q, SCALE, t(6)), ValueError, r"bias must be \[N\] = \[7\], got shape \(6,\)"),
+    ((t(2, 4), Q, SCALE, t(7, dtype=torch.int8)), TypeError, "bias must have a floating dtype, got torch.int8"),
+    ((t(2, 4).requires_grad_(), Q, SCALE), ValueError, "x requires a gradient, but int8 weights are for inference"),
+    ((t(2, 4), Q, t(7).requires_grad_()), ValueError, "scale requires a gradient, but int8 weights are for inference"),
+    ((t(2, 4), Q, SCALE, t(7).requires_grad_()), ValueError, "bias requires a gradient, but int8 weights"),
+]
 X, W, Y = t(2, 3, 4), t(7, 4), torch.ones(2, 3, dtype=torch.int64, device=DEVICE)
 LOSS = [
     ((t(2, 0), t(7, 0), Y[:, 0]), ValueError, r"x must be \[\.\.\., C\] with C >= 1, got shape \(2, 0\)"),
@@ -142,6 +165,7 @@ ROWS = {
     "causal_attention": ATTENTION,
     "causal_attention_qkvpacked": PACKED,
     "decode_attention": DECODE,
+    "int8_linear": INT8,
     "linear_cross_entropy": LOSS,
 }
 CASES = [(operator, *row) for operator, rows in ROWS.items() for row in rows]

@@ -41,8 +41,10 @@ KERNELS = {
     "_decode_part_kernel",
     "_decode_merge_kernel",
     "_cross_entropy_kernel",
+    "_int8_sums_kernel",
+    "_int8_tiles_kernel",
 }
-MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq")
+MULTIPLY = ("_ffn", "_attention_forward", "_attention_dk_dv", "_attention_dq", "_int8_tiles")
 KEY = ("case", "kernel", "dtype", "BM", "BN", "BK", "BLOCK", "DESCRIPTORS", "num_warps", "num_stages")
 OLD_TRITON = version("triton").startswith("3.6.")
 UNITS = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
@@ -143,6 +145,28 @@ def test_decoding_reads_the_cache_in_wide_pieces(target):
     parts = [row for row in rows if row["kernel"] == "_decode_part_kernel"]
     for row in parts:  # the rest is the query and the result, a number to a thread
         assert row["wide_share"] >= 0.75, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_weights_are_read_once_in_wide_pieces(target):
+    rows = [row for row in compiled(target) if row["kernel"].startswith("_int8")]
+    assert [row for row in rows if row["spilled_bytes"] > 0 or row["shared_bytes"] > SHARED_LIMIT[target]] == []
+    for row in rows:
+        columns, inner, itemsize = row["BN"], row["BK"], ITEMSIZE[row["dtype"]]
+        x = row.get("BM", 1) * inner * itemsize
+        # a tile of weights and of x, scales and biases
+        assert row["loaded_bytes"] == columns * inner + x + columns * (4 + itemsize), row
+        assert row["stored_bytes"] == row.get("BM", 1) * columns * itemsize, row
+        # the rest are scales and biases, a number to a thread, as are results where their rows are of odd length;
+        # AMD's threads are twice as many, and have less each
+        assert row["wide_share"] >= (0.4 if "N=50257" in row["case"] else 0.7) or target == "gfx942", row
+    # of the largest matrix at least as much is on its way as memory's latency asks for
+    if target == "sm_90":
+        for row in rows:
+            if "N=50257" in row["case"] and row["kernel"] == "_int8_sums_kernel":
+                programs = int(row["occupancy"] * 64) // row["num_warps"]
+                assert programs * row["BN"] * 768 >= 26_000, row
 
 
 @pytest.mark.slow

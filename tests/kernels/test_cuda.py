@@ -71,7 +71,8 @@ def copied(outcome: Outcome) -> Outcome:
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_a_captured_graph_replays_with_new_values(case: Case):
-    buffers, upstream = leaves(case.inputs(FLOAT32)), case.upstream(FLOAT32)
+    buffers = leaves(case.inputs(FLOAT32), differentiable=case.row.differentiable)
+    upstream = case.upstream(FLOAT32)
     graph, outcome = capture(case, buffers, upstream)
     for seed in (1, 2):
         values = case.inputs(FLOAT32, seed=seed)
@@ -121,7 +122,7 @@ def test_a_stream_that_is_not_the_default_one(case: Case):
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
         overwrite(buffers, values)
-        outcome = forward_and_backward(case, leaves(buffers), upstream)
+        outcome = forward_and_backward(case, leaves(buffers, differentiable=case.row.differentiable), upstream)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     assert_equal_to_reference(case, values, upstream, outcome)
@@ -129,7 +130,8 @@ def test_a_stream_that_is_not_the_default_one(case: Case):
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_host_never_waits_for_the_gpu(case: Case):
-    inputs, upstream = leaves(case.inputs(FLOAT32)), case.upstream(FLOAT32)
+    inputs = leaves(case.inputs(FLOAT32), differentiable=case.row.differentiable)
+    upstream = case.upstream(FLOAT32)
     forward_and_backward(case, inputs, upstream)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -165,7 +167,7 @@ def test_more_elements_than_32_bits_count(case: Case):
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     end = case.with_batch(rows)
-    inputs = leaves(end.inputs(dtype))
+    inputs = leaves(end.inputs(dtype), differentiable=case.row.differentiable)
     for name in case.row.batched:
         if name == "lengths":
             inputs[name] = torch.full(case.shapes[name], case.shapes["k_cache"][2], device=DEVICE)

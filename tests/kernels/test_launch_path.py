@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import attention_launch, checks, ffn_launch, norm_launch, runtime
+from kernels import attention_launch, checks, ffn_launch, int8_launch, norm_launch, runtime
 from kernels.descriptors import describable
 from kernels.tuning import Tunable
 
 CPU = torch.device("cpu")
 X, W, B = torch.zeros(8, 64), torch.zeros(64), torch.zeros(64)
+INT8, SCALE = torch.zeros(128, 64, dtype=torch.int8), torch.zeros(128)
 UP, DOWN, Q = torch.zeros(128, 64), torch.zeros(64, 128), torch.zeros(1, 2, 8, 32)
 
 
@@ -43,7 +44,12 @@ def attend() -> None:
     choose(attention_launch._FORWARD, *attention_launch._problem(Q, Q, None, described))
 
 
-@pytest.mark.parametrize("call", [norm, norm_with_addition, feed_forward, attend])
+def multiply_int8() -> None:
+    checks.int8_linear(X, INT8, SCALE, SCALE)
+    choose(int8_launch._ROWS, 64, 16, torch.float32)
+
+
+@pytest.mark.parametrize("call", [norm, norm_with_addition, feed_forward, attend, multiply_int8])
 def test_checks_grid_and_configuration_take_microseconds(call: Callable[[], None]):
     """A few; the limit leaves room for machines that are slow and busy, not for a file that is read or a lost cache."""
     call()

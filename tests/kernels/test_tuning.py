@@ -261,6 +261,8 @@ PROBLEMS = {
         ]
         for name in ("forward", "dk_dv", "dq")
     },
+    "int8_row": [(outputs, width, torch.bfloat16) for outputs in (1, 768, 50_257) for width in (1, 768, 6400)],
+    "int8_rows": [(outputs, rows, torch.bfloat16) for outputs in (1, 768, 50_257) for rows in (16, 32, 64)],
     "decode": [(head_size, 1024, 12, torch.bfloat16) for head_size in (16, 64, 256)],
 }
 
@@ -270,6 +272,7 @@ def test_no_launch_has_more_candidates_than_are_tested():
     import kernels.attention
     import kernels.decode
     import kernels.ffn
+    import kernels.int8
     import kernels.loss
     import kernels.norm  # noqa: F401
 

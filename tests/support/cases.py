@@ -79,6 +79,11 @@ class Case:
             return torch.randint(0, self.shapes["k_cache"][2] + 1, shape, generator=generator).to(DEVICE)
         if name == "targets":
             return self._targets(shape, generator).to(DEVICE)
+        if self.operator == "int8_linear" and name == "weight":
+            return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+        if name == "scale":  # float32 whatever the rest is in; products keep the size of x
+            size = 0.01 * self.shapes["weight"][1] ** -0.5
+            return (size * (0.5 + torch.rand(shape, generator=generator))).to(DEVICE)
         matrix = name.startswith("w_") or (self.operator == "linear_cross_entropy" and name == "weight")
         scale = shape[-1] ** -0.5 if matrix else 1.0
         own = torch.float32 if name in self.in_float32 else torch.bfloat16 if name in self.in_half else dtype

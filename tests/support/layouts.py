@@ -27,7 +27,7 @@ class Layout:
                 tensor = tensor[(slice(None),) * dim + (slice(0, 1),)].expand_as(tensor)
         spaced = [tensor.shape[dim] * self.steps[dim] for dim in self.order]
         # what lies in the gaps must not be read
-        poison = float("nan") if tensor.is_floating_point() else 2**30
+        poison = float("nan") if tensor.is_floating_point() else min(2**30, torch.iinfo(tensor.dtype).max)
         memory = torch.full((self.offset + math.prod(spaced),), poison, dtype=tensor.dtype, device=tensor.device)
         view = memory[self.offset :].view(spaced)[tuple(slice(None, None, self.steps[dim]) for dim in self.order)]
         view = view.permute([self.order.index(dim) for dim in range(len(self.order))])

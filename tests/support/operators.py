@@ -58,6 +58,16 @@ def decode(batch: int, heads: int, keys: int, head_size: int, **options: Any) ->
     return Case("decode_attention", shapes, options)
 
 
+def int8_linear(*rows: int, width: int, outputs: int, bias: bool = True, in_float32=(), in_half=()) -> Case:
+    shapes = {
+        "x": (*rows, width),
+        "weight": (outputs, width),
+        "scale": (outputs,),
+        "bias": (outputs,) if bias else None,
+    }
+    return Case("int8_linear", shapes, {}, in_float32, in_half)
+
+
 def linear_cross_entropy(*rows: int, width: int, classes: int, **options: Any) -> Case:
     shapes = {"x": (*rows, width), "weight": (classes, width), "targets": rows}
     return Case("linear_cross_entropy", shapes, options)
@@ -413,6 +423,57 @@ _TABLE = (
             "parts of a few keys": {"decode": {"BN": 16, "num_warps": 4, "per_processor": 64, "shortest": 16}},
             "one part": {"decode": {"BN": 32, "num_warps": 4, "per_processor": 1, "shortest": 2**20}},
         },
+        differentiable=False,
+    ),
+    Operator(
+        "int8_linear",
+        batched=("x",),
+        cases=(
+            int8_linear(1, width=1, outputs=1),
+            int8_linear(1, width=97, outputs=37),
+            int8_linear(1, width=5000, outputs=3, bias=False),  # longer than what is read at once
+            *(int8_linear(rows, width=33, outputs=101) for rows in range(1, 21)),
+            int8_linear(16, width=1040, outputs=130, bias=False),
+            int8_linear(3, 1, width=1040, outputs=130),
+            int8_linear(33, width=272, outputs=70),
+            int8_linear(64, width=97, outputs=70),
+            int8_linear(65, width=97, outputs=37),  # PyTorch's product from here on
+            int8_linear(2, 50, width=48, outputs=24, bias=False),
+            int8_linear(1, width=768, outputs=300, in_float32=("bias",)),
+            int8_linear(5, width=48, outputs=37, in_float32=("bias",)),
+            int8_linear(70, width=48, outputs=37, in_half=("bias",)),
+            int8_linear(width=19, outputs=7),
+            int8_linear(0, width=16, outputs=8),
+            int8_linear(3, 0, width=16, outputs=8),
+        ),
+        small=(
+            int8_linear(1, 1, width=48, outputs=37),
+            int8_linear(2, 7, width=33, outputs=50),
+            int8_linear(2, 35, width=32, outputs=50, bias=False),
+        ),
+        drawn=st.builds(
+            lambda rows, width, outputs, bias: int8_linear(*rows, width=width, outputs=outputs, bias=bias),
+            _rows, st.integers(1, 70), st.integers(1, 70), _flag,
+        ),
+        large=tuple(
+            int8_linear(rows, width=width, outputs=outputs)
+            for rows in (1, 3, 16, 32, 64, 100)
+            for width, outputs in (
+                (768, 768), (768, 2304), (768, 3072), (3072, 768), (768, 50257), (1600, 6400), (6400, 1600), (797, 1001)
+            )
+        ),
+        # weights, read one row at a time and by tiles, and rows
+        far=(
+            int8_linear(8, width=2**15 + 16, outputs=2**16 + 8),
+            int8_linear(2**21 + 8, width=1024, outputs=64),
+        ),
+        configurations={
+            "a few weights at a time": {
+                "int8_row": {"BN": 8, "BK": 16, "num_warps": 4},
+                "int8_rows": {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 2},
+            },
+        },
+        result_shape=lambda case: (*case.shapes["x"][:-1], case.shapes["weight"][0]),
         differentiable=False,
     ),
     Operator(

@@ -21,12 +21,14 @@ class Outcome:
     gradients: dict[str, Tensor | None]
 
 
-def leaves(inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
-    """Tensors on the same memory that gather gradients, or copies in another dtype."""
+def leaves(
+    inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None, differentiable: bool = True
+) -> dict[str, Tensor | None]:
+    """Tensors on the same memory that gather gradients if `differentiable`, or copies in another dtype."""
     return {
         name: tensor
-        if tensor is None or not tensor.is_floating_point()
-        else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+        if tensor is None or not tensor.is_floating_point() or name == "scale"  # which is float32 always
+        else tensor.detach().to(dtype or tensor.dtype).requires_grad_(differentiable)
         for name, tensor in inputs.items()
     }
 
@@ -48,11 +50,9 @@ def run(
     dtype: torch.dtype | None = None,
 ) -> Outcome:  # fmt: skip
     """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
-    own = leaves(inputs, dtype)
+    own = leaves(inputs, dtype, case.row.differentiable)
     if dtype is not None and "dtype" in case.options:
         case = case.with_options(dtype=dtype)
-    if not case.row.differentiable:
-        own = {name: None if tensor is None else tensor.detach() for name, tensor in own.items()}
     results = call(function, case, own)
     if upstream:
         backward(results, upstream)
