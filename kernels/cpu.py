@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import checks, reference, runtime
-from kernels.reference import causal_attention, decode_attention, gelu_ffn, layer_norm, linear_cross_entropy
+from kernels.reference import causal_attention, gelu_ffn, layer_norm, linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -143,6 +143,20 @@ def _tiles(heads: int, length: int) -> list[slice]:
     """Which heads [B * H] are computed together."""
     step = max(1, _TILE // length**2)
     return [slice(first, first + step) for first in range(0, heads, step)]
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
+    """`kernels.reference.decode_attention`; what lies beyond the longest sequence is not read."""
+    checks.decode_attention(q, k_cache, v_cache, lengths, scale)
+    if q.device.type != "cpu" or lengths.numel() == 0 or torch.compiler.is_compiling():
+        return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
+    shortest, longest = (int(bound) for bound in lengths.aminmax())
+    k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
+    if 0 < shortest == longest:  # nothing to be masked
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale)
+    return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

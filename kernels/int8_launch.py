@@ -43,7 +43,7 @@ def _tiles(architecture: str, outputs: int, rows: int, dtype: torch.dtype, wides
         columns //= 2
     inner = _WEIGHTS // max(columns, rows)
     if dtype == torch.float32:  # three parts of each number of x are in registers
-        inner = max(32, min(2048 // rows, 4096 // columns))
+        inner = 32 if rows == columns == 64 else max(64, min(2048 // rows, 4096 // columns))
     return {
         "BM": rows, "BN": columns, "BK": inner, "num_warps": 2 if columns == 16 else 4,
         "num_stages": 2 if architecture.startswith("gfx") else 4,

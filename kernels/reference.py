@@ -219,11 +219,6 @@ def decode_attention(
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
-    # on a CPU lengths can be looked at, and what lies beyond the longest need not be read
-    visible = type(lengths) is Tensor and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and lengths.numel() > 0:
-        longest = int(lengths.max())
-        k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
     seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # [B, S]
     o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen[:, None, None, :], scale=scale)
     return o.masked_fill((lengths <= 0)[:, None, None, None], 0.0)

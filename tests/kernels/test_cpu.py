@@ -39,7 +39,7 @@ def test_a_namespace_of_the_references_operators():
     names = {name for name in cpu.__all__ if name != "dropout"}
     assert all(callable(getattr(reference, name)) for name in names)
     changed = {name for name in names if getattr(cpu, name) is not getattr(reference, name)}
-    assert changed == {"add_layer_norm", "causal_attention_qkvpacked", "int8_linear"}
+    assert changed == {"add_layer_norm", "causal_attention_qkvpacked", "decode_attention", "int8_linear"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,3 +184,23 @@ def test_a_second_derivative_raises():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 5], [0, 4], [0, 0], [9, 9]], ids=str)
+def test_decode_attention_is_the_reference(lengths):
+    """Also where all sequences are equally long, and nothing is masked."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (1, 9, 9))
+    longest = max(lengths)
+    k[:, :, longest:] = v[:, :, longest:] = torch.nan  # nobody is to look at it
+    given = torch.tensor(lengths, dtype=torch.int32)
+    found = cpu.decode_attention(q, k, v, given, 0.3)
+    expected = reference.decode_attention(q, k.nan_to_num(), v.nan_to_num(), given, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_decode_attention_refuses_what_the_reference_does():
+    q, k = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 9, 8)
+    for lengths in ([5, 5], [3, 5]):
+        with pytest.raises((TypeError, ValueError), match="decode_attention: v_cache"):
+            cpu.decode_attention(q, k, k[:, :2], torch.tensor(lengths))
