@@ -17,8 +17,9 @@ from kernels import packed, reference, runtime
 if TYPE_CHECKING:
     from gptfast.model import GPT
 
-Product = Callable[[nn.Linear, str | None], nn.Module]
+Product = Callable[[nn.Linear, str | None], nn.Module | None]  # None leaves the layer as it is
 _WORTH_PACKING = 32  # new tokens; packing takes as long as it saves in about 27
+_WORTH_BYTES = 2**20  # of a weight; calls of oneDNN begin 20 us later than those of `F.linear`
 
 
 class FeedForward(nn.Module):
@@ -90,12 +91,22 @@ def for_decoding(model: GPT, new_tokens: int = _WORTH_PACKING) -> GPT:
         model: in evaluation mode. Modules with hooks stay as they are.
         new_tokens: how many will be generated: for few of them nothing is copied.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    dtypes = {runtime.autocast_dtype(linear.weight.device) or linear.weight.dtype for linear in linears}
+    dtypes = {runtime.autocast_dtype(p.device) or p.dtype for p in model.parameters() if p.dim() == 2}
     few = new_tokens < _WORTH_PACKING and not dtypes <= {torch.float32}
-    if not linears or few or not all(packed.can_pack(linear.weight, dtype) for linear in linears for dtype in dtypes):
+    if few or _is_packed(model):
         return model
-    return converted(model, PackedLinear)
+    found = converted(model, _packed_if_worth)
+    return found if _is_packed(found) else model
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def _packed_if_worth(linear: nn.Linear, activation: str | None) -> nn.Module | None:
+    dtype = runtime.autocast_dtype(linear.weight.device) or linear.weight.dtype
+    large = linear.weight.numel() * dtype.itemsize >= _WORTH_BYTES
+    return PackedLinear(linear, activation) if large and packed.can_pack(linear.weight, dtype) else None
 
 
 def converted(model: GPT, product: Product) -> GPT:
@@ -109,9 +120,11 @@ def _converted(module: nn.Module, product: Product) -> nn.Module:
     if module._forward_hooks or module._forward_pre_hooks:
         return module
     if isinstance(module, nn.Linear):
-        return product(module, None)
+        return product(module, None) or module
     if isinstance(module, MLP):  # it has an operator that takes its weights
-        return FeedForward(product(module.c_fc, module.activation), product(module.c_proj, None))
+        c_fc, c_proj = product(module.c_fc, module.activation), product(module.c_proj, None)
+        if c_fc is not None and c_proj is not None:
+            return FeedForward(c_fc, c_proj)
     other = copy.copy(module)
     # parameters of its own in the same memory: to move them is to move the copy alone
     other._parameters = {name: p if p is None else _evaluated(p) for name, p in module._parameters.items()}

@@ -99,7 +99,7 @@ def steps(
         return
     longest = max(lengths) + max_new_tokens
     with evaluating(model), evaluating(draft.model):
-        target, proposer = _Reader(model, longest), _Reader(draft.model, longest)
+        target, proposer = (_Reader(each, longest, len(idx) * max_new_tokens) for each in (model, draft.model))
         for row, length in enumerate(lengths):
             sequence = _Sequence(idx[row : row + 1, :length], max_new_tokens, settings or Sampling(), generator)
             for token, log_prob in _continued(sequence, target, proposer, draft, max_new_tokens, log_probs):
@@ -145,9 +145,9 @@ def _race(weights: Tensor, times: Tensor) -> Tensor:
 class _Reader:
     """A model, and the keys and values of those tokens of a sequence that it has read."""
 
-    def __init__(self, model: GPT, longest: int) -> None:
+    def __init__(self, model: GPT, longest: int, new_tokens: int) -> None:
         self.window = model.config.block_size
-        self._model = for_decoding(model, longest)
+        self._model = for_decoding(model, new_tokens)
         self._cache = KVCache(model.config.n_layer, min(self.window, longest))
 
     def read(self, tokens: Tensor, end: int, count: int) -> Tensor:

@@ -22,6 +22,11 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr("gptfast.generation.inference._WORTH_BYTES", 0)
+
+
 def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
     torch.manual_seed(0)
     shape = {"block_size": 12, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
@@ -89,6 +94,16 @@ def test_nothing_is_packed_for_a_few_tokens():
     model = build(torch.bfloat16)
     assert for_decoding(model, 31) is model
     assert for_decoding(model, 32) is not model
+
+
+def test_small_weights_are_not_packed(monkeypatch):
+    monkeypatch.setattr("gptfast.generation.inference._WORTH_BYTES", 4 * 32 * 128)
+    model, idx = build(), tokens()
+    found = for_decoding(model)
+    assert len(products(found)) == 4  # of the feed-forwards, which alone are as large
+    torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("gptfast.generation.inference._WORTH_BYTES", 4 * 32 * 128 + 1)
+    assert for_decoding(model) is model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
