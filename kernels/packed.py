@@ -44,4 +44,4 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
         [..., N].
     """
     name, algorithm = _POST[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], algorithm)

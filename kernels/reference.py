@@ -86,7 +86,7 @@ def add_layer_norm(
         generator = torch.Generator(x.device).manual_seed(int(seed))
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
         return add_layer_norm_with_mask(x, residual, weight, bias, eps, dropout_p, kept, dtype)
-    h = residual + F.dropout(x, dropout_p)
+    h = residual + (F.dropout(x, dropout_p) if dropout_p > 0.0 else x)
     return _norm(h, weight, bias, eps, dtype), h
 
 
