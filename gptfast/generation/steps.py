@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
     """The tokens of a step on the device, and what the host is told of them."""
 
     tokens: Tensor  # [B] int64
-    told: Tensor  # [3, B] float64, for one copy: tokens, their log-probabilities, the largest logits
+    told: Tensor  # [3, B] float32, for one copy: tokens (exact to 2**24), their log-probabilities, largest logits
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Draw:
         """One token for each row of the logits [B, V]."""
         left = sampling.process(logits.float(), decoder.tokens, decoder.ends, decoder.prompts, self.settings)
         tokens = sampling.choose(left, noise, self.settings)  # [B]
-        largest = logits.amax(-1).double()  # [B], from which the host sees whether there is a distribution at all
-        log_probs = log_softmax_of(logits, tokens).double() if self.log_probs else torch.zeros_like(largest)
-        return Drawn(tokens, torch.stack((tokens.double(), log_probs, largest)))
+        largest = logits.amax(-1).float()  # [B], from which the host sees whether there is a distribution at all
+        log_probs = log_softmax_of(logits, tokens) if self.log_probs else torch.zeros_like(largest)
+        return Drawn(tokens, torch.stack((tokens.float(), log_probs, largest)))
 
 
 class _Told:
