@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from gptfast import run, tokenizers
-from gptfast.data.batches import Split, batches, corpus, shards
+from gptfast.data import batches, corpus, shards
+from gptfast.data.batches import Split
 from gptfast.files import read_json
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
