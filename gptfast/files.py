@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,36 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def require_unused(path: Path) -> None:
+    """Raise ValueError unless a new folder may have this path: there is none, or an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; give a new folder")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that appears at `path` with all its files, or not at all where an error ends the block.
+
+    Raises:
+        ValueError: there is something already.
+        OSError: the folder cannot be written.
+    """
+    require_unused(path)
+    path = path.absolute()
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            path.rmdir()  # empty, or somebody else was faster
+        os.rename(partial, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:
