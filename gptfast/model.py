@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -416,10 +417,16 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto"
     ) -> GPT:
-        """GPT-2 with pretrained weights; see `gptfast.pretrained.from_pretrained`."""
+        """A model from a folder or the Hugging Face hub; see `gptfast.pretrained.from_pretrained`."""
         from gptfast.pretrained import from_pretrained
 
         return from_pretrained(model_type, override_args, backend)
+
+    def save_pretrained(self, folder: str | Path, zero_biases: bool = False) -> None:
+        """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.export.save`."""
+        from gptfast.huggingface import export
+
+        export.save(self, folder, zero_biases=zero_biases)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
