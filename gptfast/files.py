@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHECKSUM = "sha256"  # in the metadata of a safetensors file
 
 
@@ -48,6 +49,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if expected is not None and checksum(tensors) != expected:
         raise ValueError(f"{path} is damaged: its checksum is another")
     return tensors
+
+
+def require_fit(problem: str, found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    """Check the tensors of a file, of any float of 16 or 32 bits, against a model's.
+
+    Args:
+        problem: what the message begins with.
+        found: tensors by name.
+        expected: their shapes, by name.
+
+    Raises:
+        ValueError: one is missing, unknown, of another shape or dtype; the message names the first.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{problem}: it lacks tensor {name} {list(shape)}")
+        tensor = found[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{problem}: tensor {name} is {list(tensor.shape)}, {list(shape)} is expected")
+        if tensor.dtype not in _FLOATS:
+            given, *accepted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_FLOATS))
+            raise ValueError(f"{problem}: tensor {name} is of dtype {given}; accepted: {', '.join(accepted)}")
+    unknown = next((name for name in found if name not in expected), None)
+    if unknown is not None:
+        raise ValueError(f"{problem}: tensor {unknown} is none of the model's")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

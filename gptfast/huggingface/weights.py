@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
-from gptfast.files import read_json, read_tensors
+from gptfast.files import read_json, read_tensors, require_fit
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Conv1D of transformers keeps these matrices as [in, out]
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # the causal mask, which old files hold as buffers
@@ -22,7 +20,7 @@ _MASKS = (".attn.bias", ".attn.masked_bias")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def read(folder: Path, config: GPTConfig, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def read(folder: Path, config: GPTConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """The tensors of a folder, by this package's names and in its shapes.
 
     Args:
@@ -37,19 +35,8 @@ def read(folder: Path, config: GPTConfig, shapes: Mapping[str, torch.Size]) -> d
     theirs = {_full(name): tensor for name, tensor in _tensors(folder) if not name.endswith(_MASKS)}
     if config.tie_weights and _EMBEDDING in theirs:
         theirs[_HEAD] = theirs[_EMBEDDING]
-    for name, shape in shapes.items():
-        expected = list(reversed(shape)) if _is_transposed(name) else list(shape)
-        if name not in theirs:
-            raise ValueError(f"{folder} does not fit its config.json: it lacks tensor {name} {expected}")
-        found, dtype = list(theirs[name].shape), theirs[name].dtype
-        if found != expected:
-            raise ValueError(f"{folder} does not fit its config.json: tensor {name} is {found}, {expected} is expected")
-        if dtype not in _DTYPES:
-            accepted = ", ".join(map(_dtype_name, _DTYPES))
-            raise ValueError(f"{folder}: tensor {name} is of dtype {_dtype_name(dtype)}; accepted: {accepted}")
-    unknown = next((name for name in theirs if name not in shapes), None)
-    if unknown is not None:
-        raise ValueError(f"{folder} does not fit its config.json: tensor {unknown} is none of GPT-2's")
+    expected = {name: tuple(reversed(shape)) if _is_transposed(name) else shape for name, shape in shapes.items()}
+    require_fit(f"{folder} does not fit its config.json", theirs, expected)
     return {name: tensor.t() if _is_transposed(name) else tensor for name, tensor in theirs.items()}
 
 
@@ -80,10 +67,6 @@ def _full(name: str) -> str:
 
 def _is_transposed(name: str) -> bool:
     return name.endswith(_TRANSPOSED)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
