@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from gptfast import GPTConfig, peaks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-IN_ORDER = ROOT / "docs" / "training.md"
+TRAINING, DROP_IN = (ROOT / "docs" / name for name in ("training.md", "drop-in.md"))
 
 
 def commands(path: Path) -> list[str]:
@@ -21,7 +23,10 @@ def commands(path: Path) -> list[str]:
 
 
 COMMANDS = [
-    pytest.param(line, id=f"{path.name}-{line}") for path in DOCUMENTS if path != IN_ORDER for line in commands(path)
+    pytest.param(line, id=f"{path.name}-{line}")
+    for path in DOCUMENTS
+    if path not in (TRAINING, DROP_IN)
+    for line in commands(path)
 ]
 
 
@@ -31,9 +36,15 @@ def test_a_command_runs(command: str):
 
 
 @pytest.mark.slow
-def test_commands_one_after_the_other(tmp_path):
-    for command in commands(IN_ORDER):
-        assert run(words(command), tmp_path), command
+@pytest.mark.parametrize("path", [TRAINING, DROP_IN], ids=lambda path: path.name)
+def test_commands_and_code_one_after_the_other(tmp_path, path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        if language == "python":
+            run([sys.executable, "-c", block], tmp_path)
+        else:
+            for command in block.splitlines():
+                assert run(words(command), tmp_path), command
 
 
 def test_the_tables_of_a_step_are_those_of_its_passes():
@@ -45,7 +56,7 @@ def test_the_tables_of_a_step_are_those_of_its_passes():
 
 
 def test_the_table_of_recipes_is_that_of_the_committed_results():
-    text = IN_ORDER.read_text(encoding="utf-8")
+    text = TRAINING.read_text(encoding="utf-8")
     written = text.partition("<!-- recipes:start -->\n")[2].partition("<!-- recipes:end -->")[0]
     results = json.loads((ROOT / "benchmarks/results/cpu/recipes.json").read_text(encoding="utf-8"))
     assert written == recipes.passage(results)

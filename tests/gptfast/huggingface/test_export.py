@@ -86,6 +86,15 @@ def test_the_end_of_text_is_that_of_the_tokenizer(here, capsys):
     assert config.eos_token_id == tokens.end_of_text == transformers.AutoTokenizer.from_pretrained("out").eos_token_id
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "--help"])
+    assert ended.value.code == 0
+    assert "--zero-biases" in capsys.readouterr().out
+    cli.main([])
+    assert "gptfast export RUN FOLDER" in capsys.readouterr().out
+
+
 def test_without_the_tokenizer(here, capsys):
     write_run(here / "run", CharTokenizer("a\udc80b"))
     assert "has the lone surrogate U+DC80" in refused(capsys, "export", "run", "out")
