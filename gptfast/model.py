@@ -416,7 +416,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto"
+        cls, model_type: str | Path, override_args: dict[str, float] | None = None, backend: Request = "auto"
     ) -> GPT:
         """A model from a folder or the Hugging Face hub; see `gptfast.pretrained.from_pretrained`."""
         from gptfast.pretrained import from_pretrained

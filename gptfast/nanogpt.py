@@ -58,11 +58,11 @@ def load(path: str | Path, override_args: Mapping[str, Any] | None = None, backe
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
     head, embedding = weights.get(_HEAD), weights.get(_EMBEDDING)
     tied = head is None or embedding is None or torch.equal(head, embedding)
-    settings = {"activation": activation_of(state) or "gelu", "tie_weights": tied, **arguments, **overrides}
     try:
-        model = GPT(GPTConfig(**settings), backend)
+        config = GPTConfig(**arguments, activation=activation_of(state) or "gelu", tie_weights=tied)
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of nanoGPT's: {error}") from error
+    model = GPT(dataclasses.replace(config, **overrides), backend)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     require_fit(f"{path} does not fit its model_args", weights, shapes)
     model.load_state_dict(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from gptfast.backend import Request
@@ -9,7 +10,9 @@ from gptfast.huggingface import config, hub, weights
 from gptfast.model import GPT
 
 
-def from_pretrained(model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto") -> GPT:
+def from_pretrained(
+    model_type: str | Path, override_args: dict[str, float] | None = None, backend: Request = "auto"
+) -> GPT:
     """A model in Hugging Face's layout, in float32 and without dropout.
 
     Args:
@@ -26,10 +29,10 @@ def from_pretrained(model_type: str, override_args: dict[str, float] | None = No
     overrides = dict(override_args or {})
     if not set(overrides) <= {"dropout", "pad_vocab_size_to"}:
         raise ValueError(f"override_args accepts dropout and pad_vocab_size_to, got {', '.join(overrides)}")
-    folder = _folder(model_type)
+    folder = _folder(str(model_type))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    settings = config.read(folder / "config.json", **overrides)
+    settings = dataclasses.replace(config.read(folder / "config.json"), **overrides)  # type: ignore[arg-type]
     model = GPT(settings, backend)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(weights.read(folder, settings, shapes))

@@ -49,12 +49,8 @@ def is_model(folder: Path) -> bool:
         return False
 
 
-def read(path: Path, **overrides: Any) -> GPTConfig:
+def read(path: Path) -> GPTConfig:
     """The settings in a `config.json`, without dropout.
-
-    Args:
-        path: of the file.
-        overrides: fields of `GPTConfig` that are to have another value.
 
     Raises:
         ValueError: the file is damaged, of another architecture, or has a field with a value that this GPT does not
@@ -80,7 +76,7 @@ def read(path: Path, **overrides: Any) -> GPTConfig:
         raise ValueError(f"{path} has tie_word_embeddings={tied!r}; accepted: true, false")
     settings = {ours: theirs[name] for name, ours in _OURS.items() if name in theirs}
     try:
-        config = GPTConfig(**{**settings, "activation": _ACTIVATIONS[activation], **overrides})
+        config = GPTConfig(**settings, activation=_ACTIVATIONS[activation])  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{path} is no GPT-2 config: {error}") from error
     if theirs.get("n_inner") not in (None, 4 * config.n_embd):

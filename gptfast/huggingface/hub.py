@@ -39,6 +39,6 @@ def download(repository: str) -> Path:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or "no reason given").splitlines()[0]
         raise ValueError(
-            f"no folder {repository} is here, and the Hugging Face hub could not be reached ({type(cause).__name__}: "
-            f"{reason}); give a folder with config.json and {weights.FILE}"
+            f"no folder {repository} is here, and it could not be downloaded from the Hugging Face hub "
+            f"({type(cause).__name__}: {reason}); give a folder with config.json and {weights.FILE}"
         ) from error

@@ -40,9 +40,9 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
     """
     special = _special_tokens(tokenizer)
     if isinstance(tokenizer, ByteTokenizer):
-        content = _bytes(special)
+        content = _bytes()
     elif isinstance(tokenizer, CharTokenizer):
-        content = _characters(tokenizer, special)
+        content = _characters(tokenizer)
     elif isinstance(tokenizer, WordTokenizer):
         content = _words(tokenizer)
     elif isinstance(tokenizer, TiktokenTokenizer):
@@ -111,8 +111,8 @@ def _byte_pair_model(vocabulary: dict[str, int], merges: list[str]) -> Json:
     }
 
 
-def _bytes(special: dict[str, int]) -> Json:
-    vocabulary = {letter: byte for byte, letter in sorted(_LETTERS.items())} | special
+def _bytes() -> Json:
+    vocabulary = {letter: byte for byte, letter in sorted(_LETTERS.items())}
     return {
         "pre_tokenizer": _BYTE_LEVEL,
         "decoder": _BYTE_LEVEL,
@@ -120,14 +120,14 @@ def _bytes(special: dict[str, int]) -> Json:
     }
 
 
-def _characters(tokenizer: CharTokenizer, special: dict[str, int]) -> Json:
+def _characters(tokenizer: CharTokenizer) -> Json:
     lone = next((char for char in tokenizer.chars if "\ud800" <= char <= "\udfff"), None)
     if lone is not None:
         raise ValueError(
             f"the tokenizer has the lone surrogate U+{ord(lone):04X}, which no tokenizer.json can hold; export without "
             "the tokenizer (--no-tokenizer)"
         )
-    vocabulary = {char: number for number, char in enumerate(tokenizer.chars)} | special
+    vocabulary = {char: number for number, char in enumerate(tokenizer.chars)}
     return {
         "pre_tokenizer": _split(r"[\s\S]"),
         "decoder": {"type": "Fuse"},
@@ -153,6 +153,7 @@ def _removed_space(pattern: str) -> Json:
 
 
 def _byte_pairs(tokenizer: TiktokenTokenizer, special: dict[str, int]) -> Json:
+    # special tokens too: their numbers may lie apart from those of the others
     vocabulary = {_shown(token): rank for token, rank in tokenizer.ranks.items()} | special
     merges = [f"{_shown(left)} {_shown(right)}" for left, right in _merges(tokenizer.ranks)]
     # their regular expressions read a possessive {1,3}+ as a repetition; as no pattern of tiktoken would give back what

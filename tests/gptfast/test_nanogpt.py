@@ -64,6 +64,8 @@ def test_what_can_be_overridden(tmp_path):
     assert torch.equal(ours(model), ours(GPT.from_nanogpt(path)))
     message = "override_args accepts dropout, pad_vocab_size_to and activation, got n_layer"
     assert refused(path, override_args={"n_layer": 3}) == message
+    assert refused(path, override_args={"dropout": 1.5}) == "dropout must be in [0, 1), got 1.5"
+    assert refused(path, backend="cuda").startswith("unknown backend 'cuda'")
 
 
 def test_half_precision_is_read_into_float32(tmp_path):

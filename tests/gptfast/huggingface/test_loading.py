@@ -117,8 +117,12 @@ def test_what_can_be_overridden(folder):
     assert (model.config.dropout, model.lm_head.weight.shape) == (0.1, (64, 32))
     assert not model.lm_head.weight[61:].any()
     assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder))
-    with pytest.raises(ValueError, match="override_args accepts dropout and pad_vocab_size_to, got n_layer"):
-        GPT.from_pretrained(str(folder), {"n_layer": 3})
+    for overrides, message in (
+        ({"n_layer": 3}, "override_args accepts dropout and pad_vocab_size_to, got n_layer"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=rf"\A{message}\Z"):
+            GPT.from_pretrained(folder, overrides)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def test_transformers_loads_what_was_saved(tmp_path, settings):
     model = build(**settings)
     model.save_pretrained(tmp_path / "out")
     assert_same(model, tmp_path / "out")
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert {saved.embd_pdrop, saved.attn_pdrop, saved.resid_pdrop} == {model.config.dropout}
     overrides = {"dropout": model.config.dropout, "pad_vocab_size_to": model.config.pad_vocab_size_to}
     again = GPT.from_pretrained(str(tmp_path / "out"), overrides)
     assert again.config == model.config
