@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from gptfast import run
-from gptfast.files import new_folder, write_json, write_tensors
+from gptfast.files import new_folder, require_fit, write_json, write_tensors
 from gptfast.huggingface import config, tokenizer, weights
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
@@ -62,17 +62,22 @@ def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None, zero_b
         zero_biases: write zeros where the model has no biases.
 
     Raises:
-        ValueError: a setting that their GPT-2 does not have, a tokenizer that their format cannot hold, or a folder
-            that is not empty.
+        ValueError: a setting that their GPT-2 does not have, weights that are no floats, a tokenizer that their format
+            cannot hold, or a folder that is not empty.
         OSError: the folder cannot be written.
     """
+    state = lora.merged_state_dict(model)
+    with torch.device("meta"):
+        plain = GPT(model.config, "eager").state_dict()
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    require_fit("the model cannot be saved in Hugging Face's layout", state, shapes)
     end_of_text = _GPT2_END_OF_TEXT if model.config.vocab_size == _GPT2_VOCABULARY else None
     if tokens is not None:
         end_of_text = tokens.end_of_text
-    content = {"config.json": config.written(model.config, model.lm_head.weight.dtype, end_of_text, zero_biases)}
+    content = {"config.json": config.written(model.config, state["lm_head.weight"].dtype, end_of_text, zero_biases)}
     if tokens is not None:
         content |= tokenizer.files(tokens, model.config.block_size)
     with new_folder(Path(folder).expanduser()) as path:
-        write_tensors(path / weights.FILE, weights.written(model.config, lora.merged_state_dict(model)))
+        write_tensors(path / weights.FILE, weights.written(model.config, state))
         for name, part in content.items():
             write_json(path / name, part)

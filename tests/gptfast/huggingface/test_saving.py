@@ -112,6 +112,17 @@ def test_what_their_gpt2_is_not(tmp_path, settings, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_with_other_weights(tmp_path):
+    model = build()
+    model.transformer.h[1].mlp.c_fc = torch.nn.Identity()
+    message = "the model cannot be saved in Hugging Face's layout: it lacks tensor transformer.h.1.mlp.c_fc.weight"
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"weight is of dtype float64; accepted: float32, float16, bfloat16"):
+        build().double().save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_stays(tmp_path):
     model = build().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
