@@ -1,4 +1,4 @@
-"""The command line: `gptfast prepare`, `gptfast train` and `gptfast generate`."""
+"""The command line: `gptfast prepare`, `gptfast train`, `gptfast generate` and `gptfast export`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from gptfast import devices, run
 from gptfast.data import prepare as preparation
 from gptfast.files import read_json
 from gptfast.generation import writing
+from gptfast.huggingface import export
 from gptfast.training import recipes, trainer
 from gptfast.training.distributed import World
 from gptfast.training.settings import TrainConfig
@@ -30,6 +31,7 @@ USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data 
        gptfast train PRESET [options]      train a GPT and write a run folder
        gptfast train RUN [options]         continue a run from its last checkpoint
        gptfast generate MODEL [options]    continue prompts with a trained model
+       gptfast export RUN FOLDER           write a run's model and tokenizer for Hugging Face's transformers
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and the like list the options."""
@@ -77,8 +79,10 @@ def _run(arguments: list[str]) -> None:
         _train(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
+    elif arguments[0] == "export":
+        _export(arguments[1:])
     else:
-        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate")
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate, export")
 
 
 def _prepare(arguments: list[str]) -> None:
@@ -170,6 +174,11 @@ def _option(options: list[str], flag: str, default: str) -> str:
 
 def _generate(arguments: list[str]) -> None:
     writing.write(_parse(writing.GenerateConfig, arguments, "gptfast generate"))
+
+
+def _export(arguments: list[str]) -> None:
+    config = _parse(export.ExportConfig, arguments, "gptfast export")
+    print(export.export(config))
 
 
 def _parse(settings: type[Settings], options: list[str], program: str, default: Settings | None = None) -> Settings:
