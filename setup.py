@@ -18,7 +18,15 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["gptfast", "gptfast.data", "gptfast.generation", "gptfast.tokenizers", "gptfast.training", "kernels"],
+    packages=[
+        "gptfast",
+        "gptfast.data",
+        "gptfast.evaluation",
+        "gptfast.generation",
+        "gptfast.tokenizers",
+        "gptfast.training",
+        "kernels",
+    ],
     package_data={"gptfast": ["py.typed"], "kernels": ["py.typed", "launches/*.json"]},
     install_requires=[
         "torch>=2.11",

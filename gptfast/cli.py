@@ -1,4 +1,4 @@
-"""The command line: `gptfast prepare`, `gptfast train` and `gptfast generate`."""
+"""The command line: `gptfast prepare`, `gptfast train`, `gptfast generate` and `gptfast eval`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import tyro
 
 from gptfast import devices, run
 from gptfast.data import prepare as preparation
+from gptfast.evaluation import command as evaluation
 from gptfast.files import read_json
 from gptfast.generation import writing
 from gptfast.training import recipes, trainer
@@ -30,6 +31,7 @@ USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data 
        gptfast train PRESET [options]      train a GPT and write a run folder
        gptfast train RUN [options]         continue a run from its last checkpoint
        gptfast generate MODEL [options]    continue prompts with a trained model
+       gptfast eval MODEL [options]        measure how well a model predicts a text or chooses endings
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and the like list the options."""
@@ -77,8 +79,10 @@ def _run(arguments: list[str]) -> None:
         _train(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
+    elif arguments[0] == "eval":
+        evaluation.write(_parse(evaluation.EvalConfig, arguments[1:], "gptfast eval"))
     else:
-        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate")
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate, eval")
 
 
 def _prepare(arguments: list[str]) -> None:
