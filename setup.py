@@ -21,6 +21,7 @@ setup(
     packages=[
         "gptfast",
         "gptfast.data",
+        "gptfast.evaluation",
         "gptfast.generation",
         "gptfast.huggingface",
         "gptfast.tokenizers",

@@ -1,4 +1,4 @@
-"""The command line: `gptfast prepare`, `gptfast train`, `gptfast generate` and `gptfast export`."""
+"""The command line: `gptfast prepare`, `train`, `generate`, `eval` and `export`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import tyro
 
 from gptfast import devices, run
 from gptfast.data import prepare as preparation
+from gptfast.evaluation import command as evaluation
 from gptfast.files import read_json
 from gptfast.generation import writing
 from gptfast.huggingface import export
@@ -31,6 +32,7 @@ USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data 
        gptfast train PRESET [options]      train a GPT and write a run folder
        gptfast train RUN [options]         continue a run from its last checkpoint
        gptfast generate MODEL [options]    continue prompts with a trained model
+       gptfast eval MODEL [options]        measure how well a model predicts a text or chooses endings
        gptfast export RUN FOLDER           write a run's model and tokenizer for Hugging Face's transformers
 
 presets: {", ".join(recipes.names())}
@@ -79,10 +81,12 @@ def _run(arguments: list[str]) -> None:
         _train(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
+    elif arguments[0] == "eval":
+        evaluation.write(_parse(evaluation.EvalConfig, arguments[1:], "gptfast eval"))
     elif arguments[0] == "export":
         _export(arguments[1:])
     else:
-        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate, export")
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate, eval, export")
 
 
 def _prepare(arguments: list[str]) -> None:

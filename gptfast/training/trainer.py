@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast import devices, evaluation, flops, peaks
+from gptfast import devices, flops, peaks
 from gptfast.backend import parse
 from gptfast.data import batches
-from gptfast.evaluation import Sequences
+from gptfast.evaluation import measures
+from gptfast.evaluation.sequences import Sequences
 from gptfast.run import RunFolder
 from gptfast.training import optimizers, progress, schedules
 from gptfast.training.checkpoint import Checkpoint, Checkpoints
@@ -323,12 +324,12 @@ class _Training:
         for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
             if not math.isfinite(value):
                 raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
-        val_loss, perplexity = losses["val_loss"], evaluation.perplexity(losses["val_loss"])
+        val_loss, perplexity = losses["val_loss"], measures.perplexity(losses["val_loss"])
         ratio = self.bytes_per_token
         entry = {
             **losses,
             "val_perplexity": perplexity if math.isfinite(perplexity) else None,
-            "val_bits_per_byte": None if ratio is None else evaluation.bits_per_byte(val_loss, ratio),
+            "val_bits_per_byte": None if ratio is None else measures.bits_per_byte(val_loss, ratio),
         }
         self.progress.evaluation({"step": step, **entry}, self._sample() if self.config.sample_tokens else None)
         if self.best["val_loss"] is None or val_loss < self.best["val_loss"]:
