@@ -99,7 +99,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = _beside(path)
     try:
         metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
+        partial.touch()
+        mode = partial.stat().st_mode
         safetensors.torch.save_file(contiguous, partial, metadata)
+        partial.chmod(mode)  # its own lets nobody else read
         _put_in_place(partial, path)
     except (OSError, SafetensorError) as error:  # the system's errors come in its own clothes
         partial.unlink(missing_ok=True)

@@ -78,6 +78,13 @@ def test_the_model_comes_back(here, capsys):
     assert "out is not a run folder: its config.json is that of a model in" in refused(capsys, "export", "out", "again")
 
 
+def test_who_may_read_one_file_may_read_all(here, capsys):
+    write_run(here / "run")
+    printed(capsys, "export", "run", "out")
+    usual = (here / "run/config.json").stat().st_mode
+    assert {path.stat().st_mode for path in (here / "out").iterdir()} == {usual}
+
+
 def test_the_end_of_text_is_that_of_the_tokenizer(here, capsys):
     tokens = CharTokenizer.of_documents([TEXT], end_of_text=True)
     write_run(here / "run", tokens)
