@@ -138,7 +138,7 @@ def test_a_parser_that_draws_no_box(monkeypatch, capsys, printed, message):
 
 def test_unknown_words(capsys):
     assert fails(capsys, "train", "gpt5").startswith("unknown preset 'gpt5'; accepted: shakespeare-char, ")
-    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: prepare, train, generate, eval, export"
+    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: prepare, train, generate, eval, export, doctor"
 
 
 @pytest.fixture
