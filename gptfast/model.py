@@ -371,10 +371,9 @@ class GPT(nn.Module):
         """
         device, dtype = self._placement()
         peak = peaks.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
-        if peak is None:
-            return math.nan
-        tokens = fwdbwd_per_iter * self.config.block_size
-        return flops.training_flops_per_token(self.config) * tokens / dt / peak
+        speed = flops.tokens_per_second(fwdbwd_per_iter, self.config.block_size, dt)
+        mfu = flops.utilisation(speed, flops.most_tokens_per_second(self.config, peak))
+        return math.nan if mfu is None else mfu
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the longest sequence to `block_size`, dropping the positions beyond it.

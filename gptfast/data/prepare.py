@@ -33,7 +33,8 @@ class PrepareConfig:
     """Tokenize texts into a folder of token shards, which `gptfast train --data` takes."""
 
     source: tyro.conf.Positional[str]
-    """stdlib, shakespeare, a text or JSON-lines file (.gz is unpacked), a folder of such files, or a pattern."""
+    """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is unpacked), a folder of such
+    files, or a pattern."""
     out: str
     """Folder to write, which must be new."""
     tokenizer: str = "gpt2"
