@@ -73,7 +73,10 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
         (["--block-size", "400"], "the text is too short: 1720 tokens make 1548 to train on and 172 held out"),
         (["--block-size", "1720", "--held-out", "0"], "the text is too short: 1720 tokens, more than block_size=1720 "),
         (["--sample-prompt", "Zu"], "sample_prompt 'Zu': the tokenizer lacks the characters 'Z'; accepted: the 17 of "),
-        (["--tokenizer", "word", "--held-out", "0", "--sample-prompt", " "], "sample_prompt ' ' has no tokens; give at least one word "),
+        (
+            ["--tokenizer", "word", "--held-out", "0", "--sample-prompt", " "],
+            "sample_prompt ' ' has no tokens; give at least one word ",
+        ),
         (["--n-embd", "30", "--n-head", "4"], "n_embd must be divisible by n_head, got n_embd=30 and n_head=4"),
         (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
         (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
