@@ -7,9 +7,9 @@ rows hide.
 
 On an H200 4.3 TB/s times a latency of 0.8 us are 3.4 MB to be on their way, 26 KB on each of 132 processors. GPT-2's
 matrices of a layer have 0.6 to 2.4 MB: whatever their shape, nearly all of it is to be asked for at once, by every
-processor. So the rules below first give each processor a program, and then make tiles large: 8 KB of weights each, the
-next three tiles asked for in advance ("tiles"), or no loop at all up to a width of 4096 ("sums"). Of the largest matrix
-[50257, 768] 5 programs of "sums" (128 registers at most) are 40 KB on a processor, and 4 of "tiles" 64 KB.
+processor. So the rules below first give each processor a program, and then make tiles large: 8 KB of weights each,
+without a loop up to a width of 4096 ("sums"), or the next two tiles asked for in advance ("tiles"). Of the largest
+matrix, [50257, 768], a processor runs 7 programs of "sums" at once and has 42 KB on their way, of "tiles" 6 and 96 KB.
 """
 
 from __future__ import annotations

@@ -128,13 +128,18 @@ def verify(p: Tensor, q: Tensor, proposals: Tensor, uniforms: Tensor, times: Ten
     chosen = proposals[..., None]  # [B, K, 1]
     # a product, and strictly less: a token of probability 0 never stands, one with p = q always does
     stands = uniforms * q[:, :-1].gather(2, chosen)[..., 0] < p[:, :-1].gather(2, chosen)[..., 0]  # [B, K]
-    accepted = stands.long().cumprod(1).sum(1)  # [B]
+    accepted = _leading(stands)
     place = accepted[:, None, None].expand(-1, 1, p.shape[2])  # [B, 1, V]
     p, q = p.gather(1, place)[:, 0], q.gather(1, place)[:, 0]  # [B, V] each
     left = (p - q).clamp(min=0.0)
     # rounding may leave nothing of two distributions that are as good as equal
     left = torch.where(left.sum(-1, keepdim=True) > 0.0, left, p)
     return accepted, _race(left, times)
+
+
+def _leading(stands: Tensor) -> Tensor:
+    """How many of each row [B, K] are true before the first that is not, [B] int64."""
+    return stands.long().cumprod(1).sum(1)
 
 
 def _race(weights: Tensor, times: Tensor) -> Tensor:
@@ -214,11 +219,7 @@ class _Sequence:
         before = torch.arange(begin, end + 1, device=self._tokens.device)  # [K + 1], tokens before each place
         drawn_from, draft_largest = self._propose(proposer, before[:-1])
         logits = target.read(self._tokens, end, count + 1)  # [K + 1, V]
-        p = self._distribution(logits, before)
-        q = torch.cat((*drawn_from, torch.zeros_like(p[:1])))  # [K + 1, V]
-        proposals = self._tokens[:, begin:end]
-        accepted, token = verify(p[None], q[None], proposals, self._uniforms(proposals), self._times(p[:1]))
-        self._tokens.scatter_(1, (begin + accepted)[:, None], token[:, None])
+        accepted = self._accept(self._processed(logits, before), drawn_from)
         tokens = self._tokens[0, begin : end + 1]
         found = log_softmax_of(logits, tokens) if log_probs else torch.zeros(count + 1, device=tokens.device)
         told = _told(accepted, tokens, found, logits.amax(-1), *draft_largest)
@@ -229,32 +230,50 @@ class _Sequence:
         return told
 
     def _propose(self, proposer: _Reader, before: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Add K tokens, of which the first has `before[0]` before it; what each was drawn from, and largest logits."""
-        drawn_from, largest = [], []  # [1, V] and [1] each
+        """Add K tokens, of which the first has `before[0]` before it.
+
+        Returns:
+            What each was drawn from, [1, V]; with temperature 0 nothing. The largest logit at each place, [1].
+        """
+        drawn_from, largest = [], []
         for number in range(len(before)):
             end = self.length + number
             logits = proposer.read(self._tokens, end, 1)  # [1, V]
-            q = self._distribution(logits, before[number : number + 1])
-            self._tokens[:, end] = _race(q, self._times(q))
-            drawn_from.append(q)
             largest.append(logits.amax(-1))
+            left = self._processed(logits, before[number : number + 1])
+            if self._greedy:
+                self._tokens[:, end] = left.argmax(-1)
+            else:
+                drawn_from.append(self._probabilities(left))
+                self._tokens[:, end] = _race(drawn_from[-1], self._times(left))
         return drawn_from, largest
 
-    def _distribution(self, logits: Tensor, before: Tensor) -> Tensor:
-        """From logits [R, V] what is drawn from, [R, V] float32, at places with `before` [R] tokens before them."""
-        sequences, prompts = self._tokens.expand(len(logits), -1), self._prompts.expand(len(logits))
-        left = sampling.process(logits.float(), sequences, before, prompts, self._settings)
-        return sampling.filtered(left, self._settings).softmax(-1)
-
-    def _uniforms(self, like: Tensor) -> Tensor:
-        """For `verify`. With temperature 0 nothing is left to chance: all probabilities are 0 or 1."""
+    def _accept(self, logits: Tensor, drawn_from: list[Tensor]) -> Tensor:
+        """How many proposals stand by processed logits [K + 1, V], [1]; the token that follows them is written."""
+        begin, end = self.length, self.length + len(logits) - 1
+        proposals = self._tokens[:, begin:end]  # [1, K]
         if self._greedy:
-            return torch.zeros(like.shape, device=like.device)
-        return torch.rand(like.shape, generator=self._generator, device=like.device)
+            likeliest = logits.argmax(-1)[None]  # [1, K + 1]
+            accepted = _leading(proposals == likeliest[:, :-1])
+            self._tokens[:, begin : end + 1] = likeliest  # as are those that stand
+            return accepted
+        p = self._probabilities(logits)
+        q = torch.cat((*drawn_from, torch.zeros_like(p[:1])))  # [K + 1, V]
+        uniforms = torch.rand(proposals.shape, generator=self._generator, device=p.device)
+        accepted, token = verify(p[None], q[None], proposals, uniforms, self._times(p[:1]))
+        self._tokens.scatter_(1, (begin + accepted)[:, None], token[:, None])
+        return accepted
 
-    def _times(self, like: Tensor) -> Tensor:
-        """For a race, as `_uniforms`."""
-        return torch.ones_like(like) if self._greedy else sampling.exponentials(like, self._generator)
+    def _processed(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Logits [R, V] at places with `before` [R] tokens before them, as these tokens change them; float32."""
+        sequences, prompts = self._tokens.expand(len(logits), -1), self._prompts.expand(len(logits))
+        return sampling.process(logits.float(), sequences, before, prompts, self._settings)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return sampling.filtered(logits, self._settings).softmax(-1)
+
+    def _times(self, logits: Tensor) -> Tensor:
+        return sampling.exponentials(logits, self._generator)
 
 
 def _told(accepted: Tensor, tokens: Tensor, *values: Tensor) -> _Round:

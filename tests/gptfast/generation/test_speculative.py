@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig
 from gptfast.generation import decoding, sampling, speculative
+from gptfast.generation.cache import KVCache
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft, verify
 from gptfast.generation.steps import Step, steps
@@ -82,19 +83,21 @@ def assert_as_plain(model: GPT, draft: Draft, idx: Tensor, lengths: list[int], n
 
 
 @pytest.fixture
-def reads(monkeypatch) -> list[tuple[GPT, int]]:
-    """Which transformer read how many tokens, at each call."""
-    called: list[tuple[GPT, int]] = []
+def reads(monkeypatch) -> list[tuple[int, int]]:
+    """Whose transformer read how many tokens, at each call; the same embedding in memory is the same model."""
+    called: list[tuple[int, int]] = []
     kind = type(gpt(n_layer=1).transformer)
     forward = kind.forward
     monkeypatch.setattr(
-        kind, "forward", lambda self, idx, *a: called.append((self, idx.shape[1])) or forward(self, idx, *a)
+        kind,
+        "forward",
+        lambda self, idx, *a: called.append((self.wte.weight.data_ptr(), idx.shape[1])) or forward(self, idx, *a),
     )
     return called
 
 
-def of(called: list, model: GPT) -> list[int]:
-    return [count for transformer, count in called if transformer is model.transformer]
+def of(called: list[tuple[int, int]], model: GPT) -> list[int]:
+    return [count for whose, count in called if whose == model.transformer.wte.weight.data_ptr()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
@@ -104,7 +107,17 @@ def test_greedy_is_the_plain_loop_within_the_window_and_beyond(make, count):
     assert_as_plain(model, Draft(make(model), count), ragged(*lengths), lengths, 18, GREEDY)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_the_likeliest_of_one_is_greedy(make):
+    """Drawn and verified, where temperature 0 compares tokens."""
+    model, lengths = gpt(), [5, 14]
+    idx, draft, greedy = ragged(*lengths), Draft(make(model), 3), Draft(make(model), 3)
+    found = list(speculative.steps(model, draft, idx, lengths, 9, Sampling(top_k=1)))
+    assert found == list(speculative.steps(model, greedy, idx, lengths, 9, GREEDY))
+    assert (draft.proposed, draft.accepted) == (greedy.proposed, greedy.accepted)
+
+
+@pytest.mark.parametrize("chunk", [2, 512])
 @pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
 def test_penalties_and_ngrams_see_what_was_proposed(monkeypatch, make, chunk):
     """In the draft's distribution too: the model as its own draft is always right. Prompts are read piece by piece."""
@@ -179,6 +192,21 @@ def test_a_full_window_is_read_without_proposals(reads):
     assert draft.proposed == 4 + 4 + 3 + 2 + 1
 
 
+@pytest.mark.parametrize(("new", "capacities"), [(2, [5, 5]), (1000, [16, 9])])
+def test_caches_are_no_larger_than_windows(monkeypatch, new, capacities):
+    made = []
+    monkeypatch.setattr(speculative, "KVCache", lambda *size: made.append(size[1]) or KVCache(*size))
+    next(speculative.steps(gpt(), Draft(gpt(1, block_size=9)), ragged(3), [3], new))
+    assert made == capacities
+
+
+def test_both_models_are_made_ready_for_as_many_tokens_as_may_come(monkeypatch):
+    made, model, other = [], gpt(), gpt(1)
+    monkeypatch.setattr(speculative, "for_decoding", lambda *given: made.append(given) or given[0])
+    next(speculative.steps(model, Draft(other), ragged(3, 9), [3, 9], 7))
+    assert made == [(model, 14), (other, 14)]
+
+
 def test_counters_go_on():
     model = gpt()
     draft = Draft(model, 2)
@@ -247,7 +275,7 @@ TINY = {"vocab_size": 5, "n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 6
 def test_continuations_are_distributed_as_the_models(settings):
     """Three tokens together, from two proposals at a time: what follows depends on what was accepted."""
     model, other, prompt = gpt(3, **TINY), gpt(4, **TINY), ragged(2, vocabulary=5)
-    samples, draft = 1000, Draft(other, 2)
+    samples, draft = 600, Draft(other, 2)
     found = merged(
         speculative.steps(model, draft, prompt.repeat(samples, 1), [2] * samples, 3, settings, generator=generator()),
         samples,
@@ -435,6 +463,16 @@ def test_the_modes_of_both_models_are_left_alone(training):
     assert (model.training, other.training) == (training, not training)
     list(speculative.steps(model, Draft(model), ragged(3), [3], 6, GREEDY))
     assert model.training is training
+
+
+def test_gradients_are_off_within_and_left_alone_without():
+    model, other, within = gpt(), gpt(1), []
+    for each in (model, other):
+        each.transformer.register_forward_hook(lambda *_: within.append(torch.is_grad_enabled()))
+    for _ in speculative.steps(model, Draft(other), ragged(3), [3], 4, GREEDY):
+        assert torch.is_grad_enabled()
+    assert within
+    assert not any(within)
 
 
 def test_a_round_reads_from_the_device_once(monkeypatch):
