@@ -14,8 +14,8 @@ from gptfast import GPTConfig, peaks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-TRAINING, GENERATION = (ROOT / "docs" / name for name in ("training.md", "generation.md"))
-IN_ORDER = (TRAINING, GENERATION)
+TRAINING, GENERATION, EVALUATION = (ROOT / "docs" / name for name in ("training.md", "generation.md", "evaluation.md"))
+IN_ORDER = (TRAINING, GENERATION, EVALUATION)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -42,6 +42,8 @@ def test_a_command_runs(command: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", IN_ORDER, ids=lambda path: path.name)
 def test_commands_one_after_the_other(path, tmp_path):
+    for questions in blocks(path, "jsonl"):
+        (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     for command in commands(path):
         assert run(words(command), tmp_path), command
 
