@@ -218,7 +218,7 @@ def test_a_model_in_hugging_faces_layout(here, capsys, monkeypatch):
     ("options", "message"),
     [
         ([], "nothing to measure; give a text with --data or questions with --choices"),
-        (["--data", "missing.txt"], "no such data: 'missing.txt'; accepted: stdlib, shakespeare, or a text file or"),
+        (["--data", "missing.txt"], "no such data: 'missing.txt'; accepted: stdlib, shakespeare, "),
         (["--data", "empty.txt"], "empty.txt is empty; a file or folder with text is needed"),
         (["--data", "short.txt"], "the text has 1 tokens, at least 2 are needed: one to predict, and one before it"),
         (["--data", "other.txt"], "the tokenizer lacks the characters 'Zcü'; accepted: the 17 of its training text"),

@@ -15,7 +15,7 @@ from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
 from gptfast.config import PRESETS
 from gptfast.data import batches
 from gptfast.data.texts import TEXTS
-from gptfast.evaluation import Sequences
+from gptfast.evaluation.sequences import Sequences
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 from gptfast.training import recipes, trainer
