@@ -1,5 +1,9 @@
 """A GPT whose layer norm, feed-forward, attention and loss each switch between a Triton kernel and eager PyTorch."""
 
+from gptfast import clash
+
+clash.require_own_kernels()  # before anything imports them
+
 from gptfast.backend import Backend
 from gptfast.config import GPTConfig
 from gptfast.generation.inference import quantize

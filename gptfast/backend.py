@@ -125,6 +125,14 @@ def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, 
     return Backend(device, **choices)
 
 
+def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
+    """Why "auto" runs each operator eagerly, None where it takes Triton. Arguments are those of `resolve`."""
+    if device.type != "cuda":
+        other = runtime.why_not(device) or "Triton's interpreter is for tests, and asked for by name"
+        return dict.fromkeys(OPERATORS, other)
+    return {operator: _why_not(operator, device, dtype, head_size) for operator in OPERATORS}
+
+
 def _why_not(operator: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why `operator` cannot run as a Triton kernel in this process, wherever the model moves; None where it can."""
     if dtype not in runtime.DTYPES:

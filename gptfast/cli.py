@@ -1,4 +1,4 @@
-"""The command line: `gptfast prepare`, `gptfast train` and `gptfast generate`."""
+"""The command line: `gptfast prepare`, `train`, `generate`, `eval`, `export` and `doctor`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from gptfast import devices, run
+from gptfast import devices, doctor, run
 from gptfast.data import prepare as preparation
+from gptfast.evaluation import command as evaluation
 from gptfast.files import read_json
 from gptfast.generation import writing
+from gptfast.huggingface import export
 from gptfast.training import recipes, trainer
 from gptfast.training.distributed import World
 from gptfast.training.settings import TrainConfig
@@ -30,6 +32,9 @@ USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data 
        gptfast train PRESET [options]      train a GPT and write a run folder
        gptfast train RUN [options]         continue a run from its last checkpoint
        gptfast generate MODEL [options]    continue prompts with a trained model
+       gptfast eval MODEL [options]        measure how well a model predicts a text or chooses endings
+       gptfast export RUN FOLDER           write a run's model and tokenizer for Hugging Face's transformers
+       gptfast doctor                      show what is installed, what runs where and why, and what is broken
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and the like list the options."""
@@ -77,8 +82,14 @@ def _run(arguments: list[str]) -> None:
         _train(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
+    elif arguments[0] == "eval":
+        evaluation.write(_parse(evaluation.EvalConfig, arguments[1:], "gptfast eval"))
+    elif arguments[0] == "export":
+        _export(arguments[1:])
+    elif arguments[0] == "doctor":
+        _doctor(arguments[1:])
     else:
-        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate")
+        raise ValueError(f"unknown command {arguments[0]!r}; accepted: prepare, train, generate, eval, export, doctor")
 
 
 def _prepare(arguments: list[str]) -> None:
@@ -170,6 +181,21 @@ def _option(options: list[str], flag: str, default: str) -> str:
 
 def _generate(arguments: list[str]) -> None:
     writing.write(_parse(writing.GenerateConfig, arguments, "gptfast generate"))
+
+
+def _export(arguments: list[str]) -> None:
+    config = _parse(export.ExportConfig, arguments, "gptfast export")
+    print(export.export(config))
+
+
+def _doctor(arguments: list[str]) -> None:
+    _parse(doctor.DoctorConfig, arguments, "gptfast doctor")
+    report = doctor.examine()
+    print(report)
+    for problem in report.problems:
+        print(f"gptfast: {problem}", file=sys.stderr)
+    if report.problems:
+        sys.exit(1)
 
 
 def _parse(settings: type[Settings], options: list[str], program: str, default: Settings | None = None) -> Settings:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 NormPosition = Literal["pre", "post"]
 Position = Literal["learned", "sinusoidal", "none"]
+
+# the settings of Raschka 2024, "Build a Large Language Model (From Scratch)", chapter 4, by ours
+_BOOK_NAMES = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+    "dropout": "drop_rate",
+    "qkv_bias": "qkv_bias",
+}
 
 
 @dataclass
@@ -64,6 +77,10 @@ class GPTConfig:
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, got {value!r}")
             setattr(self, name, float(value))
+        for name in ("bias", "tie_weights", "qkv_bias"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (name == "qkv_bias" and value is None)):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
@@ -105,6 +122,35 @@ class GPTConfig:
         if name not in PRESETS:
             raise ValueError(f"unknown model preset {name!r}; accepted: {', '.join(PRESETS)}")
         return dataclasses.replace(PRESETS[name], **changes)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], **changes: Any) -> GPTConfig:
+        """The GPT that a dictionary with the names of Raschka 2024 describes, whose head has weights of its own.
+
+        Args:
+            settings: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and qkv_bias, all of them.
+            changes: other fields, such as tie_weights=True.
+
+        Raises:
+            ValueError: a key that is missing or unknown, a value that is wrong, or settings that do not fit together.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings must be a dictionary, got {settings!r}")
+        needed = set(_BOOK_NAMES.values())
+        wrong = {"unknown": settings.keys() - needed, "missing": needed - settings.keys()}
+        found = [f"{what} {', '.join(sorted(map(str, keys)))}" for what, keys in wrong.items() if keys]
+        if found:
+            raise ValueError(f"settings: {'; '.join(found)}; accepted: {', '.join(_BOOK_NAMES.values())}")
+        if settings["qkv_bias"] is None:
+            raise ValueError("qkv_bias must be True or False, got None")
+        given = {ours: settings[theirs] for ours, theirs in _BOOK_NAMES.items()}
+        try:
+            return cls(**{**given, "tie_weights": False, **changes})
+        except ValueError as error:
+            # of a key that was given, by the name that it was given by
+            renamed = {ours: theirs for ours, theirs in _BOOK_NAMES.items() if ours not in changes}
+            message = re.sub(r"\w+", lambda word: renamed.get(word[0], word[0]), str(error))
+            raise ValueError(message) from error
 
 
 # Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2

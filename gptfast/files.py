@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHECKSUM = "sha256"  # in the metadata of a safetensors file
 
 
@@ -47,6 +51,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def require_fit(problem: str, found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    """Check the tensors of a file, of any float of 16 or 32 bits, against a model's.
+
+    Args:
+        problem: what the message begins with.
+        found: tensors by name.
+        expected: their shapes, by name.
+
+    Raises:
+        ValueError: one is missing, unknown, of another shape or dtype; the message names the first.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{problem}: it lacks tensor {name} {list(shape)}")
+        tensor = found[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{problem}: tensor {name} is {list(tensor.shape)}, {list(shape)} is expected")
+        if tensor.dtype not in _FLOATS:
+            given, *accepted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_FLOATS))
+            raise ValueError(f"{problem}: tensor {name} is of dtype {given}; accepted: {', '.join(accepted)}")
+    unknown = next((name for name in found if name not in expected), None)
+    if unknown is not None:
+        raise ValueError(f"{problem}: tensor {unknown} is none of the model's")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, replacing an older one."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -70,7 +99,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = _beside(path)
     try:
         metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
+        partial.touch()
+        mode = partial.stat().st_mode
         safetensors.torch.save_file(contiguous, partial, metadata)
+        partial.chmod(mode)  # its own lets nobody else read
         _put_in_place(partial, path)
     except (OSError, SafetensorError) as error:  # the system's errors come in its own clothes
         partial.unlink(missing_ok=True)
@@ -84,6 +116,36 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def require_unused(path: Path) -> None:
+    """Raise ValueError unless a new folder may have this path: there is none, or an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; give a new folder")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that appears at `path` with all its files, or not at all where an error ends the block.
+
+    Raises:
+        ValueError: there is something already.
+        OSError: the folder cannot be written.
+    """
+    require_unused(path)
+    path = path.absolute()
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            path.rmdir()  # empty, or somebody else was faster
+        os.rename(partial, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FLOPs of a GPT in closed form."""
+"""FLOPs of a GPT in closed form, and the speed that they allow."""
 
 from __future__ import annotations
 
@@ -27,9 +27,26 @@ def training_flops_per_token(config: GPTConfig, length: int | None = None, causa
     return 3 * forward_flops_per_token(config, length, causal)
 
 
+def tokens_per_second(batch: float, length: int, seconds: float) -> float:
+    """The speed of `batch` sequences of `length` tokens in `seconds`."""
+    return batch * length / seconds
+
+
+def most_tokens_per_second(
+    config: GPTConfig, peak: float | None, length: int | None = None, causal: bool = False
+) -> float | None:
+    """The speed of training that `peak` FLOP/s allow: one more token for each `training_flops_per_token` of them.
+
+    What `utilisation` holds a speed in tokens per second against, for the MFU. None where the peak is not known. Other
+    arguments as `forward_flops_per_token`.
+    """
+    return None if peak is None else peak / training_flops_per_token(config, length, causal)
+
+
 def utilisation(rate: float, peak: float | None) -> float | None:
     """The share of `peak` that `rate` reached, both in the same unit; None where the peak is not known.
 
-    Of model FLOPs per second it is the MFU (Chowdhery et al. 2022), of bytes that had to be read per second the MBU.
+    Of model FLOPs per second, or of tokens per second beside the most that are possible, it is the MFU (Chowdhery et
+    al. 2022), of bytes that had to be read per second the MBU.
     """
     return None if peak is None else rate / peak

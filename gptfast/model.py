@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, padding, peaks
+from gptfast import flops, nanogpt, padding, peaks
 from gptfast.backend import Backend, Request, Switched, parse, resolve
 from gptfast.config import GPTConfig
 from gptfast.generation import generate
@@ -207,6 +208,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()
         padding.hide(self)
+        nanogpt.remember_activation(self)
         self.set_backend(backend)
 
     def _init_weights(self) -> None:
@@ -369,10 +371,9 @@ class GPT(nn.Module):
         """
         device, dtype = self._placement()
         peak = peaks.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
-        if peak is None:
-            return math.nan
-        tokens = fwdbwd_per_iter * self.config.block_size
-        return flops.training_flops_per_token(self.config) * tokens / dt / peak
+        speed = flops.tokens_per_second(fwdbwd_per_iter, self.config.block_size, dt)
+        mfu = flops.utilisation(speed, flops.most_tokens_per_second(self.config, peak))
+        return math.nan if mfu is None else mfu
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the longest sequence to `block_size`, dropping the positions beyond it.
@@ -408,12 +409,25 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model_type: str, override_args: dict[str, float] | None = None, backend: Request = "auto"
+        cls, model_type: str | Path, override_args: dict[str, float] | None = None, backend: Request = "auto"
     ) -> GPT:
-        """GPT-2 with pretrained weights; see `gptfast.pretrained.from_pretrained`."""
+        """A model from a folder or the Hugging Face hub; see `gptfast.pretrained.from_pretrained`."""
         from gptfast.pretrained import from_pretrained
 
         return from_pretrained(model_type, override_args, backend)
+
+    @classmethod
+    def from_nanogpt(
+        cls, path: str | Path, override_args: Mapping[str, Any] | None = None, backend: Request = "auto"
+    ) -> GPT:
+        """The model of a checkpoint that nanoGPT's train.py has written; see `gptfast.nanogpt.load`."""
+        return nanogpt.load(path, override_args, backend)
+
+    def save_pretrained(self, folder: str | Path, zero_biases: bool = False) -> None:
+        """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.export.save`."""
+        from gptfast.huggingface import export
+
+        export.save(self, folder, zero_biases=zero_biases)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from gptfast import tokenizers
 from gptfast.backend import Request
 from gptfast.config import GPTConfig
 from gptfast.files import read_json, read_tensors, write_json, write_tensors
+from gptfast.huggingface.config import is_model
 from gptfast.model import GPT
 
 
@@ -120,8 +121,8 @@ def _lock(path: Path) -> int:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run."""
-    return (path / "config.json").is_file() and (path / "tokenizer.json").is_file()
+    """Whether a folder holds a run. Folders in Hugging Face's layout have files of the same names."""
+    return all((path / name).is_file() for name in ("config.json", "tokenizer.json")) and not is_model(path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -154,6 +155,8 @@ def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[G
     Raises:
         ValueError: not a run folder, a file that is missing or damaged, or weights that do not fit the settings.
     """
+    if is_model(path):
+        raise ValueError(f"{path} is not a run folder: its config.json is that of a model in Hugging Face's layout")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")

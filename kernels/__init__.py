@@ -8,7 +8,7 @@ never by `import kernels`; where Triton is not installed, the names resolve to t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kernels import reference, runtime
+from kernels import namesake, reference, runtime
 from kernels.int8_weights import quantize_int8
 from kernels.preparation import warmup
 
@@ -45,10 +45,12 @@ _MODULE_OF = {
     "linear_cross_entropy": "loss",
 }
 
+__path__ += namesake.folders()
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}; its operators are {', '.join(_MODULE_OF)}")
+        return namesake.attribute(name, _MODULE_OF)
     if runtime.TRITON_INSTALLED:
         operator = getattr(import_module(f"kernels.{_MODULE_OF[name]}"), name)
     else:

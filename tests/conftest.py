@@ -1,7 +1,9 @@
 """Chooses, before Triton is imported, whether kernels are compiled (a CUDA device is there) or interpreted."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +16,11 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def nanogpt() -> Path:
+    checkout = os.environ.get("NANOGPT")
+    if not checkout:
+        pytest.skip("needs a checkout of nanoGPT, whose folder is in the variable NANOGPT")
+    return Path(checkout)

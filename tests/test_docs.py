@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from gptfast import GPTConfig, peaks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-TRAINING, GENERATION = (ROOT / "docs" / name for name in ("training.md", "generation.md"))
-IN_ORDER = (TRAINING, GENERATION)
+IN_ORDER = tuple(ROOT / "docs" / name for name in ("training.md", "generation.md", "drop-in.md", "evaluation.md"))
+TRAINING, GENERATION, *_ = IN_ORDER
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -41,14 +42,22 @@ def test_a_command_runs(command: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", IN_ORDER, ids=lambda path: path.name)
-def test_commands_one_after_the_other(path, tmp_path):
-    for command in commands(path):
-        assert run(words(command), tmp_path), command
+def test_commands_and_code_one_after_the_other(path, tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for questions in blocks(path, "jsonl"):
+        (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        if language == "python":
+            run([sys.executable, "-c", block], tmp_path)
+        else:
+            for command in block.splitlines():
+                assert run(words(command), tmp_path), command
 
 
 SCRIPTS = [
     pytest.param(block, id=f"{path.name}-{number}")
     for path in DOCUMENTS
+    if path not in IN_ORDER
     for number, block in enumerate(blocks(path, "python"))
 ]
 

@@ -140,14 +140,25 @@ def prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
 def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, Split]:
     """Training split and held-out split: the first tokens and the last `held_out` of them, as nanoGPT divides.
 
+    With `held_out` 0 both are one and the same split, of all tokens: a text of a few sentences has no part to spare.
+
     Raises:
-        ValueError: either part is shorter than one block.
+        ValueError: either part is shorter than one block and the token after it.
     """
+    if held_out == 0.0:
+        if len(tokens) <= block_size:
+            raise ValueError(
+                f"the text is too short: {len(tokens)} tokens, more than block_size={block_size} are needed; give a "
+                "longer text or a smaller block size"
+            )
+        whole = Split(Tokens([tokens]), block_size)
+        return whole, whole
     boundary = int(len(tokens) * (1.0 - held_out))
     parts = tokens[:boundary], tokens[boundary:]
     if min(len(part) for part in parts) <= block_size:
         raise ValueError(
             f"the text is too short: {len(tokens)} tokens make {len(parts[0])} to train on and {len(parts[1])} held "
-            f"out, each must be more than block_size={block_size}; give a longer text or a smaller block size"
+            f"out, each must be more than block_size={block_size}; give a longer text or a smaller block size, or hold "
+            "out nothing with --held-out 0"
         )
     return Split(Tokens([parts[0]]), block_size), Split(Tokens([parts[1]]), block_size)

@@ -1,4 +1,4 @@
-"""Where training text comes from: the standard library, Tiny Shakespeare, or files of one's own."""
+"""Where training text comes from: the standard library, Tiny Shakespeare, small texts, or files of one's own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from gptfast.data.texts import TEXTS
+
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+NAMES = ("stdlib", "shakespeare", *TEXTS)
+"""Texts that need no path."""
 
 
 def load(source: str) -> str:
     """The text of a source.
 
     Args:
-        source: "stdlib", "shakespeare", or the path of a UTF-8 text file or of a folder of such files.
+        source: one of `NAMES`, or the path of a UTF-8 text file or of a folder of such files.
 
     Raises:
         ValueError: the source is not there, is empty, is not text, or cannot be downloaded.
@@ -27,13 +32,15 @@ def load(source: str) -> str:
         return standard_library()
     if source == "shakespeare":
         return shakespeare()
+    if source in TEXTS:
+        return TEXTS[source]
     path = Path(source).expanduser()
     if path.is_dir():
         text = "\n".join(map(_file, visible_files(path)))
     elif path.is_file():
         text = _file(path)
     else:
-        raise ValueError(f"no such data: {source!r}; accepted: stdlib, shakespeare, or a text file or folder")
+        raise ValueError(f"no such data: {source!r}; accepted: {', '.join(NAMES)}, or a text file or folder")
     if not text:
         raise ValueError(f"{source} is empty; a file or folder with text is needed")
     return text

@@ -81,7 +81,7 @@ def source(name: str, field: str = "text") -> Source:
     """The documents that a name stands for.
 
     Args:
-        name: "stdlib", "shakespeare", a file, a folder (all files below it that are not hidden), or a pattern such as
+        name: one of `corpus.NAMES`, a file, a folder (all files below it that are not hidden), or a pattern such as
             "texts/**/*.txt". Files that end in .jsonl, .ndjson or .json are JSON lines, each a document; all others are
             UTF-8 text, each a document; .gz after either is unpacked.
         field: of JSON lines that holds the text.
@@ -91,8 +91,8 @@ def source(name: str, field: str = "text") -> Source:
     """
     if name == "stdlib":
         return Source(texts=tuple(corpus.standard_library_modules()))
-    if name == "shakespeare":
-        return Source(texts=(corpus.shakespeare(),))
+    if name in corpus.NAMES:
+        return Source(texts=(corpus.load(name),))
     path = Path(name).expanduser()
     if path.is_file():
         files = [path]
@@ -102,7 +102,7 @@ def source(name: str, field: str = "text") -> Source:
         files = [Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file()]
     if not files:
         raise ValueError(
-            f"no such data: {name!r}; accepted: stdlib, shakespeare, a file, a folder with files, or a pattern"
+            f"no such data: {name!r}; accepted: {', '.join(corpus.NAMES)}, a file, a folder with files, or a pattern"
         )
     return Source(files=tuple(sorted(files)), field=field)
 

@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import secrets
-import shutil
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from gptfast import tokenizers
 from gptfast.data import documents, shards
 from gptfast.data.documents import Piece, Source
+from gptfast.files import new_folder, require_unused
 from gptfast.tokenizers import Tokenizer
 
 _BATCH = 2**20  # characters that a worker gets at a time, at least
@@ -34,7 +33,8 @@ class PrepareConfig:
     """Tokenize texts into a folder of token shards, which `gptfast train --data` takes."""
 
     source: tyro.conf.Positional[str]
-    """stdlib, shakespeare, a text or JSON-lines file (.gz is unpacked), a folder of such files, or a pattern."""
+    """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is unpacked), a folder of such
+    files, or a pattern."""
     out: str
     """Folder to write, which must be new."""
     tokenizer: str = "gpt2"
@@ -72,23 +72,13 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         ValueError: a source, tokenizer or folder that does not do; the message names it.
     """
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; give a new folder with --out")
+    require_unused(out)
     source = documents.source(config.source, config.field)
     tokenizer = tokenizers.for_documents(
         config.tokenizer, source.documents(), end_of_text=not source.one_document, vocabulary=config.vocabulary
     )
-    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}"
-    partial.mkdir(parents=True)
-    try:
-        index = _write(config, source, tokenizer, partial)
-        if out.exists():
-            out.rmdir()  # empty, or somebody else was faster
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return index
+    with new_folder(out) as partial:
+        return _write(config, source, tokenizer, partial)
 
 
 def _write(config: PrepareConfig, source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

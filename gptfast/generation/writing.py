@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from gptfast import devices, run, tokenizers
+from gptfast import devices, loading
 from gptfast.generation import texts
 from gptfast.generation.inference import for_decoding, quantize
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
 from gptfast.generation.texts import Text
 from gptfast.model import GPT
-from gptfast.pretrained import from_pretrained
 from gptfast.tokenizers import Tokenizer
 
 _WRITING = Sampling(temperature=0.8)
@@ -156,27 +155,12 @@ def load(config: GenerateConfig, name: str, device: torch.device) -> tuple[GPT, 
         ValueError: there is none, it is damaged, or the tokenizer is of another vocabulary.
     """
     dtype = None if config.dtype == "int8" else devices.resolve_dtype(config.dtype, device)
-    path = Path(name).expanduser()
-    if (path / "tokenizer.json").is_file() or not ((path / "config.json").is_file() or not path.exists()):
-        model, tokenizer = run.load(path, device)
-    else:
-        model, tokenizer = _load_pretrained(config, str(path) if path.is_dir() else name)
+    model, tokenizer = loading.load(name, device, config.tokenizer, config.vocabulary)
     model.to(device, dtype or devices.resolve_dtype("auto", device)).set_backend(config.backend)
     if dtype is None:
         return quantize(model), tokenizer
     # packed once, and not for every prompt; the compiler packs weights itself
     return model if config.compile else for_decoding(model.eval()), tokenizer
-
-
-def _load_pretrained(config: GenerateConfig, name: str) -> tuple[GPT, Tokenizer]:
-    model = from_pretrained(name, backend="eager")
-    tokenizer = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{name} has a vocabulary of {model.config.vocab_size} tokens, {config.tokenizer!r} one of "
-            f"{tokenizer.vocab_size}; give the model's own with --tokenizer"
-        )
-    return model, tokenizer
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str]:

@@ -28,7 +28,12 @@ class TiktokenTokenizer:
         self._encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
-        self.end_of_text: int | None = encoding._special_tokens.get(END_OF_TEXT)
+        self.pattern: str = encoding._pat_str
+        """Regular expression of the pieces within which bytes are merged."""
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks
+        """Tokens and their numbers, in the order of the merges."""
+        self.special_tokens: dict[str, int] = encoding._special_tokens
+        self.end_of_text: int | None = self.special_tokens.get(END_OF_TEXT)
 
     @classmethod
     def named(cls, name: str, vocabulary: str | Path | None = None) -> TiktokenTokenizer:
@@ -66,12 +71,12 @@ class TiktokenTokenizer:
         return self._encoding.decode(ids)
 
     def to_json(self) -> dict[str, Any]:
-        ranks = {base64.b64encode(token).decode(): rank for token, rank in self._encoding._mergeable_ranks.items()}
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in self.ranks.items()}
         return {
             "kind": "tiktoken",
             "name": self.name,
-            "pattern": self._encoding._pat_str,
-            "special_tokens": self._encoding._special_tokens,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
             "ranks": ranks,
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from gptfast.config import GPTConfig
@@ -21,21 +23,110 @@ _CHAR_CPU = TrainConfig(
     batch_size=12,
 )
 
-RECIPES = {
-    "shakespeare-char-gpu": _CHAR_GPU,
-    "shakespeare-char-cpu": _CHAR_CPU,
-    "gpt2": TrainConfig(
-        model=GPTConfig.preset("gpt2", pad_vocab_size_to=128),
+# Adam (Kingma and Ba 2014, arXiv:1412.6980): AdamW without decay, here at one learning rate and without clipping. A
+# text of a few sentences has no part to hold out.
+_ADAM_ON_SENTENCES = TrainConfig(
+    held_out=0.0,
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.0,
+    beta2=0.999,
+    grad_clip=0.0,
+    sample_tokens=16,
+    checkpoint_interval=0,
+)
+
+# a chatbot's two sentences: 33 tokens of GPT-2, which are one window of 32 tokens and their successors. An epoch is
+# one step, and there are 100 of them.
+_SIMPLE_GPT = dataclasses.replace(
+    _ADAM_ON_SENTENCES,
+    model=GPTConfig(
+        block_size=32,
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        activation="relu",
+        norm_position="post",
+        tie_weights=False,
+        pad_vocab_size_to=128,
+    ),
+    data="chatbot",
+    tokenizer="gpt2",
+    batch_size=1,
+    steps=100,
+    eval_interval=50,
+    sample_prompt="Hello,",
+)
+
+# three sentences: 33 words and marks, in which a window of 10 and their successors has 23 places to begin. An epoch is
+# as many windows, which one step takes at places that are drawn, and there are 100 of them.
+_WORD_GPT = dataclasses.replace(
+    _ADAM_ON_SENTENCES,
+    model=GPTConfig(
+        block_size=10,
+        n_layer=2,
+        n_head=8,
+        n_embd=128,
+        dropout=0.1,
+        activation="relu",
+        norm_position="post",
+        position="sinusoidal",
+        tie_weights=False,
+    ),
+    data="sentences",
+    tokenizer="word",
+    batch_size=23,
+    steps=100,
+    eval_interval=50,
+    sample_prompt="The quick brown",
+)
+
+# Raschka 2024, "Build a Large Language Model (From Scratch)", chapter 4
+GPT_CONFIG_124M = {
+    "vocab_size": 50257,
+    "context_length": 1024,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
+
+def _gpt2(model: GPTConfig, learning_rate: float, accumulation: int) -> TrainConfig:
+    """GPT-2's pretraining as nanoGPT does it, in batches of 480 x 1024 tokens, with GPT-3's learning rate for the size
+    (Brown et al. 2020, arXiv:2005.14165, table 2.1) and a tenth of that at the end.
+    """
+    return TrainConfig(
+        model=model,
         tokenizer="gpt2",
         steps=600_000,
-        batch_size=12,
-        learning_rate=6e-4,
-        min_learning_rate=6e-5,
+        batch_size=480,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        min_learning_rate=learning_rate / 10,
         warmup_steps=2000,
         beta2=0.95,
         eval_interval=1000,
         checkpoint_interval=1000,
-    ),
+    )
+
+
+def _preset(name: str) -> GPTConfig:
+    return GPTConfig.preset(name, pad_vocab_size_to=128)
+
+
+RECIPES = {
+    "shakespeare-char-gpu": _CHAR_GPU,
+    "shakespeare-char-cpu": _CHAR_CPU,
+    "simple-gpt": _SIMPLE_GPT,
+    "word-gpt": _WORD_GPT,
+    "gpt2-124m": _gpt2(GPTConfig.from_dict(GPT_CONFIG_124M, pad_vocab_size_to=128), 6e-4, accumulation=40),
+    "gpt2": _gpt2(_preset("gpt2"), 6e-4, accumulation=40),
+    "gpt2-medium": _gpt2(_preset("gpt2-medium"), 3e-4, accumulation=80),
+    "gpt2-large": _gpt2(_preset("gpt2-large"), 2.5e-4, accumulation=120),
+    "gpt2-xl": _gpt2(_preset("gpt2-xl"), 2e-4, accumulation=160),
 }
 
 

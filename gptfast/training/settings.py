@@ -17,14 +17,14 @@ class TrainConfig:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: str = "stdlib"
-    """Training text: stdlib, shakespeare, a UTF-8 text file or a folder of them, or a folder that `gptfast prepare` or
-    nanoGPT wrote."""
+    """Training text: stdlib, shakespeare, chatbot, clinic, sentences, a UTF-8 text file or a folder of them, or a
+    folder that `gptfast prepare` or nanoGPT wrote."""
     tokenizer: str = "char"
     """char, byte, word, or the name of a tiktoken encoding such as gpt2."""
     vocabulary: str | None = None
     """Folder with the files of a tiktoken encoding, for machines without a network."""
     held_out: float = 0.1
-    """Share of the text, its end, that validation uses."""
+    """Share of the text, its end, that validation uses; 0 holds nothing out, and validation is on the training text."""
     out: str | None = None
     """Run folder to write, which must be new; by default one below runs/."""
     resume: bool = False
@@ -132,8 +132,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
         if not 0.0 <= self.decay_share <= 1.0:
             raise ValueError(f"decay_share must be in [0, 1], got {self.decay_share}")
-        if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.resume and self.out is None:
             raise ValueError("resume needs the folder of the run: give it with --out")
         self.freeze, self.lora_targets = tuple(self.freeze), tuple(self.lora_targets)  # JSON has lists

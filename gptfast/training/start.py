@@ -46,6 +46,8 @@ class Start:
         if saved is not None:
             tokenizer = tokenizers.from_json(read_json(saved / "tokenizer.json"))
         self.tokenizer, self.train_split, self.val_split = _load(config, tokenizer)
+        if config.sample_tokens and config.sample_prompt:
+            _require_tokens(self.tokenizer, config.sample_prompt)
         if initial is not None:
             finetuning.require_vocabulary(initial, self.tokenizer)
             shape = initial.model.config
@@ -63,6 +65,16 @@ class Start:
             self.model.set_residual_dtype(getattr(torch, config.residual_dtype))
         self.model.set_activation_checkpointing(config.checkpoint_activations)
         finetuning.restrict(self.model, self.config)
+
+
+def _require_tokens(tokenizer: Tokenizer, prompt: str) -> None:
+    """Raise ValueError unless samples can continue a prompt."""
+    try:
+        ids = tokenizer.encode(prompt)
+    except ValueError as error:
+        raise ValueError(f"sample_prompt {prompt!r}: {error}; give another with --sample-prompt") from error
+    if len(ids) == 0:
+        raise ValueError(f"sample_prompt {prompt!r} has no tokens; give at least one word with --sample-prompt")
 
 
 def _require_same(config: TrainConfig, path: Path) -> None:

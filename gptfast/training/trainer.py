@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast import devices, evaluation, flops, peaks
+from gptfast import devices, flops, peaks
 from gptfast.backend import parse
 from gptfast.data import batches
-from gptfast.evaluation import Sequences
+from gptfast.evaluation import measures
+from gptfast.evaluation.sequences import Sequences
+from gptfast.generation.streaming import TextStream
 from gptfast.run import RunFolder
 from gptfast.training import optimizers, progress, schedules
 from gptfast.training.checkpoint import Checkpoint, Checkpoints
@@ -51,10 +53,11 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
     Returns:
         What `summary.json` holds: `val_loss` and `train_loss` of the saved weights in nats per token (None where an
         interrupt came before the first evaluation), `val_perplexity`, `val_bits_per_byte` (None where the tokenizer
-        does not keep the text), `tokens_per_second`, `mfu` (a fraction of all devices' peak, None where that is
-        unknown), `params`, `steps`, `seconds` of the whole run, `checkpoint_seconds` that it waited for checkpoints,
-        `data_seconds` that it waited for batches, `device`, `processes`, `backend` per operator, `interrupted`, and the
-        folder as `run`. An interrupted run has no `summary.json` yet.
+        does not keep the text), `validation_text` ("held out", or "training" where nothing is), `tokens_per_second`,
+        `mfu` (a fraction of all devices' peak, None where that is unknown), `params`, `steps`, `seconds` of the whole
+        run, `checkpoint_seconds` that it waited for checkpoints, `data_seconds` that it waited for batches, `device`,
+        `processes`, `backend` per operator, `interrupted`, and the folder as `run`. An interrupted run has no
+        `summary.json` yet.
 
     Raises:
         ValueError: a setting, the data or an override of the device's peak is wrong.
@@ -109,6 +112,7 @@ class _Training:
         self.world, self.device, self.dtype, self.path, self.folder = world, device, dtype, path, folder
         self.peak = None if peak is None else peak * world.size
         self.train_split = start.train_split
+        self.validation_text = "training" if start.val_split is start.train_split else "held out"
         config = self.config
         self.sequences = {
             name: Sequences(split, config.eval_batches, config.batch_size)
@@ -126,7 +130,7 @@ class _Training:
             self._require_same_data(saved)
             self.best = saved.state["best"]
         self.damaged = damaged
-        self.timed_tokens, self.timed_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
+        self.timed_sequences, self.timed_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
 
     def _require_steps(self) -> None:
         """Raise ValueError unless there are steps to take, in all processes the same."""
@@ -183,11 +187,12 @@ class _Training:
         total = self.model.get_num_params(non_embedding=False)
         part = f", {trained:,} of them trained" if trained < total else ""
         processes = "" if self.world.alone else f" and {self.world.size} processes ({config.parallel})"
+        held_out = "" if self.validation_text == "held out" else "on which validation is too, "
         where = f"continuing {self.path} after step {self.first}" if self.first else f"writing {self.path}"
         _say(
             f"{total:,} parameters{part}, {model.n_layer} layers of width {model.n_embd}, context {model.block_size}; "
-            f"{len(self.train_split.tokens):,} training tokens, vocabulary {model.vocab_size:,}; {self.device} in "
-            f"{str(self.dtype)[6:]}{processes}, {where}"
+            f"{len(self.train_split.tokens):,} training tokens, {held_out}"
+            f"vocabulary {model.vocab_size:,}; {self.device} in {str(self.dtype)[6:]}{processes}, {where}"
         )
 
     def run(self) -> dict[str, Any]:
@@ -204,9 +209,11 @@ class _Training:
                 self.checkpoints.close()
             finally:
                 self.progress.close()
-        speed = self.timed_tokens / self.timed_seconds if self.timed_seconds > 0 else None
+        timed = self.timed_sequences, config.model.block_size, self.timed_seconds
+        speed = flops.tokens_per_second(*timed) if self.timed_seconds > 0 else None
         summary = {
             **self.best,
+            "validation_text": self.validation_text,
             "tokens_per_second": speed,
             "mfu": self._mfu(speed),
             "params": self.model.get_num_params(non_embedding=False),
@@ -235,7 +242,6 @@ class _Training:
     def _steps(self, interrupts: Interrupts) -> int:
         """Take the steps; how many were done, all runs of this folder together."""
         config = self.config
-        tokens_per_step = config.batch_size * config.model.block_size
         untimed: list[tuple[int, StepResult]] = []
         clock, waited = time.perf_counter(), 0.0
         for step in range(self.first, config.steps):
@@ -251,9 +257,9 @@ class _Training:
                     self._require_finite(number, result)
                 seconds = time.perf_counter() - clock
                 if warm:
-                    self.timed_tokens += len(untimed) * tokens_per_step
+                    self.timed_sequences += len(untimed) * config.batch_size
                     self.timed_seconds += seconds
-                speed = len(untimed) * tokens_per_step / seconds
+                speed = flops.tokens_per_second(len(untimed) * config.batch_size, config.model.block_size, seconds)
                 if done == 1 or evaluates or done % config.log_interval == 0:
                     self._report(done, untimed[-1][1], speed, self.batches.waited - waited)
                     waited = self.batches.waited
@@ -319,16 +325,18 @@ class _Training:
 
     def _evaluate(self, step: int) -> None:
         """Losses of both splits; the weights are saved when validation's is the lowest yet."""
-        losses = {name: self._mean_loss(sequences) for name, sequences in self.sequences.items()}
+        losses = {"val_loss": self._mean_loss(self.sequences["val_loss"])}
+        same = self.validation_text == "training"
+        losses["train_loss"] = losses["val_loss"] if same else self._mean_loss(self.sequences["train_loss"])
         for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
             if not math.isfinite(value):
                 raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
-        val_loss, perplexity = losses["val_loss"], evaluation.perplexity(losses["val_loss"])
+        val_loss, perplexity = losses["val_loss"], measures.perplexity(losses["val_loss"])
         ratio = self.bytes_per_token
         entry = {
             **losses,
             "val_perplexity": perplexity if math.isfinite(perplexity) else None,
-            "val_bits_per_byte": None if ratio is None else evaluation.bits_per_byte(val_loss, ratio),
+            "val_bits_per_byte": None if ratio is None else measures.bits_per_byte(val_loss, ratio),
         }
         self.progress.evaluation({"step": step, **entry}, self._sample() if self.config.sample_tokens else None)
         if self.best["val_loss"] is None or val_loss < self.best["val_loss"]:
@@ -362,7 +370,9 @@ class _Training:
         start = torch.from_numpy(idx.astype(np.int64))[None].to(self.device)
         with devices.autocast(self.device, self.dtype):
             tokens = self.model.generate(start, self.config.sample_tokens, 0.8, None, generator)
-        return prompt + tokenizer.decode(tokens[0, len(idx) :].tolist())
+        stream = TextStream(tokenizer, after=int(idx[-1]) if prompt else None)  # words have a space between them
+        pieces = [stream.push(token) for token in tokens[0, len(idx) :].tolist()]
+        return prompt + "".join(pieces) + stream.flush()
 
     def _line_end(self) -> np.ndarray:
         try:
@@ -384,9 +394,9 @@ class _Training:
         self.checkpoint_seconds += time.perf_counter() - started
 
     def _mfu(self, speed: float | None) -> float | None:
-        if self.peak is None or speed is None:
+        if speed is None:
             return None
-        return flops.training_flops_per_token(self.config.model) * speed / self.peak
+        return flops.utilisation(speed, flops.most_tokens_per_second(self.config.model, self.peak))
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -395,10 +405,11 @@ def describe(summary: dict[str, Any]) -> str:
     bits = summary.get("val_bits_per_byte")
     losses = "no evaluation yet"
     if summary["val_loss"] is not None:
-        losses = (
-            f"validation loss {summary['val_loss']:.4f}{'' if bits is None else f' ({bits:.4f} bits per byte)'}, "
-            f"train loss {summary['train_loss']:.4f}"
-        )
+        losses = f"loss {summary['val_loss']:.4f}{'' if bits is None else f' ({bits:.4f} bits per byte)'}"
+        if summary["validation_text"] == "training":
+            losses += " on the training text, nothing being held out,"
+        else:
+            losses = f"validation {losses}, train loss {summary['train_loss']:.4f}"
     return (
         f"{losses} after {summary['steps']} steps in {summary['seconds']:.0f} s\n"
         f"{'no' if speed is None else format(speed, ',.0f')} tokens/s, MFU {percent(summary['mfu'])} "

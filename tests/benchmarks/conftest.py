@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,11 +49,3 @@ def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def nanogpt() -> Path:
-    checkout = os.environ.get("NANOGPT")
-    if not checkout:
-        pytest.skip("needs a checkout of nanoGPT, whose folder is in the variable NANOGPT")
-    return Path(checkout)

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import thop_rules
 from gptfast import GPT, GPTConfig, flops
 from gptfast.config import PRESETS
+from gptfast.training.recipes import GPT_CONFIG_124M
 
 BATCH, LENGTH = 2, 64
 
@@ -77,3 +78,33 @@ def test_the_model_is_left_as_it_was():
 def test_a_length_that_the_model_does_not_take():
     with pytest.raises(ValueError, match="longer than block_size=8"):
         thop_rules.count(GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4)), 1, 9)
+
+
+class Linears(torch.nn.Module):
+    """The linear layers of the book's GPT of 124M, as thop sees them; attention's products are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(*width) for _ in range(12) for width in widths)
+        self.out_head = torch.nn.Linear(768, 50257, bias=False)
+
+    def forward(self, x: torch.Tensor) -> None:
+        for layer in (*self.layers, self.out_head):
+            layer(x[..., :1].expand(*x.shape[:-1], layer.in_features))
+
+
+def test_what_thop_says_of_the_books_model_without_rules():
+    """It prints 6.5e+13 "FLOPS" for 256 sequences: FLOPs of their forward, less those of the scores and the values."""
+    from thop import profile
+
+    config, tokens = GPTConfig.from_dict(GPT_CONFIG_124M), 256 * 1024
+    with torch.device("meta"):
+        linears, x = Linears(), torch.zeros(256, 1024, 1)
+    products, _ = profile(linears, (x,), verbose=False)
+    assert f"{2 * products:.1e}" == "6.5e+13"
+    counted = thop_rules.count(on_meta(config, "eager"), 256, 1024).matrix_flops
+    assert counted == tokens * flops.forward_flops_per_token(config)
+    assert counted - 2 * products == tokens * 4 * config.n_layer * config.n_embd * 1024
+    assert f"{counted:.2e}" == "7.47e+13"
+    assert f"{tokens * flops.training_flops_per_token(config):.2e}" == "2.24e+14"

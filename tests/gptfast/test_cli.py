@@ -68,9 +68,15 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "missing.txt"], "no such data: 'missing.txt'; accepted: stdlib, shakespeare, or a text file"),
+        (["--data", "missing.txt"], "no such data: 'missing.txt'; accepted: stdlib, shakespeare, chatbot, "),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--block-size", "400"], "the text is too short: 1720 tokens make 1548 to train on and 172 held out"),
+        (["--block-size", "1720", "--held-out", "0"], "the text is too short: 1720 tokens, more than block_size=1720 "),
+        (["--sample-prompt", "Zu"], "sample_prompt 'Zu': the tokenizer lacks the characters 'Z'; accepted: the 17 of "),
+        (
+            ["--tokenizer", "word", "--held-out", "0", "--sample-prompt", " "],
+            "sample_prompt ' ' has no tokens; give at least one word ",
+        ),
         (["--n-embd", "30", "--n-head", "4"], "n_embd must be divisible by n_head, got n_embd=30 and n_head=4"),
         (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
         (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
@@ -138,7 +144,7 @@ def test_a_parser_that_draws_no_box(monkeypatch, capsys, printed, message):
 
 def test_unknown_words(capsys):
     assert fails(capsys, "train", "gpt5").startswith("unknown preset 'gpt5'; accepted: shakespeare-char, ")
-    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: prepare, train, generate"
+    assert fails(capsys, "sing") == "unknown command 'sing'; accepted: prepare, train, generate, eval, export, doctor"
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 import json
+import re
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -38,6 +40,10 @@ def test_defaults_are_nanogpts():
         ({"init_std": float("inf")}, "init_std must be above 0 and finite, got inf"),
         ({"init_std": float("nan")}, "init_std must be above 0 and finite, got nan"),
         ({"init_std": True}, "init_std must be a number, got True"),
+        ({"bias": 1}, "bias must be True or False, got 1"),
+        ({"bias": None}, "bias must be True or False, got None"),
+        ({"tie_weights": "no"}, "tie_weights must be True or False, got 'no'"),
+        ({"qkv_bias": 0.0}, "qkv_bias must be True or False, got 0.0"),
         ({"activation": "swish"}, "activation must be one of gelu_tanh, gelu, relu, got 'swish'"),
         ({"norm_position": "middle"}, "norm_position must be one of pre, post, got 'middle'"),
         ({"position": "rotary"}, "position must be one of learned, sinusoidal, none, got 'rotary'"),
@@ -67,3 +73,56 @@ def test_qkv_bias_follows_bias_unless_given():
     assert GPTConfig(bias=True).has_qkv_bias
     assert not GPTConfig(bias=False).has_qkv_bias
     assert not GPTConfig(bias=True, qkv_bias=False).has_qkv_bias
+
+
+BOOK = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1,
+        "qkv_bias": False}  # fmt: skip
+
+
+def test_from_the_books_dictionary():
+    """Its model has a head of its own, and biases but for queries, keys and values."""
+    config = GPTConfig.from_dict(BOOK)
+    assert config == GPTConfig(
+        block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, dropout=0.1, qkv_bias=False,
+        tie_weights=False,
+    )  # fmt: skip
+    tied = GPTConfig.from_dict(types.MappingProxyType(BOOK), tie_weights=True, pad_vocab_size_to=128, n_layer=2)
+    assert (tied.tie_weights, tied.padded_vocab_size, tied.n_layer) == (True, 50304, 2)
+    other = {"vocab_size": 5, "context_length": 6, "emb_dim": 8, "n_heads": 4, "n_layers": 3, "drop_rate": 0.0}
+    assert GPTConfig.from_dict({**other, "qkv_bias": True}) == GPTConfig(
+        vocab_size=5, block_size=6, n_embd=8, n_head=4, n_layer=3, dropout=0.0, qkv_bias=True, tie_weights=False
+    )
+
+
+ACCEPTED = "accepted: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate, qkv_bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_head": 12, 7: 1}, f"settings: unknown 7, n_head; {ACCEPTED}"),
+        ({"context_length": "1024"}, "context_length must be an integer of at least 1, got '1024'"),
+        ({"n_layers": 0}, "n_layers must be an integer of at least 1, got 0"),
+        ({"n_heads": 12.0}, "n_heads must be an integer of at least 1, got 12.0"),
+        ({"emb_dim": 100}, "emb_dim must be divisible by n_heads, got emb_dim=100 and n_heads=12"),
+        ({"drop_rate": "0.1"}, "drop_rate must be a number, got '0.1'"),
+        ({"drop_rate": 1}, "drop_rate must be in [0, 1), got 1.0"),
+        ({"qkv_bias": "no"}, "qkv_bias must be True or False, got 'no'"),
+        ({"qkv_bias": None}, "qkv_bias must be True or False, got None"),
+    ],
+)
+def test_bad_dictionaries_are_named_by_their_own_keys(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        GPTConfig.from_dict({**BOOK, **changes})
+
+
+def test_dictionaries_that_lack_keys_or_are_none():
+    less = {name: value for name, value in BOOK.items() if name not in ("drop_rate", "emb_dim")}
+    with pytest.raises(ValueError, match=f"^settings: missing drop_rate, emb_dim; {ACCEPTED}$"):
+        GPTConfig.from_dict(less)
+    with pytest.raises(ValueError, match=f"^settings: unknown width; missing drop_rate, emb_dim; {ACCEPTED}$"):
+        GPTConfig.from_dict({**less, "width": 768})
+    with pytest.raises(ValueError, match=r"^settings must be a dictionary, got \['gpt2'\]$"):
+        GPTConfig.from_dict(["gpt2"])
+    with pytest.raises(ValueError, match=r"^emb_dim must be divisible by n_head, got emb_dim=768 and n_head=5$"):
+        GPTConfig.from_dict(BOOK, n_head=5)

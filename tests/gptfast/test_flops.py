@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptfast import GPT, GPTConfig, flops
+from gptfast.training.recipes import GPT_CONFIG_124M
 
 
 def test_gpt2_by_the_palm_convention():
@@ -35,3 +36,16 @@ def test_closed_form_equals_what_pytorch_counts(backend):
     scores = config.n_layer * 2 * batch * length * length * config.n_embd
     recomputed = scores if backend == "triton" else 0
     assert backward.get_total_flops() + early == 2 * expected + recomputed
+
+
+def test_mfu_is_the_share_of_the_most_tokens_that_are_possible():
+    """PaLM's definition, in its three formulas, is that of model FLOPs over the peak's."""
+    config = GPTConfig.from_dict(GPT_CONFIG_124M)
+    speed = flops.tokens_per_second(batch=24, length=1024, seconds=0.5)
+    assert speed == 24 * 1024 / 0.5
+    most = flops.most_tokens_per_second(config, peak=312e12)
+    assert most == 312e12 / 854_438_400  # a head that is tied costs as much
+    assert flops.utilisation(speed, most) == pytest.approx(854_438_400 * 24 * 1024 / 0.5 / 312e12, rel=1e-12)
+    short = flops.most_tokens_per_second(config, 312e12, length=64, causal=True)
+    assert short == 312e12 / flops.training_flops_per_token(config, 64, causal=True) > most
+    assert flops.utilisation(speed, flops.most_tokens_per_second(config, peak=None)) is None

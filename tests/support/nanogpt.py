@@ -1,4 +1,12 @@
-"""What stands for nanoGPT: a script in the place of train.py, and a text to train on."""
+"""What stands for nanoGPT: a script in the place of train.py, a text to train on, checkpoints and its arithmetic."""
+
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 TEXT = "To be, or not to be: that is the question.\n" * 200
 # stands for train.py: it takes the settings, and prints what the real one would
@@ -13,3 +21,89 @@ for number in range(int(settings["max_iters"]) + 1):
     print(f"iter {number}: loss 2.5000, time 10.00ms, mfu -100.00%")
 open("threads", "w").write(str(os.environ.get("OMP_NUM_THREADS")))
 """
+
+# the settings that train.py keeps in a checkpoint
+MODEL_ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "bias": True, "vocab_size": 19, "dropout": 0.1}
+
+
+def shapes(
+    n_layer: int, n_embd: int, block_size: int, bias: bool, vocab_size: int, **_: object
+) -> dict[str, list[int]]:
+    """Names and shapes of the model's tensors, in their order."""
+    found = {"transformer.wte.weight": [vocab_size, n_embd], "transformer.wpe.weight": [block_size, n_embd]}
+    inside = {
+        "ln_1": [n_embd],
+        "attn.c_attn": [3 * n_embd, n_embd],
+        "attn.c_proj": [n_embd, n_embd],
+        "ln_2": [n_embd],
+        "mlp.c_fc": [4 * n_embd, n_embd],
+        "mlp.c_proj": [n_embd, 4 * n_embd],
+    }
+    places = {f"transformer.h.{i}.{name}": shape for i in range(n_layer) for name, shape in inside.items()}
+    for name, shape in (places | {"transformer.ln_f": [n_embd]}).items():
+        found[f"{name}.weight"] = shape
+        if bias:
+            found[f"{name}.bias"] = shape[:1]
+    return found | {"lm_head.weight": [vocab_size, n_embd]}
+
+
+def checkpoint(gelu: bool = True, compiled: bool = False, **changes: object) -> dict:
+    """What train.py gives to torch.save, with random weights.
+
+    Args:
+        gelu: the MLP has its module of GELU by erf; before it had one it computed the tanh approximation.
+        compiled: the model was wrapped by torch.compile.
+        changes: of the model's settings.
+    """
+    arguments = MODEL_ARGS | changes
+    torch.manual_seed(0)
+    state = OrderedDict((name, 0.3 * torch.randn(shape)) for name, shape in shapes(**arguments).items())
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    modules = ["", "transformer", "lm_head"]
+    for i in range(arguments["n_layer"]):
+        names = ["attn.attn_dropout", "attn.resid_dropout", "mlp", *(["mlp.gelu"] if gelu else [])]
+        modules += [f"transformer.h.{i}.{name}" for name in names]
+    prefix = "_orig_mod." if compiled else ""
+    named = OrderedDict((prefix + name, tensor) for name, tensor in state.items())
+    named._metadata = {(prefix + name).rstrip("."): {"version": 1} for name in modules} | {"": {"version": 1}}
+    return {
+        "model": named,
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+        "model_args": arguments,
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"out_dir": "out", "dataset": "shakespeare_char", "compile": compiled},
+    }
+
+
+def logits(state: Mapping[str, Tensor], n_layer: int, n_head: int, idx: Tensor, gelu: str = "none") -> Tensor:
+    """What nanoGPT computes without dropout, from its definition: [B, T] -> [B, T, V].
+
+    Args:
+        state: tensors by name.
+        n_layer: blocks.
+        n_head: heads.
+        idx: [B, T] int64.
+        gelu: PyTorch's name of the approximation, "none" or "tanh".
+    """
+    state = defaultdict(lambda: None, state)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    B, T = idx.shape
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    x = state["transformer.wte.weight"][idx] + state["transformer.wpe.weight"][:T]
+    for i in range(n_layer):
+        block = f"transformer.h.{i}"
+        qkv = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).chunk(3, dim=-1)
+        q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv)  # [B, H, T, D] each
+        scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
+        x = x + linear(f"{block}.attn.c_proj", y)
+        y = F.gelu(linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)), approximate=gelu)
+        x = x + linear(f"{block}.mlp.c_proj", y)
+    return linear("lm_head", norm("transformer.ln_f", x))

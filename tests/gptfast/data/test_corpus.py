@@ -17,6 +17,17 @@ def test_the_standard_library_is_plain_python_and_the_same_every_time():
     assert corpus.standard_library() == text
 
 
+def test_small_texts_by_name(tmp_path, monkeypatch):
+    """Wherever the command is run, and before a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path("clinic").write_text("another text")
+    found = {name: corpus.load(name) for name in corpus.NAMES[2:]}
+    assert list(found) == ["chatbot", "clinic", "sentences"]
+    starts = ["Hello, how are you today? I am a chatbot", "The patient came to the clinic", "The quick brown fox"]
+    assert [text[: len(start)] for text, start in zip(found.values(), starts, strict=True)] == starts
+    assert all(text.isascii() and text.endswith(".\n") for text in found.values())
+
+
 def test_files_and_folders(tmp_path):
     (tmp_path / "b.txt").write_text("zwei")
     (tmp_path / "a").mkdir()
@@ -27,7 +38,8 @@ def test_files_and_folders(tmp_path):
 
 
 def test_bad_sources(tmp_path):
-    with pytest.raises(ValueError, match=r"no such data: 'nowhere.txt'; accepted: stdlib, shakespeare, or a text file"):
+    names = "stdlib, shakespeare, chatbot, clinic, sentences"
+    with pytest.raises(ValueError, match=rf"no such data: 'nowhere.txt'; accepted: {names}, or a text file or folder"):
         corpus.load("nowhere.txt")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty.txt is empty"):

@@ -75,8 +75,18 @@ def test_both_parts_need_a_block_and_its_successor(length, fits):
         train, val = batches.split(np.arange(length), block_size=5, held_out=0.1)
         assert len(val.random_batch(1, 0, 0)[0]) == len(train.even_batches(1, 1)[0][0]) == 1
     else:
-        with pytest.raises(ValueError, match="too short: 59 tokens make 53 to train on and 6 held out, each must be"):
+        with pytest.raises(ValueError, match=r"59 tokens make 53 to train on and 6 held out, .* with --held-out 0$"):
             batches.split(np.arange(length), block_size=6, held_out=0.1)
+
+
+def test_nothing_held_out_is_one_split_of_all_tokens():
+    train, val = batches.split(np.arange(11), block_size=10, held_out=0.0)
+    assert val is train
+    assert train.tokens.windows(np.array([0]), 11).tolist() == [list(range(11))]
+    assert [idx.tolist() for idx, _ in train.even_batches(20, 4)] == [[list(range(10))]]
+    assert all(train.random_batch(2, 0, step)[1].tolist() == [list(range(1, 11))] * 2 for step in range(5))
+    with pytest.raises(ValueError, match=r"too short: 11 tokens, more than block_size=11 are needed; give a longer"):
+        batches.split(np.arange(11), block_size=11, held_out=0.0)
 
 
 def test_batches_ahead_are_those_asked_for():

@@ -7,7 +7,7 @@ import tiktoken_ext.openai_public
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfast.data import documents
+from gptfast.data import corpus, documents
 from gptfast.data.documents import Source
 
 TEXT = "Zürich, naïve 東京.\r\n\tTabs and  spaces,\n\nlines and words\n"
@@ -127,6 +127,14 @@ def test_bad_files_are_named(tmp_path, name: str, content: bytes, message: str):
         list(documents.source(str(tmp_path / name)).pieces())
 
 
+def test_a_small_text_is_one_document():
+    source = documents.source("clinic")
+    assert source.one_document
+    assert "".join(source.documents()) == corpus.load("clinic")
+
+
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match=r"no such data: '.*nothing'; accepted: stdlib, shakespeare, a file, a folder"):
+    with pytest.raises(
+        ValueError, match=r"no such data: '.*nothing'; accepted: stdlib, .*, sentences, a file, a folder"
+    ):
         documents.source(str(tmp_path / "nothing"))

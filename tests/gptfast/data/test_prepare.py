@@ -185,7 +185,7 @@ def test_bad_settings(settings, message):
 
 def test_a_folder_that_is_taken(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    with pytest.raises(ValueError, match="is not empty; give a new folder with --out"):
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
         prepare.prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path), "char"))
 
 

@@ -149,8 +149,8 @@ def test_a_context_that_is_too_short(base, hugging_face):
 
 
 def test_sources_that_are_none(base, tmp_path):
-    with pytest.raises(ValueError, match=r"no pretrained model 'nowhere/run'; accepted: gpt2, .*or a local folder"):
-        finetuning.initial("nowhere/run", GPTConfig())
+    with pytest.raises(ValueError, match=r"no pretrained model 'nowhere/at/all'; accepted: gpt2, .*or a local folder"):
+        finetuning.initial("nowhere/at/all", GPTConfig())
     with pytest.raises(ValueError, match=r"has no config\.json"):
         finetuning.initial(str(tmp_path), GPTConfig())
     shutil.copytree(base, tmp_path / "run")

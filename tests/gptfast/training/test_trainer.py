@@ -47,6 +47,7 @@ def test_a_run_folder(config, tmp_path):
     assert summary["backend"] == dict.fromkeys(("layer_norm", "ffn", "attention", "loss"), "eager")
     assert summary["interrupted"] is False
     assert summary["processes"] == 1
+    assert summary["validation_text"] == "held out"
     assert 0 <= summary["data_seconds"] < summary["seconds"]
     assert 0 < summary["checkpoint_seconds"] < summary["seconds"]
     assert summary["val_perplexity"] == pytest.approx(math.exp(summary["val_loss"]))
@@ -66,6 +67,28 @@ def test_a_run_folder(config, tmp_path):
     }  # fmt: skip
     assert {len(entry["sample"]) for entry in evaluations} == {5}
     assert sorted(file.name for file in (path / "checkpoints").iterdir()) == ["step-00000016", "step-00000020"]
+
+
+def test_nothing_held_out(config, tmp_path, capsys):
+    """Validation is on the training text, and is said to be."""
+    summary = trainer.train(dataclasses.replace(config, held_out=0.0))
+    assert "; 1,720 training tokens, on which validation is too, vocabulary 17; " in capsys.readouterr().out
+    assert summary["validation_text"] == json.loads((tmp_path / "run/summary.json").read_text())["validation_text"]
+    assert summary["validation_text"] == "training"
+    model, tokenizer = run.load(tmp_path / "run", torch.device("cpu"))
+    whole = batches.split(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
+    idx, targets = (torch.cat(parts) for parts in zip(*whole.even_batches(2, 4), strict=True))
+    with torch.no_grad():
+        expected = model(idx, targets)[1].item()
+    assert summary["val_loss"] == summary["train_loss"] == pytest.approx(expected, rel=0.02)  # bfloat16 has 8 bits
+    said = trainer.describe(summary)
+    assert said.startswith(f"loss {summary['val_loss']:.4f} (")
+    assert " bits per byte) on the training text, nothing being held out, after 20 steps in " in said
+    again = trainer.train(dataclasses.replace(config, held_out=0.0, resume=True, steps=24))
+    assert (again["steps"], again["validation_text"]) == (24, "training")
+    assert trainer.describe(trainer.train(dataclasses.replace(config, out=str(tmp_path / "usual")))).startswith(
+        "valida"
+    )
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
@@ -297,7 +320,8 @@ def test_speed_counts_neither_evaluations_nor_the_first_step(config, monkeypatch
         ({"accumulation": 3}, "batch_size must be a multiple of accumulation=3, got 64"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
-        ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
+        ({"held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
+        ({"held_out": -0.1}, r"held_out must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -1,8 +1,7 @@
-"""How well a model predicts a text: loss, perplexity and bits per byte."""
+"""Sequences of a split that a run evaluates again and again, by all its processes together."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,13 +61,3 @@ class Sequences:
         model.train(was_training)
         losses, sequences = world.sum(total).tolist()
         return losses / sequences
-
-
-def perplexity(loss: float) -> float:
-    """That of a mean loss in nats per token; infinite where it is too large for a float."""
-    return math.exp(loss) if loss < 700.0 else math.inf
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """What a mean loss in nats per token costs for each byte of text: a measure that tokenizers do not change."""
-    return loss / math.log(2.0) / bytes_per_token

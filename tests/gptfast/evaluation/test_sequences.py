@@ -13,10 +13,11 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from gptfast import GPT, GPTConfig, evaluation, tokenizers
+from gptfast import GPT, GPTConfig, tokenizers
 from gptfast.data.batches import Split
 from gptfast.data.shards import Tokens
-from gptfast.evaluation import Sequences
+from gptfast.evaluation import measures
+from gptfast.evaluation.sequences import Sequences
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 from gptfast.training.distributed import World
 
@@ -182,13 +183,13 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
     size = len(TEXT.encode()) - len(tokenizer.decode_bytes(ids[:1].tolist()))
     assert ratio == size / (len(ids) - 1)
     expected = math.log2(tokenizer.vocab_size) * (len(ids) - 1) / size
-    assert evaluation.bits_per_byte(loss, ratio) == pytest.approx(expected)
+    assert measures.bits_per_byte(loss, ratio) == pytest.approx(expected)
 
 
 def test_bits_per_byte_of_models_that_say_the_same():
     """A byte in 8 bits, by the byte, and by tokens of two bytes of twice the loss."""
-    assert evaluation.bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
-    assert evaluation.bits_per_byte(16 * math.log(2), 2.0) == pytest.approx(8.0)
+    assert measures.bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
+    assert measures.bits_per_byte(16 * math.log(2), 2.0) == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
@@ -232,5 +233,5 @@ def test_words_do_not_keep_the_text():
     ],
 )
 def test_perplexity(loss: float, expected: float):
-    assert evaluation.perplexity(loss) == pytest.approx(expected)
-    assert evaluation.perplexity(math.inf) == math.inf
+    assert measures.perplexity(loss) == pytest.approx(expected)
+    assert measures.perplexity(math.inf) == math.inf

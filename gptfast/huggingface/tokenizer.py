@@ -1,0 +1,200 @@
+"""Tokenizers as the `tokenizer.json` of Hugging Face's `tokenizers`, which then encodes and decodes alike.
+
+Text is encoded as here, special tokens in it like any other text: `tokenizer_config.json` asks for that, by
+`split_special_tokens`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.word import UNKNOWN
+
+Json = dict[str, Any]
+
+# the bytes that a byte-level vocabulary shows as themselves; the others are shown as characters from 256 on
+_SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_LETTERS = {byte: chr(byte) for byte in _SHOWN} | {
+    byte: chr(256 + number) for number, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))
+}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+# Python's \w and \s in the terms of their regular expressions: theirs have combining marks in \w, and lack U+1C to
+# U+1F in \s. Characters that are newer than either's Unicode may differ.
+_WORD_CHARACTER = r"[\p{L}\p{N}_]"
+_WORD = rf"{_WORD_CHARACTER}+(?:['\u2019]{_WORD_CHARACTER}+)*|[^\p{{L}}\p{{N}}_\s\x1c-\x1f]"
+
+
+def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
+    """The content of `tokenizer.json` and `tokenizer_config.json`, by these names.
+
+    Args:
+        tokenizer: one of this package's.
+        block_size: the model's longest sequence.
+
+    Raises:
+        ValueError: a vocabulary that the format cannot hold.
+    """
+    special = _special_tokens(tokenizer)
+    if isinstance(tokenizer, ByteTokenizer):
+        content = _bytes()
+    elif isinstance(tokenizer, CharTokenizer):
+        content = _characters(tokenizer)
+    elif isinstance(tokenizer, WordTokenizer):
+        content = _words(tokenizer)
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        content = _byte_pairs(tokenizer, special)
+    else:
+        raise ValueError(f"a tokenizer.json holds the tokenizers of gptfast, got {type(tokenizer).__name__}")
+    named = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
+    return {
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [_added(token, number) for token, number in special.items()],
+            "normalizer": None,
+            "post_processor": None,
+            **content,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": block_size,
+            # GPT-2 would add embeddings for token types
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+            **{name: token for name, token in named.items() if token in special},
+        },
+    }
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens that no text has, in the order of their numbers."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return dict(sorted(tokenizer.special_tokens.items(), key=lambda entry: entry[1]))
+    unknown = {UNKNOWN: tokenizer.unknown} if isinstance(tokenizer, WordTokenizer) else {}
+    return unknown if tokenizer.end_of_text is None else unknown | {END_OF_TEXT: tokenizer.end_of_text}
+
+
+def _added(token: str, number: int) -> Json:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": token, **flags}
+
+
+def _split(pattern: str, drop_others: bool = False) -> Json:
+    """A piece for each match; what lies between them are pieces too, or nothing."""
+    behavior = "Removed" if drop_others else "Isolated"
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": drop_others}
+
+
+def _word_level(vocabulary: dict[str, int], unknown: str) -> Json:
+    return {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown}
+
+
+def _byte_pair_model(vocabulary: dict[str, int], merges: list[str]) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        # a special token's text is not to be looked up as a piece
+        "ignore_merges": False,
+        "vocab": vocabulary,
+        "merges": merges,
+    }
+
+
+def _bytes() -> Json:
+    vocabulary = {letter: byte for byte, letter in sorted(_LETTERS.items())}
+    return {
+        "pre_tokenizer": _BYTE_LEVEL,
+        "decoder": _BYTE_LEVEL,
+        "model": _byte_pair_model(vocabulary, []),
+    }
+
+
+def _characters(tokenizer: CharTokenizer) -> Json:
+    lone = next((char for char in tokenizer.chars if "\ud800" <= char <= "\udfff"), None)
+    if lone is not None:
+        raise ValueError(
+            f"the tokenizer has the lone surrogate U+{ord(lone):04X}, which no tokenizer.json can hold; export without "
+            "the tokenizer (--no-tokenizer)"
+        )
+    vocabulary = {char: number for number, char in enumerate(tokenizer.chars)}
+    return {
+        "pre_tokenizer": _split(r"[\s\S]"),
+        "decoder": {"type": "Fuse"},
+        # of no token: a character that is not there is an error, as here
+        "model": _word_level(vocabulary, unknown=""),
+    }
+
+
+def _words(tokenizer: WordTokenizer) -> Json:
+    vocabulary = {word: number for number, word in enumerate(tokenizer.words)}
+    replacements = [_removed_space(r" (?=[.,;:!?)\]}%])"), _removed_space(r"(?<=[(\[{]) ")]
+    # a space before every token but the first: none begins with the prefix that would prevent it
+    spaces = {"type": "WordPiece", "prefix": " ", "cleanup": False}
+    return {
+        "pre_tokenizer": _split(_WORD, drop_others=True),
+        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "Fuse"}, *replacements]},
+        "model": _word_level(vocabulary, UNKNOWN),
+    }
+
+
+def _removed_space(pattern: str) -> Json:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+
+
+def _byte_pairs(tokenizer: TiktokenTokenizer, special: dict[str, int]) -> Json:
+    # special tokens too: their numbers may lie apart from those of the others
+    vocabulary = {_shown(token): rank for token, rank in tokenizer.ranks.items()} | special
+    merges = [f"{_shown(left)} {_shown(right)}" for left, right in _merges(tokenizer.ranks)]
+    # their regular expressions read a possessive {1,3}+ as a repetition; as no pattern of tiktoken would give back what
+    # it has taken there, it may be greedy
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tokenizer.pattern)
+    return {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_split(pattern), _BYTE_LEVEL]},
+        "decoder": _BYTE_LEVEL,
+        "model": _byte_pair_model(vocabulary, merges),
+    }
+
+
+def _shown(token: bytes) -> str:
+    return "".join(_LETTERS[byte] for byte in token)
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that a vocabulary came of, in their order: what its tokens are before their last merge.
+
+    Raises:
+        ValueError: a token that no two others make.
+    """
+    found = []
+    for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
+        if len(token) > 1:
+            parts = _parts(token, rank, ranks)
+            if len(parts) != 2:
+                raise ValueError(
+                    f"the tokenizer has {token!r}, which is no merge of two tokens, as a tokenizer.json needs; export "
+                    "without the tokenizer (--no-tokenizer)"
+                )
+            found.append((parts[0], parts[1]))
+    return found
+
+
+def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """A token's bytes after all merges that come before its own."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        first, i = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(pairwise(parts)))
+        if first >= rank:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts

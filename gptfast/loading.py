@@ -1,0 +1,40 @@
+"""A model by its name on the command line, with its tokenizer: a run, a folder in Hugging Face's layout, or GPT-2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gptfast import run, tokenizers
+from gptfast.model import GPT
+from gptfast.pretrained import from_pretrained
+from gptfast.tokenizers import Tokenizer
+
+
+def load(
+    name: str, device: torch.device, tokenizer: str = "gpt2", vocabulary: str | None = None
+) -> tuple[GPT, Tokenizer]:
+    """A model on `device` in float32, with the eager backend, and its tokenizer.
+
+    Args:
+        name: a run folder, a folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+        device: for the model.
+        tokenizer: of a model that is no run and does not bring its own: an encoding of tiktoken.
+        vocabulary: folder with the files of that encoding, for machines without a network.
+
+    Raises:
+        ValueError: there is no such model, it is damaged, or the tokenizer is of another vocabulary.
+    """
+    path = Path(name).expanduser()
+    # of a folder that is neither, what a run has to have is said
+    if run.is_run(path) or (path.exists() and not (path / "config.json").is_file()):
+        return run.load(path, device, "eager")
+    model = from_pretrained(str(path) if path.is_dir() else name, backend="eager")
+    found = tokenizers.for_documents(tokenizer, [], vocabulary=vocabulary)
+    if found.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {model.config.vocab_size} tokens, {tokenizer!r} one of {found.vocab_size}; "
+            "give the model's own with --tokenizer"
+        )
+    return model.to(device), found

@@ -1,0 +1,129 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from gptfast import GPT, GPTConfig, cli, run
+from gptfast.tokenizers import CharTokenizer, Tokenizer
+
+TEXT = "To be, or not to be, that is the question"
+CPU = torch.device("cpu")
+
+
+def write_run(path: Path, tokens: Tokenizer | None = None, **settings) -> GPT:
+    tokens = tokens or CharTokenizer.of_documents([TEXT])
+    config = {"block_size": 32, "vocab_size": tokens.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 16, **settings}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**config, init_std=0.5)).eval()
+    with run.RunFolder(path) as folder:
+        folder.write_json("config.json", {"model": config})
+        folder.write_json("tokenizer.json", tokens.to_json())
+        folder.write_tensors("model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
+    return model
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def printed(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    cli.main(arguments)
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The error line of a command that writes nothing."""
+    capsys.readouterr()
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert re.fullmatch(r"gptfast: [^\n]+\n", err)
+    assert sorted(Path().rglob("*")) == before
+    return err.removeprefix("gptfast: ").rstrip()
+
+
+def test_transformers_writes_the_same_text(here, capsys):
+    """From text to text: the run's model and tokenizer beside those of the exported folder."""
+    model = write_run(here / "run", pad_vocab_size_to=64)
+    line = printed(capsys, "export", "run", "folder/out")
+    parameters = model.get_num_params(non_embedding=False)
+    assert (
+        line
+        == f"a model of {parameters:,} parameters and its tokenizer in folder/out, for transformers' from_pretrained\n"
+    )
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("folder/out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("folder/out")
+    found = theirs.generate(
+        **tokenizer("To be", return_tensors="pt"), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    options = ["--prompt", "To be", "--max-new-tokens", "20", "--temperature", "0", "--device", "cpu"]
+    assert tokenizer.decode(found[0]) + "\n" == printed(capsys, "generate", "run", *options)
+
+
+def test_the_model_comes_back(here, capsys):
+    model = write_run(here / "run")
+    printed(capsys, "export", "run", "out")
+    for name, tensor in GPT.from_pretrained("out").state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert run.is_run(Path("run"))
+    assert not run.is_run(Path("out"))
+    assert "out is not a run folder: its config.json is that of a model in" in refused(capsys, "export", "out", "again")
+
+
+def test_who_may_read_one_file_may_read_all(here, capsys):
+    write_run(here / "run")
+    printed(capsys, "export", "run", "out")
+    usual = (here / "run/config.json").stat().st_mode
+    assert {path.stat().st_mode for path in (here / "out").iterdir()} == {usual}
+
+
+def test_the_end_of_text_is_that_of_the_tokenizer(here, capsys):
+    tokens = CharTokenizer.of_documents([TEXT], end_of_text=True)
+    write_run(here / "run", tokens)
+    printed(capsys, "export", "run", "out")
+    config = transformers.AutoConfig.from_pretrained("out")
+    assert config.eos_token_id == tokens.end_of_text == transformers.AutoTokenizer.from_pretrained("out").eos_token_id
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "--help"])
+    assert ended.value.code == 0
+    assert "--zero-biases" in capsys.readouterr().out
+    cli.main([])
+    assert "gptfast export RUN FOLDER" in capsys.readouterr().out
+
+
+def test_without_the_tokenizer(here, capsys):
+    write_run(here / "run", CharTokenizer("a\udc80b"))
+    assert "has the lone surrogate U+DC80" in refused(capsys, "export", "run", "out")
+    assert "parameters in out, for" in printed(capsys, "export", "run", "out", "--no-tokenizer")
+    assert sorted(path.name for path in Path("out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_without_biases(here, capsys):
+    write_run(here / "run", bias=False)
+    message = refused(capsys, "export", "run", "out")
+    assert message.startswith("bias=False cannot be saved in Hugging Face's layout")
+    assert "--zero-biases" in message
+    printed(capsys, "export", "run", "out", "--zero-biases")
+    transformers.AutoModelForCausalLM.from_pretrained("out")
+
+
+def test_folders_that_do_not_do(here, capsys):
+    write_run(here / "run")
+    assert refused(capsys, "export", "none", "out") == "none is not a run folder with weights: it has no config.json"
+    assert refused(capsys, "export", "run", "run") == "run is not empty; give a new folder"
+    assert refused(capsys, "export", "run").startswith("Missing from gptfast export: STR Folder to write")
+    content = bytearray(Path("run/model.safetensors").read_bytes())
+    content[-5] ^= 1
+    Path("run/model.safetensors").write_bytes(content)
+    assert refused(capsys, "export", "run", "out") == "run/model.safetensors is damaged: its checksum is another"

@@ -1,0 +1,91 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from gptfast import GPT
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the hub, and nothing behind it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "cache"
+
+
+def store(cache: Path, repository: str, folder: Path) -> None:
+    """Put a folder where the hub's client has what it downloaded."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("gpt2", "openai-community/gpt2"), ("gpt2-xl", "openai-community/gpt2-xl"), ("some-one/their.model", None)],
+)
+def test_what_was_downloaded_needs_no_hub(cache, folder, name, repository):
+    store(cache, repository or name, folder)
+    expected = GPT.from_pretrained(str(folder)).state_dict()
+    found = GPT.from_pretrained(name).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_hub_out_of_reach_is_one_line(cache):
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        GPT.from_pretrained("gpt2-xl")
+    assert str(caught.value).startswith(
+        "no folder openai-community/gpt2-xl is here, and it could not be downloaded from the Hugging Face hub "
+        "(ConnectError: "
+    )
+    assert str(caught.value).endswith("; give a folder with config.json and model.safetensors")
+
+
+def test_a_model_that_the_hub_lacks_is_one_line(monkeypatch):
+    def missing(name, **options):
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # without the answer that it is made of
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(
+        ValueError, match=r"no folder no/body is here, and the Hugging Face hub has no model of that na"
+    ):
+        GPT.from_pretrained("no/body")
+
+
+def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or folder)
+    GPT.from_pretrained("gpt2")
+    names = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+    others = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "model.fp16.safetensors", "README.md"]
+    wanted = huggingface_hub.utils.filter_repo_objects([*names, *others], allow_patterns=asked["allow_patterns"])
+    assert list(wanted) == names
+
+
+def test_a_folder_goes_before_the_hub(cache, folder, tmp_path):
+    for name in ("gpt2", "some-one/model"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="could not be downloaded from the Hugging Face hub"):
+        GPT.from_pretrained("gpt2")  # a folder of this name may hold anything
+    with pytest.raises(ValueError, match=r"some-one/model has no config.json"):
+        GPT.from_pretrained("some-one/model")
+    shutil.copytree(folder, tmp_path / "gpt2", dirs_exist_ok=True)
+    assert GPT.from_pretrained("gpt2").config.n_embd == 32
+
+
+def test_the_hub_is_imported_when_it_is_asked_alone(folder):
+    code = (
+        "import sys; from gptfast import GPT, cli; GPT.from_pretrained(sys.argv[1]);"
+        "assert not {'huggingface_hub', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
