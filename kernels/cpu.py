@@ -163,8 +163,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """`kernels.reference.int8_linear`, without all weights in float32 at once.
 
     Up to 16 rows in bfloat16 go to PyTorch's own product with int8 weights, which reads a byte for each and takes the
-    scale in bfloat16. Other dtypes have one too, without vectors: a tenth as fast. float16 is computed in float32,
-    which is faster.
+    scale in bfloat16: twice as fast as `F.linear` in bfloat16. Other dtypes have one too, without vectors, a tenth as
+    fast; here they are computed in float32, which saves memory and, but for large weights, no time.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return reference.int8_linear(x, weight, scale, bias)
