@@ -1,5 +1,6 @@
 """Commands in the documents run, and their tables are what the code says now."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,12 +12,15 @@ import pytest
 from benchmarks import recipes, step_table
 from benchmarks.reporting import generation
 from documents import run, words
-from gptfast import GPTConfig, peaks
+from gptfast import GPTConfig, costs, peaks
+from gptfast.training import recipes as recipes_by_name
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-IN_ORDER = tuple(ROOT / "docs" / name for name in ("training.md", "generation.md", "drop-in.md", "evaluation.md"))
-TRAINING, GENERATION, *_ = IN_ORDER
+IN_ORDER = tuple(
+    ROOT / "docs" / name for name in ("training.md", "generation.md", "drop-in.md", "evaluation.md", "recipes.md")
+)
+TRAINING, GENERATION, _, _, RECIPES = IN_ORDER
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -54,19 +58,6 @@ def test_commands_and_code_one_after_the_other(path, tmp_path):
                 assert run(words(command), tmp_path), command
 
 
-SCRIPTS = [
-    pytest.param(block, id=f"{path.name}-{number}")
-    for path in DOCUMENTS
-    if path not in IN_ORDER
-    for number, block in enumerate(blocks(path, "python"))
-]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_runs(script: str, tmp_path):
-    assert run([sys.executable, "-c", script], tmp_path)
-
-
 def test_the_tables_of_a_step_are_those_of_its_passes():
     """`python -m benchmarks.step_table` prints them."""
     text = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
@@ -87,6 +78,21 @@ def test_the_table_of_generation_is_that_of_the_committed_results():
     text = GENERATION.read_text(encoding="utf-8")
     written = text.partition("<!-- generation:start -->\n")[2].partition("<!-- generation:end -->")[0]
     assert written == generation.passage(ROOT / "benchmarks/results/cpu")
+
+
+VOCABULARIES = {"shakespeare-char-cpu": 65, "shakespeare-char-gpu": 65, "word-gpt": 31}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", RECIPES], ids=lambda path: path.name)
+def test_parameters_of_recipes_are_those_of_their_models(path):
+    """In the tables, of every recipe but the sizes between GPT-2's smallest and largest."""
+    rows = {
+        name: row for row in path.read_text(encoding="utf-8").splitlines() for name in re.findall(r"#([\w-]+)\)", row)
+    }
+    for name, recipe in recipes_by_name.RECIPES.items():
+        shape = dataclasses.replace(recipe.model, vocab_size=VOCABULARIES.get(name, 50257))
+        row = rows[re.sub("-(cpu|gpu|medium|large|xl)$", "", name)]
+        assert f"{costs.parameters(shape):,}" in row or name in ("gpt2-medium", "gpt2-large"), name
 
 
 def test_links_between_documents_lead_somewhere():
