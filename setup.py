@@ -45,5 +45,5 @@ setup(
         "bench": BENCH,
         "tensorboard": ["tensorboard"],
     },
-    entry_points={"console_scripts": ["gptfast = gptfast.cli:main"]},
+    entry_points={"console_scripts": ["gptfast = gptfast.cli:program"]},
 )

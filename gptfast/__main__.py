@@ -1,5 +1,5 @@
 """`python -m gptfast` is the same as `gptfast`."""
 
-from gptfast.cli import main
+from gptfast.cli import program
 
-main()
+program()

@@ -24,7 +24,7 @@ from gptfast.evaluation import command as evaluation
 from gptfast.files import read_json
 from gptfast.generation import writing
 from gptfast.huggingface import export
-from gptfast.training import recipes, trainer
+from gptfast.training import distributed, recipes, trainer
 from gptfast.training.distributed import World
 from gptfast.training.settings import TrainConfig
 
@@ -53,6 +53,16 @@ class TrainOptions(TrainConfig):
     """File with settings, JSON as in a run's config.json or TOML."""
     print_config: bool = False
     """Print the settings as JSON, which --config takes, and end."""
+
+
+def program() -> NoReturn:
+    """Run the command line and end the process."""
+    status: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code
+    distributed.leave(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -209,6 +209,21 @@ def test_a_process_alone(monkeypatch):
     assert world.sum(torch.ones(2)).tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "printed"), [([], 0, "usage: gptfast"), (["fly"], 2, "unknown command 'fly'")]
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_ends_before_the_interpreter_does(arguments, status: int, printed: str, processes: int):
+    """Threads of Gloo that outlive their group abort an interpreter that shuts down, now and then."""
+    code = "import atexit\natexit.register(print, 'shutting down')\nfrom gptfast.cli import program\nprogram()"
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"} if processes == 2 else {}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment() | world, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout.count("shutting down")) == (status, 0 if processes == 2 else 1)
+    assert printed in ended.stdout + ended.stderr
+
+
 def test_what_torchrun_tells(monkeypatch):
     for name, value in {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"
