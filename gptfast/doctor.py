@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import gptfast
 import kernels
@@ -212,6 +211,8 @@ def _measured_launches(path: Path, report: Report) -> int:
 
 
 def _folders(report: Report) -> Iterator[tuple[str, str]]:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that other commands do not need
+
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast")
     found = {
         "gptfast": (home, "XDG_CACHE_HOME"),

@@ -54,6 +54,12 @@ def test_train_and_generate(text):
     assert len(twice) == 2 * len(generated.stdout)
 
 
+def test_starts_without_the_compiler():
+    """Importing it takes longer than all else together."""
+    code = "import sys; from gptfast import cli; print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def fails(capsys, *arguments: str, status: int = 2) -> str:
     """The error line of a command that ends with this exit status and prints nothing else."""
     with pytest.raises(SystemExit) as ended:
