@@ -1,7 +1,8 @@
 """Everything that a CUDA machine can tell, within a time budget: `python -m benchmarks.gpu_check --out DIR`.
 
-The tests, then the launch configurations, which the later stages use, then the operators, then whole models, then the
-report. A stage that is out of time is interrupted, so that it still writes what it has, and the next one starts.
+The tests, then the launch configurations, which the later stages use, then the operators' errors and their speeds, then
+whole models, then the report. A stage that is out of time is interrupted, so that it still writes what it has, and the
+next one starts.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
         yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow"]
     if not options.skip_tuning:
         yield "tuning", left(0.25), [*python, "benchmarks.tune", "--out", str(Path(options.out, "launches"))]
+    yield "accuracy", left(0.1), [*python, "benchmarks.accuracy", "--out", options.out]
     for stage, suites, share in SUITES:
         seconds = left(share)
         files = [str(ROOT / "benchmarks" / suite) for suite in suites]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pydoc
 import re
 import shutil
 import sys
@@ -9,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import recipes, step_table
+import kernels
+from benchmarks import accuracy, operator_table, recipes, step_table
 from benchmarks.reporting import generation
+from benchmarks.roofline import gpu_named
 from documents import run, words
-from gptfast import GPTConfig, costs, peaks
+from gptfast import GPTConfig, costs
 from gptfast.training import recipes as recipes_by_name
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-IN_ORDER = tuple(
-    ROOT / "docs" / name for name in ("training.md", "generation.md", "drop-in.md", "evaluation.md", "recipes.md")
-)
-TRAINING, GENERATION, _, _, RECIPES = IN_ORDER
+TRAINING, GENERATION, RECIPES, OPERATORS, NUMERICS, ADDING, BENCHMARKING, *_ = IN_ORDER = tuple(
+    ROOT / "docs" / f"{name}.md"
+    for name in (
+        "training", "generation", "recipes", "operators", "numerics", "adding-an-operator", "benchmarking",
+        "distributed", "drop-in", "evaluation",
+    )
+)  # fmt: skip
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -29,6 +35,10 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def commands(path: Path) -> list[str]:
     return [line for block in blocks(path, "sh") for line in block.splitlines()]
+
+
+def between(path: Path, start: str, end: str) -> str:
+    return path.read_text(encoding="utf-8").partition(f"{start}\n")[2].partition(end)[0]
 
 
 COMMANDS = [
@@ -47,12 +57,15 @@ def test_a_command_runs(command: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", IN_ORDER, ids=lambda path: path.name)
 def test_commands_and_code_one_after_the_other(path, tmp_path):
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for folder in ("examples", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for questions in blocks(path, "jsonl"):
         (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
         if language == "python":
-            run([sys.executable, "-c", block], tmp_path)
+            (tmp_path / "block.py").write_text(block, encoding="utf-8")  # Triton reads the source of its kernels
+            run([sys.executable, "block.py"], tmp_path)
         else:
             for command in block.splitlines():
                 assert run(words(command), tmp_path), command
@@ -60,24 +73,49 @@ def test_commands_and_code_one_after_the_other(path, tmp_path):
 
 def test_the_tables_of_a_step_are_those_of_its_passes():
     """`python -m benchmarks.step_table` prints them."""
-    text = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
-    written = text.partition(f"{step_table.START}\n")[2].partition(step_table.END)[0]
-    (gpu,) = [gpu for gpu in peaks.GPUS if gpu.name == "H200 SXM"]
+    written = between(ROOT / "docs/step.md", step_table.START, step_table.END)
+    gpu = gpu_named("H200 SXM")
     assert written == step_table.tables(GPTConfig.preset("gpt2", pad_vocab_size_to=128), 32, 1024, gpu)
 
 
 def test_the_table_of_recipes_is_that_of_the_committed_results():
-    text = TRAINING.read_text(encoding="utf-8")
-    written = text.partition("<!-- recipes:start -->\n")[2].partition("<!-- recipes:end -->")[0]
+    written = between(TRAINING, "<!-- recipes:start -->", "<!-- recipes:end -->")
     results = json.loads((ROOT / "benchmarks/results/cpu/recipes.json").read_text(encoding="utf-8"))
     assert written == recipes.passage(results)
 
 
 def test_the_table_of_generation_is_that_of_the_committed_results():
     """`benchmarks.reporting.generation.passage` writes it."""
-    text = GENERATION.read_text(encoding="utf-8")
-    written = text.partition("<!-- generation:start -->\n")[2].partition("<!-- generation:end -->")[0]
+    written = between(GENERATION, "<!-- generation:start -->", "<!-- generation:end -->")
     assert written == generation.passage(ROOT / "benchmarks/results/cpu")
+
+
+def test_the_table_of_operators_is_that_of_their_costs():
+    """`python -m benchmarks.operator_table` prints it."""
+    table = operator_table.table(gpu_named("H200 SXM"))
+    assert between(OPERATORS, operator_table.START, operator_table.END) == table
+
+
+def test_every_operator_has_its_place_in_the_documents():
+    text = OPERATORS.read_text(encoding="utf-8")
+    for name in set(kernels.__all__) - {"reference", "warmup"}:
+        assert f"`{name}(" in text, name
+
+
+def test_the_table_of_errors_is_that_of_the_committed_results():
+    results = json.loads((ROOT / "benchmarks/results/cpu/accuracy.json").read_text(encoding="utf-8"))
+    assert between(NUMERICS, "<!-- accuracy:start -->", "<!-- accuracy:end -->") == accuracy.passage(results)
+
+
+def test_what_documents_name_is_there():
+    """Files by their paths, and modules and functions by their names."""
+    for path in [ROOT / "README.md", *DOCUMENTS]:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:kernels|gptfast|benchmarks|tests|examples|docs)/[\w/-]+(?:\.\w+)?)`", text):
+            # a table of launches is there when a GPU was measured
+            assert (ROOT / name).exists() or name == "kernels/launches", f"{path.name}: {name}"
+        for name in re.findall(r"\b((?:kernels|gptfast|benchmarks)(?:\.\w+)+)\b(?![/.])", text):
+            assert pydoc.locate(name) is not None, f"{path.name}: {name}"
 
 
 VOCABULARIES = {"shakespeare-char-cpu": 65, "shakespeare-char-gpu": 65, "word-gpt": 31}
@@ -97,5 +135,6 @@ def test_parameters_of_recipes_are_those_of_their_models(path):
 
 def test_links_between_documents_lead_somewhere():
     for path in [ROOT / "README.md", *DOCUMENTS]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (path.parent / target).exists(), f"{path.name}: {target}"

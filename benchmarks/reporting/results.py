@@ -62,10 +62,12 @@ def merge(runs: Iterable[Run]) -> Run:
     devices = sorted({run.machine.device for run in ordered})
     if len(devices) != 1:
         raise ResultsError(f"cannot merge results of {' and '.join(devices) or 'nothing'}; accepted: one device")
+    # files of other kinds lie beside those with rows: the machine is what the figures were measured on
+    measured = [run for run in ordered if run.rows or run.not_measured] or ordered
     rows = {row.key: row for run in ordered for row in run.rows}
     missing = {item.key: item for run in ordered for item in run.not_measured if item.key not in rows}
     return Run(
-        machine=ordered[-1].machine,
+        machine=measured[-1].machine,
         sources=tuple(source for run in ordered for source in run.sources),
         rows=tuple(sorted(rows.values(), key=row_order)),
         not_measured=tuple(missing.values()),

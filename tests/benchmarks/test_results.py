@@ -56,6 +56,19 @@ def test_merging_keeps_what_only_one_file_has():
     assert [Path(source.path).name for source in both.sources] == ["models.json", "operators.json"]
 
 
+def test_a_file_without_figures_does_not_tell_the_machine(fixtures, rewrite):
+    folder = fixtures / "fixture-gpu"
+
+    def later(data):
+        data.update(datetime="2100-01-01T00:00:00+00:00", benchmarks=[], not_measured=[])
+        data["machine_info"]["gptfast"]["limits"]["copy_bytes_per_second"] = 1.0
+
+    before = results.load(folder).machine
+    rewrite(folder / "operators.json", later, folder / "later.json")
+    assert results.load(folder).machine == before
+    assert results.load(folder / "later.json").machine.copy_bytes_per_second == 1.0
+
+
 def test_what_any_file_measured_is_not_missing():
     missing = ("layer_norm", "bfloat16 32768x768", "forward", "triton")
     assert missing in [item.key for item in results.load(GPU / "models.json").not_measured]

@@ -1,0 +1,76 @@
+"""What each operator computes and moves, and the time that a data sheet allows: `python -m benchmarks.operator_table`.
+
+What docs/operators.md holds between its markers.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from benchmarks.measuring import shapes
+from benchmarks.measuring.comparison import Case
+from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.reporting.markdown import grid
+from benchmarks.roofline import gpu_named, matrix_peak
+from gptfast.peaks import GPU
+
+START, END = "<!-- operators:start -->", "<!-- operators:end -->"
+# the first case of each suite: the one that says most
+CASES = (
+    shapes.LAYER_NORM[0], shapes.ADD_LAYER_NORM[0], shapes.FFN[0], shapes.ATTENTION[0], shapes.PACKED[0],
+    shapes.DECODE[0], shapes.LOSS[0],
+)  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Print what each operator computes and moves, and how long that takes at least."""
+
+    gpu: str = "H200 SXM"
+    """Name of a GPU in the table of `gptfast.peaks`."""
+
+
+def main() -> None:
+    """Print the table; exit status 2 for an unknown GPU, or one without a known peak in bfloat16."""
+    options = tyro.cli(Options)
+    try:
+        print(table(gpu_named(options.gpu)), end="")
+    except ValueError as error:
+        print(f"benchmarks.operator_table: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def table(gpu: GPU) -> str:
+    """The table in Markdown.
+
+    Raises:
+        ValueError: a GPU whose matrix peak in bfloat16 is not known.
+    """
+    lines = [line for case in CASES for line in _lines(case, gpu)]
+    return grid(("operator", "shape", "pass", "GFLOP", "MB", "least time", "bound by"), lines) + "\n"
+
+
+def _lines(case: Case, gpu: GPU) -> list[tuple[str, ...]]:
+    """A line for the forward, and one for the backward of what has one of its own."""
+    peak = matrix_peak(gpu, case.dtype)
+    if peak is None:
+        raise ValueError(f"no matrix peak in {case.dtype_name} is known of {gpu.name}")
+    sizes = " ".join(f"{name}={size:,}" for name, size in case.dims.items())
+    lines = []
+    for mode in PROVIDERS[case.suite]["triton"].modes:
+        if mode == "both" and "backward" in PROVIDERS[case.suite]["triton"].modes:
+            continue  # the sum of the two
+        cost = case.cost(mode)
+        seconds = cost.seconds(peak, gpu.bandwidth)
+        bound = "memory" if cost.bytes / gpu.bandwidth >= seconds else "arithmetic"
+        first = (f"`{case.suite}`", sizes) if mode == "forward" else ("", "")
+        amounts = (f"{cost.flops / 1e9:,.1f}", f"{cost.bytes / 1e6:,.0f}", f"{1e6 * seconds:,.0f} us")
+        lines.append((*first, "forward and backward" if mode == "both" else mode, *amounts, bound))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
