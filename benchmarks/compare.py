@@ -11,10 +11,12 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from benchmarks.reporting import results, units
+from benchmarks.reporting.readme import device_folders
 from benchmarks.reporting.results import ResultsError
 from benchmarks.reporting.rows import Key, Row, Run
 
@@ -28,9 +30,9 @@ class Options:
     """
 
     old: tyro.conf.Positional[str]
-    """Results file, or a folder of them."""
+    """Results file, a folder of them, or a folder with that of one device."""
     new: tyro.conf.Positional[str]
-    """Results file, or a folder of them."""
+    """As the old ones."""
     threshold: float = 0.05
     """Slowdown of the median that is tolerated, as a share of the old one."""
 
@@ -90,7 +92,16 @@ def compare(options: Options) -> int:
 
 
 def _load(path: str) -> Run:
-    """Unlike a report, a comparison must not go on without a file: what regressed might be in it."""
+    """Unlike a report, a comparison must not go on without a file: what regressed might be in it.
+
+    A folder whose results are those of one device, in a folder of its own, stands for that one.
+    """
+    if Path(path).is_dir() and not any(Path(path).glob("*.json")):
+        folders = device_folders(path)
+        if len(folders) > 1:
+            names = ", ".join(str(folder) for folder in folders)
+            raise ResultsError(f"{path} has results of several devices; accepted: one of {names}")
+        path = str(folders[0]) if folders else path
     run = results.load(path)
     if run.problems:
         raise ResultsError(run.problems[0])

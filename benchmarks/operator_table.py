@@ -59,7 +59,7 @@ def _lines(case: Case, gpu: GPU) -> list[tuple[str, ...]]:
     if peak is None:
         raise ValueError(f"no matrix peak in {case.dtype_name} is known of {gpu.name}")
     sizes = " ".join(f"{name}={size:,}" for name, size in case.dims.items())
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for mode in PROVIDERS[case.suite]["triton"].modes:
         if mode == "both" and "backward" in PROVIDERS[case.suite]["triton"].modes:
             continue  # the sum of the two

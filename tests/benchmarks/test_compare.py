@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_folders_are_merged(run):
     status, printed, _ = run(FILE.parent, FILE)
     assert status == 0
     assert f"only in {FILE.parent}:" in printed
+
+
+def test_the_folder_of_one_device_is_found_in_that_of_all(run, fixtures, tmp_path):
+    device = fixtures / "fixture-gpu"
+    shutil.copytree(device, tmp_path / "all/fixture-gpu")
+    assert run(str(tmp_path / "all"), str(device)) == run(str(device), str(device))
+    shutil.copytree(device, tmp_path / "all/other")
+    status, _, err = run(str(tmp_path / "all"), str(device))
+    assert status == 2
+    assert "all has results of several devices; accepted: one of " in err
 
 
 def test_what_cannot_be_compared(run, fixtures, rewrite, tmp_path):
