@@ -67,6 +67,7 @@ def cases(dtype: torch.dtype, interpreted: bool) -> list[Case]:
             shapes.causal_attention(1, 2, 256, 64, dtype),
             shapes.causal_attention_qkvpacked(1, 2, 256, 64, dtype),
             shapes.decode_attention(2, 2, 512, 64, dtype),
+            shapes.int8_linear(4, 256, 512, dtype),
             shapes.linear_cross_entropy(128, 256, 1024, dtype),
         ]
     return [
@@ -76,6 +77,7 @@ def cases(dtype: torch.dtype, interpreted: bool) -> list[Case]:
         shapes.causal_attention(8, 12, 1024, 64, dtype),
         shapes.causal_attention_qkvpacked(8, 12, 1024, 64, dtype),
         shapes.decode_attention(8, 12, 1024, 64, dtype),
+        shapes.int8_linear(16, 768, 50_304, dtype),
         shapes.linear_cross_entropy(8192, 768, 50_304, dtype),
     ]
 
@@ -115,7 +117,9 @@ def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     truth, ours, theirs = (
         _run(operator, inputs, upstream, dtype, gradients)
         for operator, dtype in (
-            (case.reference, torch.float64), (provider.build(case), case.dtype), (case.reference, case.dtype)
+            (case.reference, torch.float64),
+            (provider.build(case), case.dtype),
+            (PROVIDERS[case.suite]["eager"].build(case), case.dtype),
         )
     )  # fmt: skip
     for name, expected in truth.items():

@@ -31,6 +31,7 @@ SUITES = (
             "test_decode_attention.py",
             "test_gelu_ffn.py",
             "test_linear_cross_entropy.py",
+            "test_int8_linear.py",
             "test_ffn_up.py",
             "test_layer_norm.py",
             "test_add_layer_norm.py",

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from benchmarks.measuring import shapes
-from benchmarks.measuring.comparison import MODES
+from benchmarks.measuring.peers import PROVIDERS
 from gptfast import GPTConfig, peaks
 from gptfast.costs import Cost
 from gptfast.peaks import GPU
@@ -54,12 +54,14 @@ def step_seconds(config: GPTConfig, batch: int, length: int, gpu: GPU) -> dict[s
 def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
     """Suite, case, mode, cost and least seconds of every case of the operators' suites that `gpu` can compute."""
     rows = []
-    for case in (*shapes.ATTENTION, *shapes.FFN, *shapes.LAYER_NORM, *shapes.ADD_LAYER_NORM, *shapes.LOSS):
-        peak = matrix_peak(gpu, case.dtype)
-        if peak is not None:
-            for mode in MODES:
+    for suite, cases in shapes.SUITES.items():
+        for case in cases:
+            peak = matrix_peak(gpu, case.dtype)
+            if peak is None:
+                continue
+            for mode in PROVIDERS[suite]["triton"].modes:
                 cost = case.cost(mode)
-                rows.append((case.suite, str(case), mode, cost, cost.seconds(peak, gpu.bandwidth)))
+                rows.append((suite, str(case), mode, cost, cost.seconds(peak, gpu.bandwidth)))
     return rows
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gptfast.config import GPTConfig
 
-_STATISTIC = 4  # bytes: row statistics are kept in float32
+_STATISTIC = 4  # bytes: statistics of rows, and scales, are kept in float32
 _TOKEN = 8  # bytes of a token id
 
 
@@ -83,6 +83,13 @@ def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = Tru
     # dx reads dy and the weight, dweight reads dy and x
     backward = Cost(4 * rows * weight, (2 * y + 2 * weight + 2 * x + b) * itemsize)
     return Passes(forward, forward, backward)
+
+
+def int8_linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Passes:
+    """A product [rows, inputs] x [inputs, outputs] with weights of 8 bits and a scale for each output; no backward."""
+    moved = (rows * inputs + rows * outputs) * itemsize + inputs * outputs + outputs * _STATISTIC
+    forward = Cost(2 * rows * inputs * outputs, moved)
+    return Passes(forward, forward, Cost(0, 0))
 
 
 def gelu_ffn(rows: int, width: int, hidden: int, itemsize: int, bias: bool = True) -> Passes:

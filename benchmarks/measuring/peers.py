@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,24 @@ def _decode(case: Case) -> Operator:
     return partial(kernels.decode_attention, lengths=full_lengths(case.dims["B"], case.dims["S"], device))
 
 
+def _int8(function: Callable[..., Tensor]) -> Operator:
+    """A linear layer with weights of 8 bits, which are made once."""
+    quantize = lru_cache(maxsize=1)(lambda weight: kernels.quantize_int8(weight.detach().float()))
+    return lambda x, weight: function(x, *quantize(weight))
+
+
+def _int8_triton(case: Case) -> Operator:
+    _require_triton()
+    return _int8(kernels.int8_linear)
+
+
+def _int8_pytorch(case: Case) -> Operator:
+    """PyTorch's own, for bfloat16 alone; its scales are in the dtype of x."""
+    if case.dtype != torch.bfloat16:
+        raise UnavailableError("torch._weight_int8pack_mm takes bfloat16 alone")
+    return _int8(lambda x, q, scale: torch._weight_int8pack_mm(x, q, scale.to(x.dtype)))
+
+
 def _sdpa_default(case: Case) -> Operator:
     """PyTorch's attention over the whole cache, which needs no mask: without lengths, so for full caches alone."""
     return F.scaled_dot_product_attention
@@ -174,6 +192,15 @@ PROVIDERS = {
         "triton": Provider("triton", _decode, modes=("forward",)),
         "eager": Provider("eager", eager, modes=("forward",)),
         "SDPA": Provider("SDPA", _sdpa_default, modes=("forward",)),
+    },
+    "int8_linear": {
+        name: Provider(name, build, modes=("forward",))
+        for name, build in {
+            "triton": _int8_triton,
+            "eager": lambda case: _int8(kernels.reference.int8_linear),
+            "_weight_int8pack_mm": _int8_pytorch,
+            "F.linear": lambda case: F.linear,  # of the weights before they were rounded: what 8 bits are for
+        }.items()
     },
     # without gradients, and with both: the backward alone is a multiplication where the forward has done its work
     "linear_cross_entropy": {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from benchmarks.measuring.comparison import Case
 from gptfast import costs
 from kernels import reference
@@ -64,6 +65,24 @@ def ffn_up(rows: int, width: int, hidden: int, dtype: torch.dtype) -> Case:
         shapes={"x": (rows, width), "w_up": (hidden, width), "b_up": (hidden,)},
         passes=costs.linear(rows, width, hidden, dtype.itemsize),
         reference=lambda x, w_up, b_up: F.relu(F.linear(x, w_up, b_up)),
+    )
+
+
+def int8_linear(rows: int, width: int, outputs: int, dtype: torch.dtype) -> Case:
+    """A linear layer of a few rows, whose weights are given as they are before they are rounded to 8 bits."""
+
+    def rounded(x: Tensor, w_linear: Tensor) -> Tensor:
+        q, scale = kernels.quantize_int8(w_linear.detach().float())
+        # the gradient passes by what has none
+        return F.linear(x, w_linear + (q * scale[:, None] - w_linear.detach()).to(w_linear.dtype))
+
+    return Case(
+        suite="int8_linear",
+        dims={"M": rows, "K": width, "N": outputs},
+        dtype=dtype,
+        shapes={"x": (rows, width), "w_linear": (outputs, width)},
+        passes=costs.int8_linear(rows, width, outputs, dtype.itemsize),
+        reference=rounded,
     )
 
 
@@ -206,9 +225,28 @@ DECODE = [
     decode_attention(64, 12, 1024, 64, BF16),
     decode_attention(1, 12, 1024, 64, BF16),
 ]
+# GPT-2's head and the widest layer of its largest size, for one sequence and for several
+INT8 = [
+    int8_linear(1, 768, 50_304, BF16),
+    int8_linear(1, 1600, 6400, BF16),
+    int8_linear(16, 1600, 6400, BF16),
+    int8_linear(64, 768, 50_304, BF16),
+]
 LOSS = [
     linear_cross_entropy(32_768, 768, 50_304, BF16),
     quick(linear_cross_entropy(32_768, 768, 50_257, BF16)),
     quick(linear_cross_entropy(8192, 1600, 50_304, BF16)),
     quick(linear_cross_entropy(8192, 4096, 128_256, BF16)),
 ]
+
+SUITES = {
+    "layer_norm": LAYER_NORM,
+    "add_layer_norm": ADD_LAYER_NORM,
+    "gelu_ffn": FFN,
+    "ffn_up": FFN_UP,
+    "causal_attention": ATTENTION,
+    "causal_attention_qkvpacked": PACKED,
+    "decode_attention": DECODE,
+    "int8_linear": INT8,
+    "linear_cross_entropy": LOSS,
+}

@@ -17,6 +17,7 @@ SUITES = {
     "causal_attention": "Causal attention",
     "causal_attention_qkvpacked": "Causal attention of packed projections",
     "decode_attention": "Decode attention",
+    "int8_linear": "Linear layer with weights of 8 bits",
     "linear_cross_entropy": "Linear layer and cross-entropy",
 }
 MODES = {

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kernels
 from benchmarks.measuring import shapes
 from benchmarks.measuring.comparison import MODES, Comparison, Provider, UnavailableError, WrongResultError
 from benchmarks.measuring.peers import PROVIDERS
@@ -40,6 +41,26 @@ def test_decoding_is_measured():
     comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
     rows = [comparison.row(name, "forward")[1] for name in providers]
     assert [row["bytes"] for row in rows] == [4 * 2 * 3 * (2 * 16 + 2 * 40 * 16)] * 3
+
+
+def test_weights_of_8_bits_are_measured():
+    """Beside the weights before they were rounded, which are a percent off."""
+    case = shapes.int8_linear(3, 64, 40, torch.bfloat16)
+    providers = PROVIDERS["int8_linear"]
+    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
+    rows = {name: comparison.row(name, "forward")[1] for name in providers}
+    assert {row["bytes"] for row in rows.values()} == {2 * 3 * (64 + 40) + 64 * 40 + 4 * 40}
+    assert rows["triton"]["error"] < 0.004 < 0.006 < rows["F.linear"]["error"] < 0.02
+
+
+def test_weights_are_rounded_once(monkeypatch):
+    calls = []
+    whole = kernels.quantize_int8
+    monkeypatch.setattr(kernels, "quantize_int8", lambda weight: calls.append(1) or whole(weight))
+    operator = PROVIDERS["int8_linear"]["eager"].build(shapes.int8_linear(3, 64, 40, torch.float32))
+    x, weight = torch.randn(3, 64), torch.randn(40, 64)
+    assert torch.equal(operator(x, weight), operator(x, weight))
+    assert len(calls) == 1
 
 
 def test_the_loss_is_measured():

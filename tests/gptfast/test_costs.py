@@ -49,6 +49,13 @@ def test_linear_by_the_tensors_of_its_three_products(bias):
     assert passes.backward == Cost(2 * 2 * 6 * 10 * 14, dx + dweight + b)
 
 
+def test_weights_of_8_bits_are_a_byte_each():
+    passes = costs.int8_linear(6, 10, 14, 2)
+    x, weight, scales, y = 6 * 10 * 2, 10 * 14, 14 * 4, 6 * 14 * 2
+    assert passes.inference == passes.forward == Cost(2 * 6 * 10 * 14, x + weight + scales + y)
+    assert passes.backward == Cost(0, 0)
+
+
 def test_feed_forward_by_the_tensors_of_its_six_products():
     x, h, weight, biases = 6 * 10 * 2, 6 * 40 * 2, 10 * 40 * 2, (10 + 40) * 2
     passes = costs.gelu_ffn(6, 10, 40, 2)
