@@ -50,7 +50,7 @@ def test_weights_of_8_bits_are_measured():
     comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
     rows = {name: comparison.row(name, "forward")[1] for name in providers}
     assert {row["bytes"] for row in rows.values()} == {2 * 3 * (64 + 40) + 64 * 40 + 4 * 40}
-    assert rows["triton"]["error"] < 0.004 < 0.006 < rows["F.linear"]["error"] < 0.02
+    assert rows["triton"]["error"] < 0.004 < rows["F.linear"]["error"] < 0.02
 
 
 def test_weights_are_rounded_once(monkeypatch):
