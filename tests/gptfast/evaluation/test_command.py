@@ -301,7 +301,7 @@ def test_loading_knows_runs_and_folders(trained, tmp_path):
 def test_loading_compares_the_vocabularies(tmp_path, monkeypatch):
     asked = []
     model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4), "eager")
-    monkeypatch.setattr("gptfast.loading.from_pretrained", lambda name, backend: model)
+    monkeypatch.setattr("gptfast.loading.with_tokenizer", lambda name, backend: (model, None))
     monkeypatch.setattr(
         "gptfast.tokenizers.for_documents",
         lambda name, *rest, **options: asked.append((name, options)) or ByteTokenizer(),
@@ -311,6 +311,19 @@ def test_loading_compares_the_vocabularies(tmp_path, monkeypatch):
     ):
         loading.load("gpt2", torch.device("cpu"), "o200k", "folder")
     assert asked == [("o200k", {"vocabulary": "folder"})]
+    for name in ("char", "word"):
+        with pytest.raises(ValueError, match=f"does not bring its tokenizer, and '{name}' cannot be told from a model"):
+            loading.load("gpt2", torch.device("cpu"), name)
+
+
+def test_a_folder_called_gpt2_may_hold_anything(here, monkeypatch):
+    """Such as the encoding's vocabulary, which is given with it."""
+    Path("gpt2").mkdir()
+    asked = []
+    model = GPT(GPTConfig(block_size=4, vocab_size=257, n_layer=1, n_head=1, n_embd=4), "eager")
+    monkeypatch.setattr("gptfast.loading.with_tokenizer", lambda name, backend: asked.append(name) or (model, None))
+    assert loading.load("gpt2", torch.device("cpu"), "byte")[0] is model
+    assert asked == ["gpt2"]
 
 
 def test_help_tells_of_everything(capsys):
