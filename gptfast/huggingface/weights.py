@@ -66,7 +66,7 @@ def _tie(tensors: dict[str, Tensor], folder: Path) -> None:
     """Give head and embedding the one tensor that files may have under either name, or both."""
     found = [tensors[name] for name in (_EMBEDDING, _HEAD) if name in tensors]
     # transformers has dropped one of them or kept both, by its version
-    if len(found) == 2 and not (found[0].dtype == found[1].dtype and torch.equal(*found)):
+    if len(found) == 2 and not torch.equal(*found):
         raise ValueError(
             f"{folder} does not fit its config.json, which has tie_word_embeddings=true: {_HEAD} and {_EMBEDDING} are "
             "different; tie_word_embeddings=false keeps both"

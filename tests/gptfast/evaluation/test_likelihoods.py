@@ -33,7 +33,7 @@ def losses(model: GPT, idx: torch.Tensor, targets: torch.Tensor, dtype: torch.dt
 def test_losses_are_those_of_a_float64_loop(backend: str, padding: int):
     model, ids = build(backend, pad_vocab_size_to=padding), rows(3)
     found = losses(model, ids[:, :-1], ids[:, 1:])
-    assert (found.shape, found.dtype) == ((3, 12), torch.float64)
+    assert (found.shape, found.dtype, found.requires_grad) == ((3, 12), torch.float64, False)
     expected = [[-value for value in exact_log_probabilities(model, row)] for row in ids.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
