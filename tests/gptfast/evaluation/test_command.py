@@ -180,6 +180,12 @@ def test_nanogpts_data(trained, here, capsys):
     assert fails(capsys, trained, "--data", "nano") == "token id 999 is out of range; accepted: 0 to 16"
 
 
+def test_lines_end_alike(trained, here, capsys):
+    Path("other.txt").write_bytes(TEXT[:300].replace("\n", "\r\n").encode())
+    found, expected = (measured(capsys, trained, "--data", name)["data"] for name in ("other.txt", "text.txt"))
+    assert found == expected | {"source": "other.txt"}
+
+
 def test_sources_with_names(trained, here, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "standard_library", lambda: TEXT[:100])
     monkeypatch.setattr(corpus, "shakespeare", lambda: TEXT[:200])
