@@ -56,6 +56,8 @@ def main() -> None:
     train, held_out = tokens.split([int(0.9 * len(tokens)), len(tokens) - int(0.9 * len(tokens))])
     if len(held_out) <= s.block_size:
         parser.error(f"the text is too short: {len(tokens)} bytes, a tenth of which must be above {s.block_size}")
+    if s.accumulation < 1 or s.batch_size % s.accumulation:
+        parser.error(f"--batch_size must be a multiple of --accumulation {s.accumulation}, got {s.batch_size}")
 
     torch.manual_seed(s.seed)
     shape = {name: getattr(s, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}

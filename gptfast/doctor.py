@@ -176,14 +176,15 @@ def _operators(report: Report, here: list[torch.device]) -> Iterator[tuple[str, 
                 yield f"{device}, {', '.join(dtypes)}", f"{', '.join(operators_of)}: {text}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= runtime.LOWEST_CAPABILITY:
             reason = runtime.why_not(device)
-            way_out = "" if runtime.TRITON_INSTALLED else "; pip install triton"
+            again = "--force-reinstall " if runtime.TRITON_INSTALLED else ""
+            way_out = "" if runtime.why_no_triton() is None else f"; pip install {again}triton"
             if reason is not None:
                 report.add(f"nothing runs as kernels on the GPU: {reason}{way_out}")
 
 
 def _launches(report: Report, here: list[torch.device]) -> Iterator[tuple[str, str]]:
     gpus = [device for device in here if device.type == "cuda"]
-    if not gpus or not runtime.TRITON_INSTALLED:
+    if not gpus or runtime.why_no_triton() is not None:
         yield "none", "no GPU" if not gpus else "no Triton"
         return
     from kernels import tuning
@@ -201,9 +202,9 @@ def _launches(report: Report, here: list[torch.device]) -> Iterator[tuple[str, s
 
 
 def _measured_launches(path: Path, report: Report) -> int:
-    if not path.is_file():
-        return 0
     try:
+        if not path.is_file():
+            return 0
         return sum(len(problems) for problems in read_json(path)["launches"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         report.add(f"the launches in {path} cannot be read; delete that file")
@@ -222,7 +223,7 @@ def _folders(report: Report) -> Iterator[tuple[str, str]]:
             "TORCHINDUCTOR_CACHE_DIR",
         ),
     }
-    if runtime.TRITON_INSTALLED:
+    if runtime.why_no_triton() is None:
         import triton
 
         found["Triton"] = Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR"

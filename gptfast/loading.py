@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from gptfast import run, tokenizers
+from gptfast.huggingface import hub
 from gptfast.model import GPT
-from gptfast.pretrained import from_pretrained
+from gptfast.pretrained import with_tokenizer
 from gptfast.tokenizers import Tokenizer
 
 
@@ -20,18 +21,26 @@ def load(
     Args:
         name: a run folder, a folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
         device: for the model.
-        tokenizer: of a model that is no run and does not bring its own: an encoding of tiktoken.
+        tokenizer: of a model that does not bring its own, as runs and what `gptfast export` wrote do: an encoding of
+            tiktoken, or "byte".
         vocabulary: folder with the files of that encoding, for machines without a network.
 
     Raises:
         ValueError: there is no such model, it is damaged, or the tokenizer is of another vocabulary.
     """
     path = Path(name).expanduser()
-    # of a folder that is neither, what a run has to have is said
-    if run.is_run(path) or (path.exists() and not (path / "config.json").is_file()):
+    # of a folder that is neither, what a run has to have is said; but one called gpt2 may hold anything
+    neither = path.exists() and not (path / "config.json").is_file() and name not in hub.NAMES
+    if run.is_run(path) or neither:
         return run.load(path, device, "eager")
-    model = from_pretrained(str(path) if path.is_dir() else name, backend="eager")
-    found = tokenizers.for_documents(tokenizer, [], vocabulary=vocabulary)
+    model, found = with_tokenizer(str(path) if path.is_dir() else name, "eager")
+    if found is None:
+        if tokenizer in ("char", "word"):
+            raise ValueError(
+                f"{name} does not bring its tokenizer, and {tokenizer!r} cannot be told from a model; accepted: byte, "
+                "or an encoding of tiktoken"
+            )
+        found = tokenizers.for_documents(tokenizer, [], vocabulary=vocabulary)
     if found.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{name} has a vocabulary of {model.config.vocab_size} tokens, {tokenizer!r} one of {found.vocab_size}; "

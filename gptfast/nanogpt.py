@@ -39,8 +39,9 @@ def load(path: str | Path, override_args: Mapping[str, Any] | None = None, backe
 
     Args:
         path: of the file, such as out/ckpt.pt.
-        override_args: "dropout", "pad_vocab_size_to", and "activation" where it is neither nanoGPT's nor of a GPT of
-            this package.
+        override_args: "dropout", "pad_vocab_size_to", "activation" where it is neither nanoGPT's nor of a GPT of this
+            package, and "vocab_size" to drop the last rows of the embedding: nanoGPT pads GPT-2's 50,257 to 50,304, for
+            which there is no tokenizer.
         backend: as for `GPT`.
 
     Raises:
@@ -50,8 +51,8 @@ def load(path: str | Path, override_args: Mapping[str, Any] | None = None, backe
     from gptfast.model import GPT
 
     overrides = dict(override_args or {})
-    if not set(overrides) <= {"dropout", "pad_vocab_size_to", "activation"}:
-        accepted = "override_args accepts dropout, pad_vocab_size_to and activation"
+    if not set(overrides) <= {"dropout", "pad_vocab_size_to", "activation", "vocab_size"}:
+        accepted = "override_args accepts dropout, pad_vocab_size_to, activation and vocab_size"
         raise ValueError(f"{accepted}, got {', '.join(overrides)}")
     path = Path(path).expanduser()
     arguments, state = _read(path)
@@ -63,6 +64,11 @@ def load(path: str | Path, override_args: Mapping[str, Any] | None = None, backe
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of nanoGPT's: {error}") from error
     model = GPT(dataclasses.replace(config, **overrides), backend)
+    if model.config.vocab_size > config.vocab_size:
+        raise ValueError(f"vocab_size must be at most the {config.vocab_size} of {path}, got {model.config.vocab_size}")
+    for name in {_HEAD, _EMBEDDING} & set(weights):
+        if weights[name].shape[:1] == (config.vocab_size,):
+            weights[name] = weights[name][: model.config.vocab_size]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     require_fit(f"{path} does not fit its model_args", weights, shapes)
     model.load_state_dict(weights)

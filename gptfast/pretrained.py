@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from gptfast.backend import Request
-from gptfast.huggingface import config, hub, weights
+from gptfast.huggingface import config, hub, tokenizer, weights
 from gptfast.model import GPT
+from gptfast.tokenizers import Tokenizer
 
 
 def from_pretrained(
@@ -29,7 +30,30 @@ def from_pretrained(
     overrides = dict(override_args or {})
     if not set(overrides) <= {"dropout", "pad_vocab_size_to"}:
         raise ValueError(f"override_args accepts dropout and pad_vocab_size_to, got {', '.join(overrides)}")
-    folder = _folder(str(model_type))
+    return _model(_folder(str(model_type)), overrides, backend)
+
+
+def with_tokenizer(name: str, backend: Request = "auto") -> tuple[GPT, Tokenizer | None]:
+    """A model as `from_pretrained` gives it, and the tokenizer that `gptfast export` wrote beside it, if it did.
+
+    Args:
+        name: as for `from_pretrained`.
+        backend: as for `GPT`.
+
+    Raises:
+        ValueError: as `from_pretrained`, or a tokenizer that is damaged or of another vocabulary.
+    """
+    folder = _folder(name)
+    model, found = _model(folder, {}, backend), tokenizer.read(folder)
+    if found is not None and found.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / tokenizer.OURS} does not fit config.json: it has {found.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}; without that file, --tokenizer gives another"
+        )
+    return model, found
+
+
+def _model(folder: Path, overrides: dict[str, float], backend: Request) -> GPT:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
     settings = dataclasses.replace(config.read(folder / "config.json"), **overrides)  # type: ignore[arg-type]

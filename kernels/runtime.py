@@ -30,14 +30,25 @@ def why_not(device: torch.device) -> str | None:
 
     The meta device counts as able: operators have shapes there, and nothing is launched.
     """
-    if not TRITON_INSTALLED:
-        return "Triton is not installed"
+    if (reason := why_no_triton()) is not None:
+        return reason
     from kernels import tile
 
     if not tile.launchable(device):
         cuda = "" if torch.cuda.is_available() else ", and no CUDA device was found"
         return f"Triton kernels do not run on device {device.type!r}{cuda}"
     return _why_not_compiled(device) if device.type == "cuda" and not tile.INTERPRETED.value else None
+
+
+def why_no_triton() -> str | None:
+    """The reason why there is no Triton here, for any device, or None where it can be imported."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError) as error:  # of its compiled parts, which are for another system
+        return f"Triton is installed and cannot be imported: {' '.join(str(error).split())}"
+    return None
 
 
 def _why_not_compiled(device: torch.device) -> str | None:

@@ -40,6 +40,8 @@ def test_it_learns_and_writes_what_transformers_loads(tmp_path):
         (["--data", "none.txt"], "no such text file: none.txt"),
         (["--out", "text.txt"], "text.txt exists already; give a new folder with --out"),
         (["--block_size", "400"], "the text is too short: 1720 bytes, a tenth of which must be above 400"),
+        (["--accumulation", "5"], "--batch_size must be a multiple of --accumulation 5, got 12"),
+        (["--accumulation", "0"], "--batch_size must be a multiple of --accumulation 0, got 12"),
         (["--steps", "few"], "argument --steps: invalid int value: 'few'"),
     ],
 )

@@ -113,7 +113,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 def _file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # as it is, line ends too, as `gptfast prepare` reads it
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:

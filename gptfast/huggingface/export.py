@@ -52,8 +52,8 @@ def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None, zero_b
     """Write a folder from which `transformers.AutoModelForCausalLM` makes a model with the same logits.
 
     It has `config.json` and `model.safetensors`, and with a tokenizer `tokenizer.json` and `tokenizer_config.json`, of
-    which `transformers.AutoTokenizer` makes one with the same tokens. Padding of the vocabulary is left out, adapters
-    are merged. The folder appears whole or not at all.
+    which `transformers.AutoTokenizer` makes one with the same tokens, and a file that this package's commands take it
+    from. Padding of the vocabulary is left out, adapters are merged. The folder appears whole or not at all.
 
     Args:
         model: the GPT; weights are written in their dtype.

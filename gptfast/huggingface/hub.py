@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gptfast.huggingface import weights
+from gptfast.huggingface import tokenizer, weights
 
 # the names that nanoGPT knows
 NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_FILES = ("config.json", weights.FILE, weights.INDEX, "model-?????-of-?????.safetensors")
+_FILES = ("config.json", weights.FILE, weights.INDEX, "model-?????-of-?????.safetensors", tokenizer.OURS)
 
 
 def repository(name: str) -> str | None:
@@ -20,7 +20,7 @@ def repository(name: str) -> str | None:
 
 
 def download(repository: str) -> Path:
-    """The folder with a repository's config and weights, from the hub or, where they are, from its cache.
+    """The folder with a repository's config, weights and tokenizer of ours, from the hub or, where they are, its cache.
 
     Raises:
         ValueError: there is no such repository, or the hub cannot be reached and its cache lacks the files.
@@ -30,7 +30,7 @@ def download(repository: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(repository, allow_patterns=list(_FILES)))
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"no folder {repository} is here, and the Hugging Face hub has no model of that name, or keeps it private"
@@ -42,3 +42,11 @@ def download(repository: str) -> Path:
             f"no folder {repository} is here, and it could not be downloaded from the Hugging Face hub "
             f"({type(cause).__name__}: {reason}); give a folder with config.json and {weights.FILE}"
         ) from error
+    # out of reach of the hub its client gives what others have left in the cache, such as the tokenizer alone
+    for names in (("config.json",), (weights.FILE, weights.INDEX)):
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(
+                f"{repository} has no {names[0]} in the cache, {folder}: the Hugging Face hub has none, or could not "
+                "be reached"
+            )
+    return folder

@@ -1,20 +1,25 @@
 """Tokenizers as the `tokenizer.json` of Hugging Face's `tokenizers`, which then encodes and decodes alike.
 
 Text is encoded as here, special tokens in it like any other text: `tokenizer_config.json` asks for that, by
-`split_special_tokens`.
+`split_special_tokens`. A third file has the tokenizer as this package saves it: a `tokenizer.json` does not tell which
+of them it was.
 """
 
 from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from gptfast import tokenizers
+from gptfast.files import read_json
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 from gptfast.tokenizers.word import UNKNOWN
 
 Json = dict[str, Any]
+OURS = "gptfast_tokenizer.json"
 
 # the bytes that a byte-level vocabulary shows as themselves; the others are shown as characters from 256 on
 _SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -29,7 +34,7 @@ _WORD = rf"{_WORD_CHARACTER}+(?:['\u2019]{_WORD_CHARACTER}+)*|[^\p{{L}}\p{{N}}_\
 
 
 def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
-    """The content of `tokenizer.json` and `tokenizer_config.json`, by these names.
+    """The content of `tokenizer.json`, `tokenizer_config.json` and the file that `read` reads, by their names.
 
     Args:
         tokenizer: one of this package's.
@@ -69,7 +74,24 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
             "split_special_tokens": True,
             **{name: token for name, token in named.items() if token in special},
         },
+        OURS: tokenizer.to_json(),
     }
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer that `gptfast export` has left in a folder; None where others wrote it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / OURS
+    if not path.is_file():
+        return None
+    saved = read_json(path)
+    try:
+        return tokenizers.from_json(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no tokenizer: {error}") from error
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
@@ -29,12 +30,13 @@ def read(folder: Path, config: GPTConfig, shapes: Mapping[str, Sequence[int]]) -
         shapes: of its tensors, by name.
 
     Raises:
-        ValueError: files that are missing or damaged, or tensors that are missing, unknown, of another shape or of a
-            dtype that is no float; the message names the first.
+        ValueError: files that are missing or damaged, tensors that are missing, unknown, of another shape or of a dtype
+            that is no float, or a head and an embedding that differ where the config has them as one; the message names
+            the first.
     """
     theirs = {_full(name): tensor for name, tensor in _tensors(folder) if not name.endswith(_MASKS)}
-    if config.tie_weights and _EMBEDDING in theirs:
-        theirs[_HEAD] = theirs[_EMBEDDING]
+    if config.tie_weights:
+        _tie(theirs, folder)
     expected = {name: tuple(reversed(shape)) if _is_transposed(name) else shape for name, shape in shapes.items()}
     require_fit(f"{folder} does not fit its config.json", theirs, expected)
     return {name: tensor.t() if _is_transposed(name) else tensor for name, tensor in theirs.items()}
@@ -58,6 +60,18 @@ def written(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]
             if bias not in state:
                 theirs[bias] = tensor.new_zeros(tensor.shape[0])
     return theirs
+
+
+def _tie(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give head and embedding the one tensor that files may have under either name, or both."""
+    found = [tensors[name] for name in (_EMBEDDING, _HEAD) if name in tensors]
+    # transformers has dropped one of them or kept both, by its version
+    if len(found) == 2 and not torch.equal(*found):
+        raise ValueError(
+            f"{folder} does not fit its config.json, which has tie_word_embeddings=true: {_HEAD} and {_EMBEDDING} are "
+            "different; tie_word_embeddings=false keeps both"
+        )
+    tensors.update(dict.fromkeys((_EMBEDDING, _HEAD), found[0]) if found else {})
 
 
 def _full(name: str) -> str:

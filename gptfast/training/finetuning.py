@@ -11,7 +11,7 @@ import torch
 from gptfast import run
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
-from gptfast.pretrained import from_pretrained
+from gptfast.pretrained import with_tokenizer
 from gptfast.tokenizers import Tokenizer
 from gptfast.training import lora
 from gptfast.training.freeze import freeze
@@ -48,7 +48,7 @@ def initial(source: str, wanted: GPTConfig) -> Initial:
     if run.is_run(path):
         found, tokenizer = run.load(path, torch.device("cpu"), "eager")
     else:
-        found, tokenizer = from_pretrained(source if not path.is_dir() else str(path), backend="eager"), None
+        found, tokenizer = with_tokenizer(source if not path.is_dir() else str(path), "eager")
     if wanted.block_size > found.config.block_size:
         raise ValueError(
             f"{source} has block_size={found.config.block_size}, less than the {wanted.block_size} asked for; give "

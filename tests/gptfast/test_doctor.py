@@ -154,6 +154,26 @@ def test_without_a_compiler(gpus, monkeypatch):
     assert section(report, "operators")["cuda:1, float32, bfloat16, float16"] == f"{EVERY}: eager ({reason})"
 
 
+def test_a_triton_that_cannot_be_imported(gpus, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    report = doctor.examine()
+    reason = "Triton is installed and cannot be imported: import of triton halted; None in sys.modules"
+    assert report.problems == [f"nothing runs as kernels on the GPU: {reason}; pip install --force-reinstall triton"]
+    assert section(report, "operators")["cuda:0, float32, bfloat16, float16"] == f"{EVERY}: eager ({reason})"
+    assert section(report, "launches") == {"none": "no Triton"}
+    assert "Triton" not in section(report, "folders")
+
+
+def test_a_triton_of_another_system(tmp_path, measured):
+    """As a person sees it who has no GPU: nothing is broken, and models run."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise ImportError('libtriton.so:\\n GLIBC_2.38 not found')")
+    code = "from gptfast import cli, GPT, GPTConfig; cli.main(['doctor']); GPT(GPTConfig(n_layer=1, vocab_size=9))"
+    done = python(f"import sys; {code}", tmp_path, ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{EVERY}: eager (Triton is installed and cannot be imported: libtriton.so: GLIBC_2.38 not f" in done.stdout
+
+
 def launches(path: Path, name: str, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -181,6 +201,13 @@ def test_launches_that_are_damaged(gpus, content: str):
     report = doctor.examine()
     assert report.problems == [f"the launches in {file} cannot be read; delete that file"]
     assert section(report, "launches")["cuda:0"] == "by rules: nobody has measured sm_90"
+
+
+def test_launches_in_a_folder_that_cannot_be_read(gpus, machine, monkeypatch):
+    """Also root may not look into what has so long a name."""
+    monkeypatch.setenv("GPTFAST_CACHE", str(machine / ("x" * 300)))
+    file = tuning.cache_file(torch.device("cuda", 0))
+    assert f"the launches in {file} cannot be read; delete that file" in doctor.examine().problems
 
 
 @pytest.fixture

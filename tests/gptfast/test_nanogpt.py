@@ -62,10 +62,29 @@ def test_what_can_be_overridden(tmp_path):
     model = GPT.from_nanogpt(path, {"dropout": 0.0, "pad_vocab_size_to": 64})
     assert (model.config.dropout, model.lm_head.weight.shape[0]) == (0.0, 64)
     assert torch.equal(ours(model), ours(GPT.from_nanogpt(path)))
-    message = "override_args accepts dropout, pad_vocab_size_to and activation, got n_layer"
+    message = "override_args accepts dropout, pad_vocab_size_to, activation and vocab_size, got n_layer"
     assert refused(path, override_args={"n_layer": 3}) == message
     assert refused(path, override_args={"dropout": 1.5}) == "dropout must be in [0, 1), got 1.5"
     assert refused(path, backend="cuda").startswith("unknown backend 'cuda'")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_no_token_has_can_be_dropped(tmp_path, tied):
+    """The others have the logits that they had."""
+    content = checkpoint()
+    if not tied:
+        content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"] + 1
+    path, idx = save(tmp_path, content), IDX % 15
+    model = GPT.from_nanogpt(path, {"vocab_size": 15}).eval()
+    assert (model.config.vocab_size, model.lm_head.weight.shape[0]) == (15, 15)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, idx)[0], logits(content["model"], 2, 2, idx)[..., :15], atol=1e-5, rtol=0)
+    assert refused(path, override_args={"vocab_size": 20}) == f"vocab_size must be at most the 19 of {path}, got 20"
+    assert refused(path, override_args={"vocab_size": 0}) == "vocab_size must be an integer of at least 1, got 0"
+    path = save(tmp_path, content | {"model_args": content["model_args"] | {"vocab_size": 18}})
+    assert "tensor transformer.wte.weight is [19, 16], [15, 16] is exp" in refused(
+        path, override_args={"vocab_size": 15}
+    )
 
 
 def test_half_precision_is_read_into_float32(tmp_path):
@@ -156,6 +175,10 @@ def replaced(tensor: object, name: str = "transformer.h.0.attn.c_attn.weight") -
         (
             replaced(torch.zeros(16, 48)),
             "does not fit its model_args: tensor transformer.h.0.attn.c_attn.weight is [16, 48], [48, 16] is expected",
+        ),
+        (
+            replaced(torch.zeros(()), "lm_head.weight"),
+            "does not fit its model_args: tensor lm_head.weight is [], [19, 16] is expected",
         ),
         (
             replaced(torch.zeros(48, 16, dtype=torch.int64)),

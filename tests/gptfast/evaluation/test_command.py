@@ -180,6 +180,19 @@ def test_nanogpts_data(trained, here, capsys):
     assert fails(capsys, trained, "--data", "nano") == "token id 999 is out of range; accepted: 0 to 16"
 
 
+def test_line_ends_are_bytes_like_others(here, capsys):
+    """In a file as in what is prepared of it."""
+    config = tiny_run(here)
+    config.tokenizer = "byte"
+    trainer.train(config)
+    Path("lines.txt").write_bytes(b"to be\r\nor\rnot\n")
+    prepared("lines.txt", "folder", "byte")
+    ids = [np.fromfile(path, np.uint16) for path in sorted(Path("folder").glob("*.bin"))]
+    assert [number for number in sorted(np.concatenate(ids).tolist()) if number < 256] == sorted(b"to be\r\nor\rnot\n")
+    found = measured(capsys, config.out, "--data", "lines.txt")["data"]
+    assert found["tokens"] == found["bytes"] == len(b"to be\r\nor\rnot\n") - 1
+
+
 def test_sources_with_names(trained, here, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "standard_library", lambda: TEXT[:100])
     monkeypatch.setattr(corpus, "shakespeare", lambda: TEXT[:200])
@@ -301,7 +314,7 @@ def test_loading_knows_runs_and_folders(trained, tmp_path):
 def test_loading_compares_the_vocabularies(tmp_path, monkeypatch):
     asked = []
     model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4), "eager")
-    monkeypatch.setattr("gptfast.loading.from_pretrained", lambda name, backend: model)
+    monkeypatch.setattr("gptfast.loading.with_tokenizer", lambda name, backend: (model, None))
     monkeypatch.setattr(
         "gptfast.tokenizers.for_documents",
         lambda name, *rest, **options: asked.append((name, options)) or ByteTokenizer(),
@@ -311,6 +324,19 @@ def test_loading_compares_the_vocabularies(tmp_path, monkeypatch):
     ):
         loading.load("gpt2", torch.device("cpu"), "o200k", "folder")
     assert asked == [("o200k", {"vocabulary": "folder"})]
+    for name in ("char", "word"):
+        with pytest.raises(ValueError, match=f"does not bring its tokenizer, and '{name}' cannot be told from a model"):
+            loading.load("gpt2", torch.device("cpu"), name)
+
+
+def test_a_folder_called_gpt2_may_hold_anything(here, monkeypatch):
+    """Such as the encoding's vocabulary, which is given with it."""
+    Path("gpt2").mkdir()
+    asked = []
+    model = GPT(GPTConfig(block_size=4, vocab_size=257, n_layer=1, n_head=1, n_embd=4), "eager")
+    monkeypatch.setattr("gptfast.loading.with_tokenizer", lambda name, backend: asked.append(name) or (model, None))
+    assert loading.load("gpt2", torch.device("cpu"), "byte")[0] is model
+    assert asked == ["gpt2"]
 
 
 def test_help_tells_of_everything(capsys):

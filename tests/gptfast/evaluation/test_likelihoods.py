@@ -33,7 +33,7 @@ def losses(model: GPT, idx: torch.Tensor, targets: torch.Tensor, dtype: torch.dt
 def test_losses_are_those_of_a_float64_loop(backend: str, padding: int):
     model, ids = build(backend, pad_vocab_size_to=padding), rows(3)
     found = losses(model, ids[:, :-1], ids[:, 1:])
-    assert (found.shape, found.dtype) == ((3, 12), torch.float64)
+    assert (found.shape, found.dtype, found.requires_grad) == ((3, 12), torch.float64, False)
     expected = [[-value for value in exact_log_probabilities(model, row)] for row in ids.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
@@ -115,9 +115,11 @@ def test_losses_that_are_no_numbers(value: float, backend: str):
         losses(model, ids[:, :-1], ids[:, 1:], torch.bfloat16)
 
 
+@pytest.mark.parametrize("padding", [1, 64])
 @pytest.mark.parametrize("place", ["idx", "targets"])
-def test_tokens_out_of_range(place: str):
-    model, ids = build(), rows()
+def test_tokens_out_of_range(place: str, padding: int):
+    """Also those that are rows of a padded embedding alone."""
+    model, ids = build(pad_vocab_size_to=padding), rows()
     idx, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
     {"idx": idx, "targets": targets}[place][2, 3] = 31
     with pytest.raises(ValueError, match="token id 31 is out of range; accepted: 0 to 30"):

@@ -1,12 +1,14 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 import transformers
 
 from gptfast import GPT, GPTConfig, cli, run
-from gptfast.tokenizers import CharTokenizer, Tokenizer
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 
 TEXT = "To be, or not to be, that is the question"
 CPU = torch.device("cpu")
@@ -76,6 +78,69 @@ def test_the_model_comes_back(here, capsys):
     assert run.is_run(Path("run"))
     assert not run.is_run(Path("out"))
     assert "out is not a run folder: its config.json is that of a model in" in refused(capsys, "export", "out", "again")
+
+
+TOKENIZERS = {
+    "char": CharTokenizer.of_documents([TEXT]),
+    "char with an end": CharTokenizer.of_documents([TEXT], end_of_text=True),
+    "byte": ByteTokenizer(),
+    "word": WordTokenizer.of_documents([TEXT]),
+    "tiktoken": TiktokenTokenizer(
+        tiktoken.Encoding(
+            "gpt2",
+            pat_str=r" ?\S+|\s+",
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)} | {b" t": 256, b"or": 257},
+            special_tokens={"<|endoftext|>": 258},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("tokens", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_an_exported_folder_is_used_as_it_is(here, capsys, tokens):
+    """By all that takes a model, without being told its tokenizer."""
+    write_run(here / "run", tokens)
+    printed(capsys, "export", "run", "out")
+    Path("text.txt").write_text(TEXT * 20)
+    generate = ["--prompt", "To be", "--max-new-tokens", "9", "--temperature", "0", "--device", "cpu"]
+    assert printed(capsys, "generate", "out", *generate) == printed(capsys, "generate", "run", *generate)
+    evaluate = ["--data", "text.txt", "--limit", "3", "--device", "cpu", "--dtype", "float32", "--json"]
+    found, expected = (json.loads(printed(capsys, "eval", name, *evaluate)) for name in ("out", "run"))
+    assert found["data"] == expected["data"]
+    tiny = [
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--accumulation",
+        "1",
+        "--eval-batches",
+        "1",
+        "--block-size",
+        "8",
+        "--sample-tokens",
+        "0",
+    ]
+    printed(
+        capsys, "train", "gpt2", "--init-from", "out", "--data", "text.txt", "--device", "cpu", *tiny, "--out", "on"
+    )
+    assert json.loads(Path("on/tokenizer.json").read_text()) == tokens.to_json()
+
+
+def test_a_tokenizer_that_does_not_fit(here, capsys):
+    write_run(here / "run")
+    printed(capsys, "export", "run", "out")
+    path = Path("out/gptfast_tokenizer.json")
+    for content, message in (
+        ({"kind": "byte"}, "does not fit config.json: it has 257 tokens, the model 15; without that file, --tokenizer"),
+        ({"kind": "char"}, "holds no tokenizer: not a saved char tokenizer: KeyError: 'chars'"),
+        ({}, "holds no tokenizer: not a saved tokenizer: kind None; accepted: char, byte, word, tiktoken"),
+        ([], "is damaged: a JSON object is needed"),
+    ):
+        path.write_text(json.dumps(content))
+        for arguments in (["generate", "out"], ["train", "gpt2", "--init-from", "out", "--out", "on"]):
+            assert refused(capsys, *arguments).startswith(f"{path} {message}")
+    GPT.from_pretrained("out")  # which has no use for it
 
 
 def test_who_may_read_one_file_may_read_all(here, capsys):

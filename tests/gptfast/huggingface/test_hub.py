@@ -6,9 +6,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from gptfast import GPT
+from gptfast import GPT, GPTConfig, loading
+from gptfast.huggingface import export
+from gptfast.tokenizers import CharTokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -51,6 +54,49 @@ def test_a_hub_out_of_reach_is_one_line(cache):
     assert str(caught.value).endswith("; give a folder with config.json and model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [
+        (["tokenizer.json"], "config.json"),
+        (["config.json", "tokenizer.json"], "model.safetensors"),
+        ([], "config.json"),
+    ],
+)
+def test_a_cache_with_a_part_of_a_model(cache, folder, tmp_path, kept, missing):
+    """What other programs have downloaded, and no hub that would have the rest."""
+    part = tmp_path / "part"
+    part.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    for name in kept:
+        shutil.copy(folder / name, part)
+    store(cache, "openai-community/gpt2", part)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        GPT.from_pretrained("gpt2")
+    assert str(caught.value) == (
+        f"openai-community/gpt2 has no {missing} in the cache, {cache}/models--openai-community--gpt2/snapshots/"
+        f"{COMMIT}: the Hugging Face hub has none, or could not be reached"
+    )
+
+
+def test_a_model_in_several_files(cache, folder, tmp_path):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    store(cache, "some-one/model", tmp_path / "sharded")
+    expected = GPT.from_pretrained(str(folder)).state_dict()
+    found = GPT.from_pretrained("some-one/model").state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_tokenizer_of_ours_comes_along(cache, tmp_path):
+    """Of a model that was exported and put on the hub."""
+    tokens = CharTokenizer("abc")
+    model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4), "eager")
+    export.save(model, tmp_path / "out", tokens)
+    store(cache, "some-one/model", tmp_path / "out")
+    _, found = loading.load("some-one/model", torch.device("cpu"))
+    assert found.to_json() == tokens.to_json()
+
+
 def test_a_model_that_the_hub_lacks_is_one_line(monkeypatch):
     def missing(name, **options):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # without the answer that it is made of
@@ -67,6 +113,7 @@ def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or folder)
     GPT.from_pretrained("gpt2")
     names = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+    names.append("gptfast_tokenizer.json")
     others = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "model.fp16.safetensors", "README.md"]
     wanted = huggingface_hub.utils.filter_repo_objects([*names, *others], allow_patterns=asked["allow_patterns"])
     assert list(wanted) == names

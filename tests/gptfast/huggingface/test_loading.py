@@ -102,6 +102,38 @@ def test_files_of_the_bare_transformer_with_mask_buffers(folder):
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("kept", [["lm_head.weight"], ["lm_head.weight", "transformer.wte.weight"]], ids=str)
+def test_tied_weights_under_either_name_or_both(folder, kept):
+    """Of two names for one tensor safetensors' own functions keep the first, that of the head."""
+
+    def rename(tensors):
+        embedding = tensors.pop("transformer.wte.weight")
+        tensors.update({name: embedding.clone() for name in kept})
+
+    whole = GPT.from_pretrained(str(folder)).state_dict()
+    edit_weights(folder, rename)
+    model = GPT.from_pretrained(str(folder))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
+    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    "head", [torch.ones(61, 32), torch.ones(64, 32), torch.zeros(61, 32, dtype=torch.bfloat16)], ids=lambda t: t.shape
+)
+def test_a_head_of_its_own_where_the_config_ties_it(folder, head):
+    """transformers 5 keeps both, older versions drop the head: the config has to say it."""
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert refused(folder) == (
+        f"{folder} does not fit its config.json, which has tie_word_embeddings=true: lm_head.weight and "
+        "transformer.wte.weight are different; tie_word_embeddings=false keeps both"
+    )
+    if head.shape[0] == 61:
+        edit(folder, tie_word_embeddings=False)
+        model = GPT.from_pretrained(str(folder))
+        assert torch.equal(model.lm_head.weight, head.float())
+        assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read_into_float32(folder, dtype):
     whole = GPT.from_pretrained(str(folder)).state_dict()

@@ -125,6 +125,8 @@ def test_what_transformers_knows_of_a_tokenizer(theirs, name):
     assert (found.eos_token_id, found.bos_token_id) == (tokens.end_of_text, tokens.end_of_text)
     assert found.unk_token_id == (tokens.unknown if name == "word" else None)
     assert found.model_max_length == 64
+    # older versions remove spaces unless they are told
+    assert tokenizer.files(tokens, 64)["tokenizer_config.json"]["clean_up_tokenization_spaces"] is False
     assert set(found("the")) == {"input_ids", "attention_mask"}  # token types would get embeddings of GPT-2
     if tokens.end_of_text is None:
         return

@@ -1,0 +1,83 @@
+"""What `gptfast export` writes answers questions through `transformers` alone as `gptfast eval` says it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import transformers
+
+from gptfast import GPT, GPTConfig, cli, loading
+from gptfast.evaluation import choices
+from gptfast.huggingface import export
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+
+WORDS = ["the", "cat", "to", "be", "Zürich", "東京", "that's", "."]
+ENCODING = tiktoken.Encoding(
+    "gpt2",
+    pat_str=r" ?\S+|\s+",
+    mergeable_ranks={bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" t": 257, b" th": 258},
+    special_tokens={"<|endoftext|>": 259},
+)
+TOKENIZERS: dict[str, Tokenizer] = {
+    "char": CharTokenizer.of_documents([" ".join(WORDS)], end_of_text=True),
+    "byte": ByteTokenizer(),
+    "word": WordTokenizer.of_documents([" ".join(WORDS)]),
+    "tiktoken": TiktokenTokenizer(ENCODING),
+}
+
+
+class Harness:
+    """What the model of type "hf" in lm-evaluation-harness takes of a folder, and its rules for a log-likelihood."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.max_length = transformers.AutoConfig.from_pretrained(folder).n_positions
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @torch.no_grad()
+    def log_likelihood(self, context: str, continuation: str) -> float:
+        before = self.encode(context) if context else [self.tokenizer.eos_token_id]
+        after = self.encode(context + continuation)[len(before) if context else 0 :]
+        row = torch.tensor([(before + after)[-self.max_length - 1 :]])
+        chances = self.model(row[:, :-1]).logits.log_softmax(-1)[0]  # [T, V]
+        return chances.gather(1, row[0, 1:, None])[-len(after) :].sum().item()
+
+
+@pytest.mark.parametrize("tokens", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    shape = {"block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.5}
+    export.save(GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager"), "out", tokens)
+    generator = np.random.default_rng(5)
+
+    def text(longest: int) -> str:
+        return " ".join(generator.choice(WORDS, size=generator.integers(1, longest)))
+
+    questions = [{"ctx": text(9), "endings": [text(5) for _ in range(4)], "label": i % 4} for i in range(24)]
+    questions[3]["ctx"] = ""
+    Path("questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+
+    harness, right = Harness(tmp_path / "out"), {"acc": [], "acc_norm": []}
+    assert (harness.max_length, harness.tokenizer.model_max_length) == (40, 40)
+    model, own = loading.load("out", torch.device("cpu"))
+    for question in questions:
+        sums = np.array([harness.log_likelihood(question["ctx"], f" {ending}") for ending in question["endings"]])
+        rows = [choices.encode(own, question["ctx"], ending, 40) for ending in question["endings"]]
+        assert choices.log_likelihoods(model, rows, torch.float32, 3) == pytest.approx(sums, rel=1e-5)
+        lengths = np.array([len(ending) for ending in question["endings"]])
+        for name, by in (("acc", sums), ("acc_norm", sums / lengths)):
+            right[name].append(np.argmax(by) == question["label"])
+
+    cli.main(["eval", "out", "--choices", "questions.jsonl", "--device", "cpu", "--dtype", "float32", "--json"])
+    found = json.loads(capsys.readouterr().out)["choices"]
+    assert {name: found[name] for name in right} == {name: np.mean(answers) for name, answers in right.items()}
+    assert right["acc"] != right["acc_norm"], "the measures should differ"
