@@ -423,11 +423,11 @@ class GPT(nn.Module):
         """The model of a checkpoint that nanoGPT's train.py has written; see `gptfast.nanogpt.load`."""
         return nanogpt.load(path, override_args, backend)
 
-    def save_pretrained(self, folder: str | Path, zero_biases: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.export.save`."""
         from gptfast.huggingface import export
 
-        export.save(self, folder, zero_biases=zero_biases)
+        export.save(self, folder)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

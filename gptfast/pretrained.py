@@ -57,9 +57,10 @@ def _model(folder: Path, overrides: dict[str, float], backend: Request) -> GPT:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
     settings = dataclasses.replace(config.read(folder / "config.json"), **overrides)  # type: ignore[arg-type]
+    settings, tensors = weights.without_zeros(settings, weights.read(folder))
     model = GPT(settings, backend)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict(weights.read(folder, settings, shapes))
+    model.load_state_dict(weights.fitted(folder, settings, tensors, shapes))
     return model
 
 

@@ -31,6 +31,8 @@ _OURS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_weights",
 }
+# fields that theirs lacks, written where biases are zeros because the model has none: `weights.without_zeros`
+_BIASES = ("bias", "qkv_bias")
 _REQUIRED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 # other names that transformers takes for the same fields
 _ALIASES = {
@@ -75,6 +77,7 @@ def read(path: Path) -> GPTConfig:
     if not isinstance(tied, bool):
         raise ValueError(f"{path} has tie_word_embeddings={tied!r}; accepted: true, false")
     settings = {ours: theirs[name] for name, ours in _OURS.items() if name in theirs}
+    settings |= {name: theirs[name] for name in _BIASES if isinstance(theirs.get(name), bool)}
     try:
         config = GPTConfig(**settings, activation=_ACTIVATIONS[activation])  # type: ignore[arg-type]
     except ValueError as error:
@@ -86,27 +89,26 @@ def read(path: Path) -> GPTConfig:
     return config
 
 
-def written(
-    config: GPTConfig, dtype: torch.dtype, end_of_text: int | None, zero_biases: bool = False
-) -> dict[str, Any]:
+def written(config: GPTConfig, dtype: torch.dtype, end_of_text: int | None) -> dict[str, Any]:
     """The content of `config.json`, from which `transformers` makes a model with the same logits.
 
     Args:
         config: the settings.
         dtype: of the weights.
         end_of_text: the token between documents, where there is one.
-        zero_biases: biases that the model lacks are in the file, as zeros.
 
     Raises:
         ValueError: a setting that GPT-2's architecture does not have; the message names the field.
     """
-    _require_expressible(config, zero_biases)
+    _require_expressible(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{name: getattr(config, ours) for name, ours in _OURS.items()},
         "n_inner": None,
         "activation_function": _THEIR_ACTIVATIONS[config.activation],
+        **({} if config.bias else {"bias": False}),
+        **({} if config.has_qkv_bias == config.bias else {"qkv_bias": config.has_qkv_bias}),
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **_FIXED,
         # theirs default to GPT-2's, which other vocabularies lack
@@ -116,16 +118,10 @@ def written(
     }
 
 
-def _require_expressible(config: GPTConfig, zero_biases: bool) -> None:
+def _require_expressible(config: GPTConfig) -> None:
     for name, needed in (("norm_position", "pre"), ("position", "learned")):
         given = getattr(config, name)
         if given != needed:
             raise ValueError(
                 f"{name}={given!r} cannot be saved in Hugging Face's layout: their GPT-2 has {needed!r} alone"
-            )
-    for name, given in (("bias", config.bias), ("qkv_bias", config.has_qkv_bias)):
-        if not given and not zero_biases:
-            raise ValueError(
-                f"{name}=False cannot be saved in Hugging Face's layout: their GPT-2 has biases; zero_biases=True "
-                "(--zero-biases) writes zeros for them, which leave the logits as they are"
             )

@@ -28,8 +28,6 @@ class ExportConfig:
     """Folder to write, which must be new."""
     tokenizer: bool = True
     """Write the tokenizer too."""
-    zero_biases: bool = False
-    """Write zeros where the model has no biases, as their GPT-2 has them everywhere."""
 
 
 def export(settings: ExportConfig) -> str:
@@ -43,23 +41,23 @@ def export(settings: ExportConfig) -> str:
         OSError: the folder cannot be written.
     """
     model, tokens = run.load(Path(settings.run).expanduser(), torch.device("cpu"), "eager")
-    save(model, settings.out, tokens if settings.tokenizer else None, settings.zero_biases)
+    save(model, settings.out, tokens if settings.tokenizer else None)
     parameters, written = model.get_num_params(non_embedding=False), "and its tokenizer " if settings.tokenizer else ""
     return f"a model of {parameters:,} parameters {written}in {settings.out}, for transformers' from_pretrained"
 
 
-def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None, zero_biases: bool = False) -> None:
+def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None) -> None:
     """Write a folder from which `transformers.AutoModelForCausalLM` makes a model with the same logits.
 
     It has `config.json` and `model.safetensors`, and with a tokenizer `tokenizer.json` and `tokenizer_config.json`, of
     which `transformers.AutoTokenizer` makes one with the same tokens, and a file that this package's commands take it
-    from. Padding of the vocabulary is left out, adapters are merged. The folder appears whole or not at all.
+    from. Padding of the vocabulary is left out, adapters are merged, biases that the model lacks are zeros.
+    The folder appears whole or not at all.
 
     Args:
         model: the GPT; weights are written in their dtype.
         folder: that does not exist yet or is empty.
         tokens: the model's tokenizer.
-        zero_biases: write zeros where the model has no biases.
 
     Raises:
         ValueError: a setting that their GPT-2 does not have, weights that are no floats, a tokenizer that their format
@@ -74,7 +72,7 @@ def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None, zero_b
     end_of_text = _GPT2_END_OF_TEXT if model.config.vocab_size == _GPT2_VOCABULARY else None
     if tokens is not None:
         end_of_text = tokens.end_of_text
-    content = {"config.json": config.written(model.config, state["lm_head.weight"].dtype, end_of_text, zero_biases)}
+    content = {"config.json": config.written(model.config, state["lm_head.weight"].dtype, end_of_text)}
     if tokens is not None:
         content |= tokenizer.files(tokens, model.config.block_size)
     with new_folder(Path(folder).expanduser()) as path:

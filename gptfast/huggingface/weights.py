@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,20 +22,48 @@ _MASKS = (".attn.bias", ".attn.masked_bias")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def read(folder: Path, config: GPTConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The tensors of a folder, by this package's names and in its shapes.
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder as they are in its files, by their full names.
 
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
-        config: of the model.
-        shapes: of its tensors, by name.
 
     Raises:
-        ValueError: files that are missing or damaged, tensors that are missing, unknown, of another shape or of a dtype
-            that is no float, or a head and an embedding that differ where the config has them as one; the message names
-            the first.
+        ValueError: files that are missing or damaged.
     """
-    theirs = {_full(name): tensor for name, tensor in _tensors(folder) if not name.endswith(_MASKS)}
+    return {_full(name): tensor for name, tensor in _tensors(folder) if not name.endswith(_MASKS)}
+
+
+def without_zeros(config: GPTConfig, theirs: Mapping[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The settings and tensors of a model without the biases that it lacks, for which files have zeros.
+
+    Where they are zeros no longer, `transformers` having trained them along, they stay, and the settings have them.
+    """
+    lacking = {name for name in theirs if name.endswith(".bias") and not _has(config, name)}
+    if any(theirs[name].any() for name in lacking):
+        return dataclasses.replace(config, bias=True, qkv_bias=True), dict(theirs)
+    return config, {name: tensor for name, tensor in theirs.items() if name not in lacking}
+
+
+def _has(config: GPTConfig, bias: str) -> bool:
+    return config.has_qkv_bias if bias.endswith("attn.c_attn.bias") else config.bias
+
+
+def fitted(
+    folder: Path, config: GPTConfig, theirs: dict[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """The tensors that were read from a folder, by this package's names and in its shapes.
+
+    Args:
+        folder: for messages.
+        config: of the model.
+        theirs: by their full names.
+        shapes: of the model's tensors, by name.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, of another shape or of a dtype that is no float, or a head and an
+            embedding that differ where the config has them as one; the message names the first.
+    """
     if config.tie_weights:
         _tie(theirs, folder)
     expected = {name: tuple(reversed(shape)) if _is_transposed(name) else shape for name, shape in shapes.items()}

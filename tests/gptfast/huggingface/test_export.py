@@ -162,7 +162,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "--help"])
     assert ended.value.code == 0
-    assert "--zero-biases" in capsys.readouterr().out
+    assert "--no-tokenizer" in capsys.readouterr().out
     cli.main([])
     assert "gptfast export RUN FOLDER" in capsys.readouterr().out
 
@@ -176,11 +176,9 @@ def test_without_the_tokenizer(here, capsys):
 
 def test_without_biases(here, capsys):
     write_run(here / "run", bias=False)
-    message = refused(capsys, "export", "run", "out")
-    assert message.startswith("bias=False cannot be saved in Hugging Face's layout")
-    assert "--zero-biases" in message
-    printed(capsys, "export", "run", "out", "--zero-biases")
+    printed(capsys, "export", "run", "out")
     transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert not GPT.from_pretrained("out").config.bias
 
 
 def test_folders_that_do_not_do(here, capsys):

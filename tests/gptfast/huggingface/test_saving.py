@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -83,15 +84,26 @@ def test_the_files_are_those_of_transformers(tmp_path, folder):
 
 
 @pytest.mark.parametrize("settings", [{"bias": False}, {"qkv_bias": False}, {"bias": False, "qkv_bias": True}], ids=str)
-def test_biases_that_are_not_there_can_be_zeros(tmp_path, settings):
+def test_biases_that_are_not_there_are_zeros_in_the_file(tmp_path, settings):
     model = build(**settings)
-    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
-        model.save_pretrained(tmp_path / "out")
-    field = "bias" if "bias" in settings else "qkv_bias"
-    assert str(caught.value).startswith(f"{field}=False cannot be saved in Hugging Face's layout: ")
-    assert not list(tmp_path.iterdir())
-    model.save_pretrained(tmp_path / "out", zero_biases=True)
+    model.save_pretrained(tmp_path / "out")
     assert_same(model, tmp_path / "out")
+    again = GPT.from_pretrained(tmp_path / "out")
+    assert again.config == dataclasses.replace(model.config, dropout=0.0)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "ln_2"])
+def test_biases_that_transformers_has_trained_are_there(tmp_path, name):
+    build(bias=False).save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.get_parameter(f"transformer.h.1.{name}.bias").data[3] = 0.5
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    assert (model.config.bias, model.config.has_qkv_bias) == (True, True)
+    assert_same(model, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_biases_that_are_not_there_can_be_zeros(tmp_path, settings):
 )
 def test_what_their_gpt2_is_not(tmp_path, settings, message):
     with pytest.raises(ValueError, match=rf"\A{message}[^\n]*\Z"):
-        build(**settings).save_pretrained(tmp_path / "out", zero_biases=True)
+        build(**settings).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
