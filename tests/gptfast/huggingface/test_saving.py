@@ -95,9 +95,18 @@ def test_biases_that_are_not_there_are_zeros_in_the_file(tmp_path, settings):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "ln_2"])
-def test_biases_that_transformers_has_trained_are_there(tmp_path, name):
-    build(bias=False).save_pretrained(tmp_path / "ours")
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"bias": False}, "attn.c_attn"),
+        ({"bias": False}, "attn.c_proj"),
+        ({"bias": False, "qkv_bias": True}, "ln_2"),
+        ({"qkv_bias": False}, "attn.c_attn"),
+    ],
+    ids=str,
+)
+def test_biases_that_transformers_has_trained_are_there(tmp_path, settings, name):
+    build(**settings).save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     theirs.get_parameter(f"transformer.h.1.{name}.bias").data[3] = 0.5
     theirs.save_pretrained(tmp_path / "theirs")
