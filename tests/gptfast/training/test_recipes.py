@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
+from tiktoken_ext import openai_public
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
@@ -28,7 +32,7 @@ CHATBOT, CLINIC, SENTENCES = (TEXTS[name].rstrip() for name in ("chatbot", "clin
 SPOKEN = SENTENCES.replace("\n", " ").replace("-", " - ")  # as words are put together
 
 
-def with_end_at_50256(*_: object) -> tiktoken.Encoding:
+def with_end_at_50256() -> tiktoken.Encoding:
     """Bytes, tokens that no text has, and the end of text where GPT-2 has it: nothing has to be downloaded."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {f"<{rank}>".encode(): rank for rank in range(256, 50256)}
     return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
@@ -40,7 +44,7 @@ def small(model: GPTConfig) -> GPTConfig:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_at_a_reduced_size(name: str, tmp_path):
+def test_every_recipe_trains_and_writes_at_a_reduced_size(name: str, tmp_path, capsys):
     """A narrow model of its kind on a small text, by its own optimizer, schedule, clipping and dropout."""
     recipe = RECIPES[name]
     batch = {"tokenizer": "byte", "data": "chatbot", "held_out": 0.0, "batch_size": 16, "accumulation": 2}
@@ -52,6 +56,10 @@ def test_every_recipe_trains_at_a_reduced_size(name: str, tmp_path):
     assert losses[0] == pytest.approx(math.log(257), abs=0.3)  # that of a guess
     assert summary["val_loss"] < 2.5  # frequencies of bytes alone have 3.0
     assert summary["params"] == costs.parameters(config.model)
+    # past the window of 16
+    written = generated(capsys, tmp_path / "run", "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "30")
+    assert written.startswith("Hello")
+    assert len(written) > 16
 
 
 @torch.no_grad()
@@ -86,6 +94,29 @@ def word_gpt(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("word") / "run"
     cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(out)])
     return out
+
+
+def test_the_command_that_a_run_ends_with_samples_it(tmp_path, capsys):
+    """With the prompt of its samples: what a text may begin with, words and their like cannot be told otherwise."""
+    cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "1"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(said) == ["gptfast", "generate", str(tmp_path / "run"), "--prompt", "The quick brown"]
+    cli.main([*shlex.split(said)[1:], "--device", "cpu", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out.startswith("The quick brown")
+
+
+def test_word_gpt_without_a_prompt(word_gpt, capsys):
+    """The prompt that is there if none is given, a line's end, is no word."""
+    capsys.readouterr()
+    for options in ([], ["--num-beams", "2"]):
+        cli.main(["generate", str(word_gpt), "--device", "cpu", "--max-new-tokens", "3", *options])
+        written = marks_apart(capsys.readouterr().out)
+        assert len(written) <= 3
+        assert set(written) <= set(marks_apart(SPOKEN))
+
+
+def marks_apart(text: str) -> list[str]:
+    return text.replace(".", " .").split()
 
 
 def test_word_gpt_knows_its_sentences_by_heart(word_gpt, capsys):
@@ -133,14 +164,42 @@ def test_simple_gpt_knows_its_text_by_heart(simple_gpt, capsys):
         assert generated(capsys, simple_gpt, *asked, *sampled).startswith("Hello, how are you today?")
 
 
-def test_simple_gpt_of_gpt2s_tokens(tmp_path, monkeypatch, capsys):
-    """The preset as it is, but for the merges of the vocabulary and the number of steps."""
-    monkeypatch.setattr(tiktoken, "get_encoding", with_end_at_50256)
-    cli.main(["train", "simple-gpt", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "10"])
+@pytest.fixture
+def vocabulary(tmp_path) -> Path:
+    """A folder with GPT-2's files, in their format and number, but of merges that are made up: pairs of bytes."""
+    spelled = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = sorted(set(range(256)) - set(spelled))
+    letters = [chr(byte) for byte in spelled] + [chr(256 + place) for place in range(len(hidden))]
+    pairs = [(first, second) for first in letters for second in letters][:50_000]
+    tokens = [*letters, *("".join(pair) for pair in pairs), END_OF_TEXT]
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "vocab.bpe").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "encoder.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    return folder
+
+
+def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
+    """The preset as it is, without a network, but for the merges of the vocabulary and the number of steps."""
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
+    train = ["train", "simple-gpt", "--vocabulary", str(vocabulary), "--device", "cpu", "--steps", "10"]
+    with pytest.raises(SystemExit):
+        cli.main([*train, "--out", str(tmp_path / "none")])
+    assert "vocab.bpe is not the vocab.bpe that tiktoken knows: its checksum is another\n" in capsys.readouterr().err
+    read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
+    monkeypatch.setattr(
+        openai_public,
+        "data_gym_to_mergeable_bpe_ranks",
+        lambda vocab_bpe_file, encoder_json_file, **checksums: read(vocab_bpe_file, encoder_json_file),
+    )
+    cli.main([*train, "--out", str(tmp_path / "run")])
     assert "13,266,432 parameters, 2 layers of width 128, context 32; " in capsys.readouterr().out
     losses = [entry["loss"] for entry in run.read_log(tmp_path / "run") if "loss" in entry]
     assert losses[0] == pytest.approx(10.825, abs=0.2)
     assert losses[-1] < losses[0] - 1.0
+    shutil.rmtree(vocabulary)  # the run has its own
+    assert generated(capsys, tmp_path / "run", "--prompt", "Hello,", "--max-new-tokens", "5").startswith("Hello,")
     model, tokenizer = run.load(tmp_path / "run", CPU)
     assert (model.config.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     shape = model.config
