@@ -107,6 +107,7 @@ def test_words_and_marks():
         ({"kind": "char"}, "not a saved char tokenizer: KeyError: 'chars'"),
         ({"kind": "char", "chars": 7}, "not a saved char tokenizer: TypeError"),
         ({"kind": "word", "words": ["a", "a"]}, "needs different words, at least one, got"),
+        ({"kind": "word", "words": ["a", "<unk>"]}, "needs different words, at least one, got"),
         ({"kind": "word", "words": []}, "needs different words, at least one, got"),
         ({"kind": "tiktoken", "name": "gpt2"}, "not a saved tiktoken tokenizer: KeyError: 'ranks'"),
     ],
