@@ -246,6 +246,24 @@ def test_gpt2s_sizes(name: str):
     assert recipe.min_learning_rate == pytest.approx(recipe.learning_rate / 10)
 
 
+# of Brown et al. 2020, table 2.1, beside the sequences that go through the model at a time
+PRETRAINING = {
+    "gpt2-124m": (6e-4, 12),
+    "gpt2": (6e-4, 12),
+    "gpt2-medium": (3e-4, 6),
+    "gpt2-large": (2.5e-4, 4),
+    "gpt2-xl": (2e-4, 3),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_is_nanogpts(name: str):
+    recipe = RECIPES[name]
+    assert (recipe.learning_rate, recipe.batch_size / recipe.accumulation) == PRETRAINING[name]
+    assert (recipe.steps, recipe.warmup_steps, recipe.schedule) == (600_000, 2000, "cosine")
+    assert (recipe.beta1, recipe.beta2, recipe.grad_clip, recipe.held_out) == (0.9, 0.95, 1.0, 0.1)
+
+
 def test_the_book_s_124m():
     """163 million, as its head is another matrix than the embedding."""
     recipe = RECIPES["gpt2-124m"]
