@@ -106,6 +106,7 @@ ACCEPTED = "accepted: vocab_size, context_length, emb_dim, n_heads, n_layers, dr
         ({"n_heads": 12.0}, "n_heads must be an integer of at least 1, got 12.0"),
         ({"emb_dim": 100}, "emb_dim must be divisible by n_heads, got emb_dim=100 and n_heads=12"),
         ({"drop_rate": "0.1"}, "drop_rate must be a number, got '0.1'"),
+        ({"drop_rate": "n_head"}, "drop_rate must be a number, got 'n_head'"),
         ({"drop_rate": 1}, "drop_rate must be in [0, 1), got 1.0"),
         ({"qkv_bias": "no"}, "qkv_bias must be True or False, got 'no'"),
         ({"qkv_bias": None}, "qkv_bias must be True or False, got None"),
