@@ -231,6 +231,23 @@ def test_adam_is_adamw_without_decay(name: str):
     assert (recipe.learning_rate, recipe.schedule, recipe.warmup_steps, recipe.grad_clip) == (1e-3, "constant", 0, 0.0)
 
 
+def test_shakespeare_char_is_nanogpts_of_the_device_s_size():
+    """The two character models of its README, and its way of training them."""
+    large, small = (recipes.recipe("shakespeare-char", torch.device(kind)) for kind in ("cuda", "cpu"))
+    for recipe, shape, dropout, amount in (
+        (large, (6, 6, 384, 256), 0.2, (5000, 64)),
+        (small, (4, 4, 128, 64), 0.0, (2000, 12)),
+    ):
+        model = recipe.model
+        assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout) == (*shape, dropout)
+        assert (model.activation, model.norm_position, model.position, model.bias) == ("gelu", "pre", "learned", False)
+        assert model.tie_weights
+        assert (recipe.steps, recipe.batch_size) == amount
+        assert (recipe.data, recipe.tokenizer, recipe.held_out) == ("shakespeare", "char", 0.1)
+        assert (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_steps) == (1e-3, 1e-4, 100)
+        assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.grad_clip) == (0.9, 0.99, 0.1, 1.0)
+
+
 SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 
 
