@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -132,8 +133,9 @@ def _train(arguments: list[str]) -> None:
     summary = trainer.train(config, Path(name).name, describe_settings(name, config, preset))
     if World.of_environment().first:
         print(trainer.describe(summary))
-        again = f"gptfast train {summary['run']}"
-        print(f"interrupted; to continue: {again}" if summary["interrupted"] else f"gptfast generate {summary['run']}")
+        again, prompt = f"gptfast train {summary['run']}", config.sample_prompt
+        sample = f"gptfast generate {summary['run']}" + (f" --prompt {shlex.quote(prompt)}" if prompt else "")
+        print(f"interrupted; to continue: {again}" if summary["interrupted"] else sample)
     if summary["interrupted"]:
         sys.exit(130)
 

@@ -147,9 +147,9 @@ class GPTConfig:
         try:
             return cls(**{**given, "tie_weights": False, **changes})
         except ValueError as error:
-            # of a key that was given, by the name that it was given by
+            # of a key that was given, by the name that it was given by; a text that was given stays
             renamed = {ours: theirs for ours, theirs in _BOOK_NAMES.items() if ours not in changes}
-            message = re.sub(r"\w+", lambda word: renamed.get(word[0], word[0]), str(error))
+            message = re.sub(r"'[^']*'|\w+", lambda word: renamed.get(word[0], word[0]), str(error))
             raise ValueError(message) from error
 
 

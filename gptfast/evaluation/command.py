@@ -34,7 +34,8 @@ class EvalConfig:
     model: tyro.conf.Positional[str]
     """Run folder, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     data: str | None = None
-    """Text to predict: stdlib, shakespeare, a text file, a folder of such files, or what `gptfast prepare` wrote."""
+    """Text to predict: stdlib, shakespeare, chatbot, clinic, sentences, a text file, a folder of such files, or what
+    `gptfast prepare` wrote."""
     split: Literal["val", "train"] = "val"
     """Of what `gptfast prepare` wrote."""
     stride: int | None = None

@@ -73,8 +73,8 @@ def stream(
     Args:
         model: the GPT.
         tokenizer: of the model.
-        texts: prompts of any lengths; an empty one stands for the end of a document before, where the tokenizer has a
-            token for that.
+        texts: prompts of any lengths; one without tokens, as space is among words, stands for the end of a document
+            before, where the tokenizer has a token for that.
         max_new_tokens: the most to add to each.
         settings: how tokens are drawn.
         stop: strings before which a continuation ends.
@@ -174,9 +174,9 @@ def _encode(model: GPT, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[li
 
 
 def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    if not prompt and tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
     ids = tokenizer.encode(prompt).tolist()
+    if not ids and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one character")
     return ids

@@ -26,16 +26,16 @@ class WordTokenizer:
         words: the vocabulary, each word once.
 
     Raises:
-        ValueError: there are none, or one is there twice.
+        ValueError: there are none, or one is there twice or is a special token.
     """
 
     unknown = 0
     end_of_text: int | None = 1
 
     def __init__(self, words: list[str]) -> None:
-        if not words or len(set(words)) < len(words) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"a word tokenizer needs different words, at least one, got {words[:5]!r}")
         self.words = [UNKNOWN, END_OF_TEXT, *words]
+        if not words or len(set(self.words)) < len(self.words) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"a word tokenizer needs different words, at least one, got {words[:5]!r}")
         self.vocab_size = len(self.words)
         self._ids = {word: index for index, word in enumerate(self.words)}
 

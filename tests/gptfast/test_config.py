@@ -69,6 +69,25 @@ def test_presets():
         GPTConfig.preset("gpt5")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("gpt2", (12, 12, 768)),
+        ("gpt2-medium", (24, 16, 1024)),
+        ("gpt2-large", (36, 20, 1280)),
+        ("gpt2-xl", (48, 25, 1600)),
+    ],
+)
+def test_gpt2s_shapes(name, shape):
+    """With heads, of which the number of parameters tells nothing."""
+    config = GPTConfig.preset(name)
+    assert (config.n_layer, config.n_head, config.n_embd) == shape
+    assert config.head_size == 64
+    assert (config.block_size, config.vocab_size, config.bias, config.has_qkv_bias) == (1024, 50257, True, True)
+    assert (config.activation, config.norm_position, config.position) == ("gelu_tanh", "pre", "learned")
+    assert config.tie_weights
+
+
 def test_qkv_bias_follows_bias_unless_given():
     assert GPTConfig(bias=True).has_qkv_bias
     assert not GPTConfig(bias=False).has_qkv_bias
@@ -106,6 +125,7 @@ ACCEPTED = "accepted: vocab_size, context_length, emb_dim, n_heads, n_layers, dr
         ({"n_heads": 12.0}, "n_heads must be an integer of at least 1, got 12.0"),
         ({"emb_dim": 100}, "emb_dim must be divisible by n_heads, got emb_dim=100 and n_heads=12"),
         ({"drop_rate": "0.1"}, "drop_rate must be a number, got '0.1'"),
+        ({"drop_rate": "n_head"}, "drop_rate must be a number, got 'n_head'"),
         ({"drop_rate": 1}, "drop_rate must be in [0, 1), got 1.0"),
         ({"qkv_bias": "no"}, "qkv_bias must be True or False, got 'no'"),
         ({"qkv_bias": None}, "qkv_bias must be True or False, got None"),

@@ -13,6 +13,8 @@ def test_gpt2_by_the_palm_convention():
     causal = flops.training_flops_per_token(config, causal=True)
     assert causal == 6 * 123_532_032 + 6 * 12 * 768 * 1025
     assert causal / 1e6 == pytest.approx(797.8, abs=0.1)
+    padded = GPTConfig.preset("gpt2", pad_vocab_size_to=128)  # is no work of the model's
+    assert flops.training_flops_per_token(padded) == flops.training_flops_per_token(config)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -301,6 +301,44 @@ def test_post_norm_normalises_after_the_addition():
     assert not any("ln_f" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_blocks_are_pytorchs_encoder_layers_behind_a_mask(norm_position):
+    """Another's implementation of Vaswani et al. 2017 with the same weights: head size, residuals, order of norms."""
+    heads, width = 4, 32
+    model = build(n_head=heads, norm_position=norm_position, activation="relu", init_std=0.3).double().eval()
+    theirs = torch.nn.ModuleList(
+        torch.nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="relu", batch_first=True, norm_first=norm_position == "pre"
+        )
+        for _ in model.transformer.h
+    ).to(DEVICE, torch.float64)
+    names = {
+        "self_attn.in_proj_": "attn.c_attn.",
+        "self_attn.out_proj.": "attn.c_proj.",
+        "linear1.": "mlp.c_fc.",
+        "linear2.": "mlp.c_proj.",
+        "norm1.": "ln_1.",
+        "norm2.": "ln_2.",
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms and biases too, which begin alike
+        for layer, block in zip(theirs, model.transformer.h, strict=True):
+            weights = block.state_dict()
+            layer.load_state_dict(
+                {their + kind: weights[our + kind] for their, our in names.items() for kind in ("weight", "bias")}
+            )
+        idx = tokens(3, 16)
+        x = model.transformer.wte(idx) + model.transformer.wpe.weight
+        unseen = torch.ones(16, 16, dtype=torch.bool, device=DEVICE).triu(1)
+        for layer in theirs.train():  # no dropout, but PyTorch's plain path
+            x = layer(x, src_mask=unseen)
+        last = model.transformer.ln_f
+        if last is not None:
+            x = torch.nn.functional.layer_norm(x, (width,), last.weight, last.bias)
+        torch.testing.assert_close(model(idx, idx)[0], x @ model.lm_head.weight.T)
+
+
 def test_autocast_trains_in_bfloat16():
     for backend in ("eager", "triton"):
         model = build(backend)

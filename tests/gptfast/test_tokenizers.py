@@ -100,6 +100,34 @@ def test_words_and_marks():
     assert tokens.encode("zebra").tolist() == [tokens.unknown]
 
 
+def test_words_are_numbered_alike_on_every_run():
+    """The most frequent first, equals by their letters, wherever they stand in the text."""
+    assert WordTokenizer.of_documents(["d a c", "b a"]).words[2:] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Wait, what? No! So: this; that.",
+        "(a) [b] {c} of 50% - all",
+        "It isn't, rock'n'roll; it\u2019s \u00fcber",
+    ],
+)
+def test_texts_that_words_are_put_together_to(text: str):
+    """No space before and after marks that have none there; apostrophes are within a word."""
+    tokens = WordTokenizer.of_documents([text])
+    assert tokens.decode(tokens.encode(text).tolist()) == text
+    assert "isn't" not in text or {"isn't", "rock'n'roll", "it\u2019s"} <= set(tokens.words)
+
+
+@given(st.text())
+def test_words_come_back_though_space_does_not(text: str):
+    tokens = WordTokenizer.of_documents([text, "a"])
+    ids = tokens.encode(text).tolist()
+    assert tokens.unknown not in ids
+    assert tokens.encode(tokens.decode(ids)).tolist() == ids
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
@@ -107,6 +135,7 @@ def test_words_and_marks():
         ({"kind": "char"}, "not a saved char tokenizer: KeyError: 'chars'"),
         ({"kind": "char", "chars": 7}, "not a saved char tokenizer: TypeError"),
         ({"kind": "word", "words": ["a", "a"]}, "needs different words, at least one, got"),
+        ({"kind": "word", "words": ["a", "<unk>"]}, "needs different words, at least one, got"),
         ({"kind": "word", "words": []}, "needs different words, at least one, got"),
         ({"kind": "tiktoken", "name": "gpt2"}, "not a saved tiktoken tokenizer: KeyError: 'ranks'"),
     ],

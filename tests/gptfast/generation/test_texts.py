@@ -53,6 +53,9 @@ def test_a_prompt_without_tokens():
         texts.generate_text(model, CharTokenizer("abc"), "", 5)
     tokenizer = ByteTokenizer()  # it has one for the end of a document, after which anything may come
     assert texts.generate_text(text_model(tokenizer), tokenizer, "", 5, generator=seeded()) is not None
+    words = WordTokenizer(["a", "b", "."])  # among words space is as good as nothing
+    model, greedy = text_model(words), Sampling(temperature=0)
+    assert texts.generate_text(model, words, "\n ", 5, greedy) == texts.generate_text(model, words, "", 5, greedy)
 
 
 def test_prompts_of_any_lengths_together():

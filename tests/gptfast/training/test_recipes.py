@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
+from tiktoken_ext import openai_public
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
@@ -16,6 +20,7 @@ from gptfast.config import PRESETS
 from gptfast.data import batches
 from gptfast.data.texts import TEXTS
 from gptfast.evaluation.sequences import Sequences
+from gptfast.generation import texts
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 from gptfast.training import recipes, trainer
@@ -28,7 +33,7 @@ CHATBOT, CLINIC, SENTENCES = (TEXTS[name].rstrip() for name in ("chatbot", "clin
 SPOKEN = SENTENCES.replace("\n", " ").replace("-", " - ")  # as words are put together
 
 
-def with_end_at_50256(*_: object) -> tiktoken.Encoding:
+def with_end_at_50256() -> tiktoken.Encoding:
     """Bytes, tokens that no text has, and the end of text where GPT-2 has it: nothing has to be downloaded."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {f"<{rank}>".encode(): rank for rank in range(256, 50256)}
     return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
@@ -40,7 +45,7 @@ def small(model: GPTConfig) -> GPTConfig:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_at_a_reduced_size(name: str, tmp_path):
+def test_every_recipe_trains_and_writes_at_a_reduced_size(name: str, tmp_path, capsys):
     """A narrow model of its kind on a small text, by its own optimizer, schedule, clipping and dropout."""
     recipe = RECIPES[name]
     batch = {"tokenizer": "byte", "data": "chatbot", "held_out": 0.0, "batch_size": 16, "accumulation": 2}
@@ -52,6 +57,10 @@ def test_every_recipe_trains_at_a_reduced_size(name: str, tmp_path):
     assert losses[0] == pytest.approx(math.log(257), abs=0.3)  # that of a guess
     assert summary["val_loss"] < 2.5  # frequencies of bytes alone have 3.0
     assert summary["params"] == costs.parameters(config.model)
+    # past the window of 16
+    written = generated(capsys, tmp_path / "run", "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "30")
+    assert written.startswith("Hello")
+    assert len(written) > 16
 
 
 @torch.no_grad()
@@ -86,6 +95,29 @@ def word_gpt(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("word") / "run"
     cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(out)])
     return out
+
+
+def test_the_command_that_a_run_ends_with_samples_it(tmp_path, capsys):
+    """With the prompt of its samples: what a text may begin with, words and their like cannot be told otherwise."""
+    cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "1"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(said) == ["gptfast", "generate", str(tmp_path / "run"), "--prompt", "The quick brown"]
+    cli.main([*shlex.split(said)[1:], "--device", "cpu", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out.startswith("The quick brown")
+
+
+def test_word_gpt_without_a_prompt(word_gpt, capsys):
+    """The prompt that is there if none is given, a line's end, is no word."""
+    capsys.readouterr()
+    for options in ([], ["--num-beams", "2"]):
+        cli.main(["generate", str(word_gpt), "--device", "cpu", "--max-new-tokens", "3", *options])
+        written = marks_apart(capsys.readouterr().out)
+        assert len(written) <= 3
+        assert set(written) <= set(marks_apart(SPOKEN))
+
+
+def marks_apart(text: str) -> list[str]:
+    return text.replace(".", " .").split()
 
 
 def test_word_gpt_knows_its_sentences_by_heart(word_gpt, capsys):
@@ -133,14 +165,42 @@ def test_simple_gpt_knows_its_text_by_heart(simple_gpt, capsys):
         assert generated(capsys, simple_gpt, *asked, *sampled).startswith("Hello, how are you today?")
 
 
-def test_simple_gpt_of_gpt2s_tokens(tmp_path, monkeypatch, capsys):
-    """The preset as it is, but for the merges of the vocabulary and the number of steps."""
-    monkeypatch.setattr(tiktoken, "get_encoding", with_end_at_50256)
-    cli.main(["train", "simple-gpt", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "10"])
+@pytest.fixture
+def vocabulary(tmp_path) -> Path:
+    """A folder with GPT-2's files, in their format and number, but of merges that are made up: pairs of bytes."""
+    spelled = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = sorted(set(range(256)) - set(spelled))
+    letters = [chr(byte) for byte in spelled] + [chr(256 + place) for place in range(len(hidden))]
+    pairs = [(first, second) for first in letters for second in letters][:50_000]
+    tokens = [*letters, *("".join(pair) for pair in pairs), END_OF_TEXT]
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "vocab.bpe").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "encoder.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    return folder
+
+
+def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
+    """The preset as it is, without a network, but for the merges of the vocabulary and the number of steps."""
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
+    train = ["train", "simple-gpt", "--vocabulary", str(vocabulary), "--device", "cpu", "--steps", "10"]
+    with pytest.raises(SystemExit):
+        cli.main([*train, "--out", str(tmp_path / "none")])
+    assert "vocab.bpe is not the vocab.bpe that tiktoken knows: its checksum is another\n" in capsys.readouterr().err
+    read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
+    monkeypatch.setattr(
+        openai_public,
+        "data_gym_to_mergeable_bpe_ranks",
+        lambda vocab_bpe_file, encoder_json_file, **checksums: read(vocab_bpe_file, encoder_json_file),
+    )
+    cli.main([*train, "--out", str(tmp_path / "run")])
     assert "13,266,432 parameters, 2 layers of width 128, context 32; " in capsys.readouterr().out
     losses = [entry["loss"] for entry in run.read_log(tmp_path / "run") if "loss" in entry]
     assert losses[0] == pytest.approx(10.825, abs=0.2)
     assert losses[-1] < losses[0] - 1.0
+    shutil.rmtree(vocabulary)  # the run has its own
+    assert generated(capsys, tmp_path / "run", "--prompt", "Hello,", "--max-new-tokens", "5").startswith("Hello,")
     model, tokenizer = run.load(tmp_path / "run", CPU)
     assert (model.config.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     shape = model.config
@@ -172,6 +232,23 @@ def test_adam_is_adamw_without_decay(name: str):
     assert (recipe.learning_rate, recipe.schedule, recipe.warmup_steps, recipe.grad_clip) == (1e-3, "constant", 0, 0.0)
 
 
+def test_shakespeare_char_is_nanogpts_of_the_device_s_size():
+    """The two character models of its README, and its way of training them."""
+    large, small = (recipes.recipe("shakespeare-char", torch.device(kind)) for kind in ("cuda", "cpu"))
+    for recipe, shape, dropout, amount in (
+        (large, (6, 6, 384, 256), 0.2, (5000, 64)),
+        (small, (4, 4, 128, 64), 0.0, (2000, 12)),
+    ):
+        model = recipe.model
+        assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout) == (*shape, dropout)
+        assert (model.activation, model.norm_position, model.position, model.bias) == ("gelu", "pre", "learned", False)
+        assert model.tie_weights
+        assert (recipe.steps, recipe.batch_size) == amount
+        assert (recipe.data, recipe.tokenizer, recipe.held_out) == ("shakespeare", "char", 0.1)
+        assert (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_steps) == (1e-3, 1e-4, 100)
+        assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.grad_clip) == (0.9, 0.99, 0.1, 1.0)
+
+
 SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 
 
@@ -185,6 +262,24 @@ def test_gpt2s_sizes(name: str):
     assert (recipe.optimizer, recipe.weight_decay, recipe.tokenizer) == ("adamw", 0.1, "gpt2")
     assert recipe.batch_size * recipe.model.block_size == 491_520
     assert recipe.min_learning_rate == pytest.approx(recipe.learning_rate / 10)
+
+
+# of Brown et al. 2020, table 2.1, beside the sequences that go through the model at a time
+PRETRAINING = {
+    "gpt2-124m": (6e-4, 12),
+    "gpt2": (6e-4, 12),
+    "gpt2-medium": (3e-4, 6),
+    "gpt2-large": (2.5e-4, 4),
+    "gpt2-xl": (2e-4, 3),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_is_nanogpts(name: str):
+    recipe = RECIPES[name]
+    assert (recipe.learning_rate, recipe.batch_size / recipe.accumulation) == PRETRAINING[name]
+    assert (recipe.steps, recipe.warmup_steps, recipe.schedule) == (600_000, 2000, "cosine")
+    assert (recipe.beta1, recipe.beta2, recipe.grad_clip, recipe.held_out) == (0.9, 0.95, 1.0, 0.1)
 
 
 def test_the_book_s_124m():
@@ -208,6 +303,8 @@ def test_generation_ends_with_gpt2s_end_of_text():
     model = follower({ord("a"): ord("b"), ord("b"): ord("."), ord("."): 50256, 50256: ord("a")})
     greedy = Sampling(temperature=0.0)
     assert generate_text(model, tokenizer, "a", 10, greedy) == "b."
+    (searched,) = texts.search(model, tokenizer, ["a"], 10, num_beams=3)
+    assert (searched.text, searched.tokens, searched.finished) == ("b.", [98, 46, 50256], True)
     assert model.generate(torch.tensor([[97]]), 10, 0.0, stop_tokens=[50256])[0].tolist() == [97, 98, 46, 50256]
     assert model.generate(torch.tensor([[97]]), 6, 0.0)[0].tolist() == [97, 98, 46, 50256, 97, 98, 46]
 
