@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ SUITES = (
     ("training", ("test_training.py",), 0.7),
     ("generation", ("test_generation.py",), 1.0),
 )
+SANITIZER, SANITIZED = "compute-sanitizer", "test_every_run_gives_the_same_bits"
 REPORT_SECONDS = 20.0
 GRACE_SECONDS = 30.0  # to write down what there is, once interrupted
 
@@ -53,6 +55,8 @@ class Options:
     """Folder for results, logs and the report."""
     time_budget: float = 480.0
     """Seconds for all of it."""
+    sanitize: bool = False
+    """Run every kernel once under compute-sanitizer's memcheck and racecheck as well, after the tests: minutes."""
     skip_tests: bool = False
     """Leave the tests out: figures of kernels that were not tested."""
     skip_tuning: bool = False
@@ -76,6 +80,9 @@ def main() -> None:
         sys.exit(2)
     if not options.time_budget > 0:
         print(f"benchmarks.gpu_check: --time-budget must be above 0, got {options.time_budget}", file=sys.stderr)
+        sys.exit(2)
+    if options.sanitize and shutil.which(SANITIZER) is None:
+        print(f"benchmarks.gpu_check: --sanitize needs {SANITIZER}, of the CUDA toolkit, on the PATH", file=sys.stderr)
         sys.exit(2)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,6 +108,10 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
 
     if not options.skip_tests:
         yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow"]
+    for tool in ("memcheck", "racecheck") if options.sanitize else ():
+        # small cases of every operator, forward and backward; memory that is cached would hide what is out of bounds
+        wrapped = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER, "--tool", tool, "--error-exitcode", "9"]
+        yield tool, left(0.3), [*wrapped, *python, "pytest", "tests/kernels/test_operators.py", "-q", "-k", SANITIZED]
     if not options.skip_tuning:
         yield "tuning", left(0.25), [*python, "benchmarks.tune", "--out", str(Path(options.out, "launches"))]
     yield "accuracy", left(0.1), [*python, "benchmarks.accuracy", "--out", options.out]

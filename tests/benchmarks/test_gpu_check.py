@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import kernels
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Options, run_stage, stages
 
@@ -53,6 +54,30 @@ def test_tests_come_first_and_no_stage_has_more_than_is_left():
     assert next(untested)[0] == "tuning"
     untuned = stages(Options(out="out", skip_tests=True, skip_tuning=True), time.monotonic() + 400)
     assert next(untuned)[0] == "accuracy"
+
+
+def test_every_operator_goes_through_the_sanitizer():
+    planned = list(stages(Options(out="out", sanitize=True), time.monotonic() + 400))
+    assert [stage for stage, _, _ in planned][:4] == ["tests", "memcheck", "racecheck", "tuning"]
+    for stage, _, command in planned[1:3]:
+        assert command[:7] == [
+            "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", stage, "--error-exitcode", "9"
+        ]  # fmt: skip
+        listed = subprocess.run([*command[7:], "--collect-only"], capture_output=True, text=True, cwd=gpu_check.ROOT)
+        assert listed.returncode == 0, listed.stdout + listed.stderr
+        for name in set(kernels.__all__) - {"quantize_int8", "reference", "warmup"}:
+            assert f"[{name}-" in listed.stdout
+
+
+def test_a_sanitizer_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out"), "--sanitize"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main()
+    assert stopped.value.code == 2
+    assert "--sanitize needs compute-sanitizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("budget", [400, 1])
