@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -18,13 +19,20 @@ def capture(
     """Record the kernels that a function launches, without running them; the result launches them again.
 
     What a `generator` draws in it is drawn anew by every launch, as PyTorch's own generator does without being named.
+    Other threads may meanwhile do what a capture forbids, such as pinning memory for the next batch.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU: cuBLAS keeps a workspace for each stream that it has seen, for good."""
+    return torch.cuda.Stream(device)
 
 
 class Replayed(Generic[Result]):
@@ -64,4 +72,4 @@ class Replayed(Generic[Result]):
         def call() -> None:
             self._results[:] = [self._function(given)]
 
-        return capture(call, torch.cuda.graph_pool_handle(), torch.cuda.Stream(given.device), self._generator)
+        return capture(call, torch.cuda.graph_pool_handle(), capture_stream(given.device), self._generator)

@@ -112,8 +112,9 @@ class KVCache:
                 k, v = (selected(whole, rows) for whole in memory)
                 self._layers[layer] = k, v
         if self.lengths is not None:
+            if len(rows) != len(self.lengths):  # else they are where CUDA graphs read them
+                self._rows = torch.arange(len(rows), device=rows.device)
             self.lengths = selected(self.lengths, rows)
-            self._rows = torch.arange(len(rows), device=rows.device)
         self._seen = None
 
     def clear(self) -> None:

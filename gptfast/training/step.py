@@ -167,7 +167,7 @@ class TrainStep:
             self._grown.copy_(state["grown"])
 
     def _capture_on(self, device: torch.device) -> None:
-        self.graph, self._stream = True, torch.cuda.Stream(device)
+        self.graph, self._stream = True, graphs.capture_stream(device)
         self._captures_update = all("capturable" in group for group in self._groups)
 
     def _run(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class TrainStep:
             first=graphs.capture(first, pool, self._stream),
             more=graphs.capture(more, pool, self._stream) if self.accumulation > 1 else None,
             update=graphs.capture(update, pool, self._stream) if self._captures_update else None,
-            gradients=[p.grad for group in self._groups for p in group["params"]],
+            gradients={p: p.grad for group in self._groups for p in group["params"]},
         )  # fmt: skip
         if self._captures_update:  # nobody else is to add to what the graphs write
             self._zero_grad()
@@ -319,7 +319,7 @@ class _Captured:
     first: Callable[[], None]
     more: Callable[[], None] | None
     update: Callable[[], None] | None
-    gradients: list[Tensor | None]  # held, so that their memory stays the graphs'
+    gradients: dict[Tensor, Tensor | None]  # held, so that their memory stays the graphs'
 
     def replay(self, idx: Tensor, targets: Tensor, update: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Loss, norm and scale, [3]; `update` takes the place of the graph where the optimizer cannot be captured."""
@@ -330,6 +330,8 @@ class _Captured:
             run()
             run = self.more or run
         if update is not None:
+            for parameter, gradient in self.gradients.items():  # other graphs and steps have others
+                parameter.grad = gradient
             return update(self.total)
         if self.update is not None:
             self.update()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from graphs import replayed
 from torch import Tensor
 
 import gptfast.graphs
@@ -105,14 +106,14 @@ def captures(monkeypatch) -> list:
 
     def noted(function, pool, stream, generator=None):
         made.append(generator)
-        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else function
+        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else replayed(function)
 
     monkeypatch.setattr(gptfast.graphs, "capture", noted)
     if DEVICE.type != "cuda":
         graphed = functools.partial(gptfast.generation.decoding.CachedDecoder, graph=True)
         monkeypatch.setattr("gptfast.generation.steps.CachedDecoder", graphed)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(gptfast.graphs, "capture_stream", lambda device: None)
     return made
 
 

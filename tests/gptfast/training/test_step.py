@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 
 import pytest
 import torch
@@ -118,12 +119,36 @@ def test_gradients_that_are_not_finite_change_nothing():
 
 @pytest.fixture
 def captures(monkeypatch) -> list[str]:
-    """Graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
+    """Graphs in form alone, for machines without a GPU: what is captured is called at each replay.
+
+    As a graph does, it reads and writes the gradients of its capture, wherever the parameters' are by then.
+    """
     made: list[str] = []
 
     def capture(function, pool, stream):
         made.append(function.__name__)
-        return function
+        parameters = [
+            p for group in inspect.getclosurevars(function).nonlocals["self"]._groups for p in group["params"]
+        ]
+        if function.__name__ != "update":
+            with torch.random.fork_rng():
+                function()
+        held = [parameter.grad for parameter in parameters]
+
+        def replay() -> None:
+            if function.__name__ == "first":
+                function()
+                for parameter, gradient in zip(parameters, held, strict=True):
+                    gradient.copy_(parameter.grad)
+            before = [parameter.grad for parameter in parameters]
+            for parameter, gradient in zip(parameters, held, strict=True):
+                parameter.grad = gradient
+            if function.__name__ != "first":
+                function()
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+
+        return replay
 
     class Stream:
         def wait_stream(self, other):
@@ -131,8 +156,8 @@ def captures(monkeypatch) -> list[str]:
 
     if DEVICE.type != "cuda":
         monkeypatch.setattr(gptfast.graphs, "capture", capture)
-        for name in ("Stream", "current_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda device: Stream())
+        monkeypatch.setattr(gptfast.graphs, "capture_stream", lambda device: Stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return made
@@ -165,6 +190,18 @@ def test_a_captured_step_is_that_of_a_plain_loop(captures, optimizer, accumulati
     assert all(isinstance(group["lr"], torch.Tensor) is (optimizer is adamw) for group in own.param_groups)
     if DEVICE.type != "cuda":
         assert captures == ["first"] + ["more"] * (accumulation > 1) + ["update"] * (optimizer is adamw)
+
+
+@pytest.mark.parametrize("optimizer", [adamw, sgd], ids=["fused", "SGD"])
+def test_batches_of_two_sizes_take_turns(captures, optimizer):
+    """Each has its graphs and their gradients, which the other's steps do not touch."""
+    given = [batch for pair in zip(batches(6), batches(6, size=2), strict=True) for batch in pair]
+    expected_model, model = build(), build()
+    expected = plain(expected_model, optimizer(expected_model), given, 0.3)
+    step = captured_step(model, optimizer(model), grad_clip=0.3)
+    outcome = [(result.loss, result.grad_norm) for result in (step(*batch) for batch in given)]
+    assert_same_training(model, outcome, expected_model, expected)
+    assert len(step._graphs) == 2
 
 
 def test_a_scheduler_sets_the_rate_of_a_captured_step(captures):

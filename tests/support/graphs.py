@@ -1,0 +1,48 @@
+"""CUDA graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Places(TorchDispatchMode):
+    """Notes the memory that operators read or write within it, and that was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, torch.UntypedStorage] = {}  # held, so that nothing else gets the address
+        self._own: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        for storage in _storages((args, kwargs)):
+            if storage.data_ptr() not in self._own:
+                self.found[storage.data_ptr()] = storage
+        results = function(*args, **(kwargs or {}))
+        self._own |= {storage.data_ptr() for storage in _storages(results)} - self.found.keys()
+        return results
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.untyped_storage().nbytes() > 0]
+
+
+def replayed(function: Callable[[], None]) -> Callable[[], None]:
+    """The function, which fails where it finds other memory than at its first call: a graph would not follow it."""
+    first: list[_Places] = []
+
+    def replay() -> None:
+        with _Places() as places:
+            function()
+        first.append(places)
+        moved = places.found.keys() ^ first[0].found.keys()
+        assert not moved, f"{len(moved)} tensors are not where they were when the graph was captured"
+        del first[1:]
+
+    return replay
