@@ -14,7 +14,10 @@ settings.load_profile("suite")
 # tests that run in parallel start pytest themselves, which is to know nothing of that
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # with deterministic algorithms asked for, every product of cuBLAS warns unless this is set
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
