@@ -7,6 +7,7 @@ next one starts.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -107,7 +108,10 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
         return max(share * (deadline - REPORT_SECONDS - time.monotonic()), 1.0)
 
     if not options.skip_tests:
-        yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow"]
+        # most of their time is that of compilers, which run side by side
+        parallel = ["-n", "auto", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+        yield "tests", left(0.4), [*python, "pytest", "tests", "-q", "-m", "not slow and not large", *parallel]
+        yield "large-tests", left(0.1), [*python, "pytest", "tests/kernels", "-q", "-m", "large"]
     for tool in ("memcheck", "racecheck") if options.sanitize else ():
         # small cases of every operator, forward and backward; memory that is cached would hide what is out of bounds
         wrapped = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER, "--tool", tool, "--error-exitcode", "9"]

@@ -156,6 +156,7 @@ def plenty_of_memory():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.large
 @pytest.mark.usefixtures("plenty_of_memory")
 @pytest.mark.parametrize("case", FAR, ids=str)
 def test_more_elements_than_32_bits_count(case: Case):
