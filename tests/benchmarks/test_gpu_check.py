@@ -126,15 +126,20 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
 def test_all_stages_run_in_turn_and_one_that_fails_is_told(tmp_path, monkeypatch, capsys):
     def planned(options, deadline):
         yield "tests", 60, python("raise SystemExit(1)")
-        yield "report", 60, python("print('written')")
+        # from another folder too the packages of this checkout are found, beside those that were
+        code = "import os; os.chdir('/'); import gptfast; print(gptfast.__file__, os.environ['PYTHONPATH'])"
+        yield "report", 60, python(code)
 
     monkeypatch.setattr(gpu_check, "stages", planned)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
     monkeypatch.setenv("GPTFAST_CACHE", "elsewhere")  # put back afterwards
+    monkeypatch.setenv("PYTHONPATH", "/more")
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main()
     assert stopped.value.code == 1
     statuses = [(row["stage"], row["status"]) for row in json.loads((tmp_path / "stages.json").read_text())]
     assert statuses == [("tests", "failed with exit status 1, see tests.log"), ("report", "passed")]
     assert "report: passed after" in capsys.readouterr().out
+    found = f"{gpu_check.ROOT / 'gptfast/__init__.py'} {gpu_check.ROOT}:/more\n"
+    assert (tmp_path / "report.log").read_text() == found
