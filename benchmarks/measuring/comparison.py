@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -234,6 +235,8 @@ def noting(failures: dict[str, Exception], provider: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # its frames would keep memory, and graphs whose streams no CUDA graph of the same weights could wait for
+        traceback.clear_frames(error.__traceback__)
         failures[provider] = classify(provider, error)
 
 

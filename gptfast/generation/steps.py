@@ -71,7 +71,7 @@ class _Told:
         if told.is_cuda:
             self._values = torch.empty_like(told, device="cpu", pin_memory=True).copy_(told, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(told.device))
 
     def read(self, rows: list[int], places: list[int], log_probs: bool) -> Step:
         """What was drawn for sequences at some places of the batch, once it is there.

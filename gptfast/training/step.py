@@ -36,7 +36,7 @@ class StepResult:
         self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(values.device))
 
     def _read(self, index: int) -> float:
         if self._arrived is not None:
@@ -168,7 +168,9 @@ class TrainStep:
 
     def _capture_on(self, device: torch.device) -> None:
         self.graph, self._stream = True, graphs.capture_stream(device)
-        self._captures_update = all("capturable" in group for group in self._groups)
+        # an optimizer that does not skip gradients itself has the host look at float16's, which no graph can
+        waits = self._grown is not None and not all(map(_divides, self.optimizers))
+        self._captures_update = not waits and all("capturable" in group for group in self._groups)
 
     def _run(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Loss, norm and scale, [3], step by step."""
@@ -226,8 +228,7 @@ class TrainStep:
     def _step(self, optimizer: Any, divisor: Tensor, not_finite: Tensor) -> None:
         """Step with gradients that are divided first."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # what GradScaler asks too: whether the step itself divides gradients, and skips those that are not finite
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not any(map(is_part, parameters)):
+        if _divides(optimizer) and not any(map(is_part, parameters)):
             optimizer.grad_scale, optimizer.found_inf = divisor, not_finite
             try:
                 optimizer.step()
@@ -358,6 +359,11 @@ def _gradients_stay(model: Any, wait: bool) -> Iterator[None]:
         yield
     else:
         yield
+
+
+def _divides(optimizer: Any) -> bool:
+    """Whether a step divides gradients itself, and skips those that are not finite: what `GradScaler` asks too."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _settings(group: dict) -> tuple:

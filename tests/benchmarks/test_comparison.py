@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,19 @@ def test_a_peer_that_breaks_is_a_reason_and_our_own_an_error():
     with pytest.raises(RuntimeError, match="no kernel"):
         comparison.row("triton", "forward")
     assert comparison.row("eager", "both")[1]["mode"] == "both"
+
+
+def test_what_failed_holds_no_tensors():
+    held = []
+
+    def broken(x, weight, bias):
+        y = x * weight
+        held.append(weakref.ref(y))
+        raise RuntimeError("no kernel")
+
+    comparison = compare(NORM, triton=broken)
+    assert isinstance(comparison.failures["triton"], RuntimeError)
+    assert held[0]() is None
 
 
 def test_out_of_memory_is_a_reason_for_anyone():

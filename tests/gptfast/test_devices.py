@@ -8,8 +8,10 @@ from gptfast import devices
 
 CPU = torch.device("cpu")
 FAULTS = """
-import resource, torch
+import ctypes, resource, torch
 from gptfast import devices
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: some machines give pages of 2 MiB, a fault for each
 
 def faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

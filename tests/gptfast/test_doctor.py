@@ -358,7 +358,8 @@ def test_yet_another_package(machine, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch) -> None:
-    """What takes seconds of a CPU."""
+    """What takes seconds of a CPU, and no GPU for processes of their own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable in (peaks.FLOPS_VARIABLE, peaks.BANDWIDTH_VARIABLE):
         monkeypatch.setenv(variable, "1e12")
 

@@ -7,6 +7,7 @@ import torch
 
 from gptfast import GPT, GPTConfig
 from nanogpt import MODEL_ARGS, checkpoint, logits, shapes
+from oracle import DEVICE
 
 IDX = torch.randint(MODEL_ARGS["vocab_size"], (3, MODEL_ARGS["block_size"]), generator=torch.Generator().manual_seed(1))
 
@@ -25,7 +26,8 @@ def refused(path: Path, **options) -> str:
 
 @torch.no_grad()
 def ours(model: GPT) -> torch.Tensor:
-    return model.eval()(IDX, IDX)[0]
+    idx = IDX.to(model.lm_head.weight.device)
+    return model.eval()(idx, idx)[0].cpu()
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -33,7 +35,7 @@ def ours(model: GPT) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_are_nanogpts(tmp_path, bias, compiled, backend):
     path = save(tmp_path, checkpoint(bias=bias, compiled=compiled))
-    model = GPT.from_nanogpt(path, backend=backend)
+    model = GPT.from_nanogpt(path, backend=backend).to(DEVICE)
     assert (model.config.activation, model.config.dropout, model.config.bias) == ("gelu", 0.1, bias)
     torch.testing.assert_close(ours(model), logits(checkpoint(bias=bias)["model"], 2, 2, IDX), atol=1e-5, rtol=0)
 

@@ -140,7 +140,8 @@ def test_the_dtype_and_the_backend(trained, here, capsys):
         assert found["data"]["loss"] == pytest.approx(exact, rel=0.02)
         assert found["weights"] == ("int8" if "int8" in options else "float32")
         assert found["backend"]["loss"] == ("triton" if "loss=triton" in options else "eager")
-        assert found["data"]["loss"] != exact
+        # where kernels are compiled, those of a model on the CPU are the reference
+        assert (found["data"]["loss"] == exact) is (torch.cuda.is_available() and "loss=triton" in options)
     out = printed(capsys, trained, "--data", "text.txt", "--dtype", "int8", "--backend", "ffn=triton")
     assert ", weights of 8 bits, layer_norm=eager ffn=triton attention=eager loss=eager\n" in out
 

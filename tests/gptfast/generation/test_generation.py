@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from benchmarks.measuring import models
 from gptfast import GPT, GPTConfig
 from gptfast.generation import generate
+from gptfast.generation.decoding import CachedDecoder
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
+from gptfast.generation.steps import steps
 from oracle import DEVICE
 
 CONFIG = {"block_size": 8, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.3}
@@ -146,11 +149,13 @@ def test_sequences_that_have_ended_cost_nothing(model, monkeypatch):
     monkeypatch.setattr(
         type(model.transformer), "forward", lambda self, idx, *a: sizes.append(len(idx)) or forward(self, idx, *a)
     )
-    generate.continuations(model, idx, [3] * 3, 3, Sampling(temperature=0), stop_tokens=first[:1])
-    assert sizes[:2] == [3, 2]
-    sizes.clear()
-    generate.continuations(model, idx, [3] * 3, 3, Sampling(temperature=0), stop_tokens=first)
-    assert sizes == [3]
+    # on a GPU steps begin before the last one is read, and graphs are kept while most sequences go on
+    monkeypatch.setattr("gptfast.generation.steps.CachedDecoder", functools.partial(CachedDecoder, graph=False))
+    for stops, expected in ((first[:1], [3, 2]), (first, [3])):
+        sizes.clear()
+        ends = lambda row, token, stops=stops: token in stops  # noqa: E731
+        list(steps(model, idx, [3] * 3, 3, Sampling(temperature=0), ends, ahead=False))
+        assert sizes[:2] == expected
 
 
 def test_rows_are_filled_up_with_their_stop_token(model):

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from gptfast import GPT
+from oracle import DEVICE
 
 WEIGHT = "transformer.h.0.attn.c_attn.weight"
 
@@ -33,16 +34,16 @@ def refused(source: Path | str) -> str:
 
 
 def assert_same_logits(model: GPT, theirs: transformers.PreTrainedModel) -> None:
-    idx = torch.randint(model.config.vocab_size, (3, model.config.block_size))
+    idx = torch.randint(model.config.vocab_size, (3, model.config.block_size)).to(model.lm_head.weight.device)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(idx, idx)[0], theirs.eval()(idx).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_logits_are_those_of_transformers(folder, backend):
-    model = GPT.from_pretrained(str(folder), backend=backend)
+    model = GPT.from_pretrained(str(folder), backend=backend).to(DEVICE)
     assert model.config.init_std == 0.3
-    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder))
+    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder).to(DEVICE))
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,19 @@ def test_a_captured_step_is_that_of_a_plain_loop(captures, optimizer, accumulati
         assert captures == ["first"] + ["more"] * (accumulation > 1) + ["update"] * (optimizer is adamw)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_update_for_which_the_host_waits_is_not_captured(captures, optimizer):
+    """In float16 that of all optimizers but fused ones: the host asks whether gradients have overflowed."""
+    given = batches(5)
+    expected_model, model = build(), build()
+    expected = plain(expected_model, optimizer(expected_model), given, 0.3)
+    step = captured_step(model, optimizer(model), grad_clip=0.3, dtype=torch.float16)
+    outcome = [(result.loss, result.grad_norm) for result in (step(*batch) for batch in given)]
+    assert_same_training(model, outcome, expected_model, expected, tolerance=5e-3)
+    if DEVICE.type != "cuda":
+        assert captures == ["first"] + ["update"] * (optimizer is adamw)
+
+
 @pytest.mark.parametrize("optimizer", [adamw, sgd], ids=["fused", "SGD"])
 def test_batches_of_two_sizes_take_turns(captures, optimizer):
     """Each has its graphs and their gradients, which the other's steps do not touch."""
