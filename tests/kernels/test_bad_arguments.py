@@ -99,14 +99,15 @@ PACKED = [
     ((QKV, None, 0.1, 0.5), TypeError, "seed must be an int.* got float"),
     ((3,), TypeError, "qkv must be a tensor, got int"),
 ]
-CACHE, LENGTHS = t(2, 1, 5, 4), torch.ones(2, dtype=torch.int64)
+CACHE, LENGTHS = t(2, 1, 5, 4), t(2, dtype=torch.int64)
 DECODE = [
     ((t(2, 1, 2, 4), CACHE, CACHE, LENGTHS), ValueError, r"q must be \[B, H, 1, D\] .* got shape \(2, 1, 2, 4\)"),
     ((t(2, 1, 1, 4), t(2, 2, 5, 4), CACHE, LENGTHS), ValueError, r"k_cache must be \[B, H, S, D\] = \[2, 1, S, 4\]"),
     ((t(2, 1, 1, 4), CACHE, t(2, 1, 6, 4), LENGTHS), ValueError, "v_cache must have the shape of k_cache"),
     ((t(2, 1, 1, 4), CACHE, CACHE, t(2)), TypeError, "lengths must be an int32 or int64 tensor, got torch.float32"),
     ((t(2, 1, 1, 4), CACHE, CACHE, 5), TypeError, "lengths must be an int32 or int64 tensor, got int"),
-    ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS[:1]), ValueError, r"lengths must be \[B\] = \[2\] on cpu, got shape \(1,\)"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS[:1]), ValueError, r"lengths must be \[B\] = \[2\] on .* got shape \(1,\)"),
+    ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS.to("meta")), ValueError, r"lengths must be .* got shape \(2,\) on meta"),
     ((t(2, 1, 1, 4), CACHE, CACHE, LENGTHS, float("nan")), ValueError, "scale must be finite, got nan"),
     ((t(2, 1, 1, 4), CACHE, CACHE.half(), LENGTHS), TypeError, "all tensors must have one dtype"),
 ]

@@ -175,9 +175,9 @@ def test_on_a_cpu_in_parts_of_any_size(monkeypatch, dtype: torch.dtype, weight_b
 def test_on_a_cpu_no_more_than_a_part_is_made_floating_numbers(dtype: torch.dtype):
     for rows in (1, 17):
         x, weight, scale, _ = problem((rows,), 256, 20_000, dtype, CPU)
-        peak = peak_bytes(lambda x=x, weight=weight, scale=scale: cpu.int8_linear(x, weight, scale))
+        peak = peak_bytes(lambda x=x, weight=weight, scale=scale: cpu.int8_linear(x, weight, scale), CPU)
         assert peak < 2**22 + 3 * rows * 20_000 * 4 < weight.numel() * 2
-    assert peak_bytes(lambda: reference.int8_linear(x, weight, scale)) > weight.numel() * 4
+    assert peak_bytes(lambda: reference.int8_linear(x, weight, scale), CPU) > weight.numel() * 4
 
 
 def test_on_a_cpu_pytorchs_product_is_called_where_it_is_fast_and_safe():

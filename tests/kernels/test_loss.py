@@ -133,8 +133,8 @@ def test_a_target_out_of_range_that_nobody_could_check_makes_everything_nan(targ
 def test_a_backward_can_be_taken_twice():
     """What the forward kept is multiplied into new tensors, not in place."""
     x, weight, targets = problem(6, 8, 10)
-    loss = kernels.linear_cross_entropy(x, weight, targets)
-    first, second = (torch.autograd.grad(loss, (x, weight), torch.tensor(3.0), retain_graph=True) for _ in range(2))
+    loss, three = kernels.linear_cross_entropy(x, weight, targets), torch.tensor(3.0, device=DEVICE)
+    first, second = (torch.autograd.grad(loss, (x, weight), three, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

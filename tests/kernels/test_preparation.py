@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
 from gptfast import GPT, GPTConfig
 from gptfast.generation.cache import KVCache
-from kernels import runtime, tile
+from kernels import norm, runtime, tile
 from oracle import DEVICE
 
 
@@ -22,6 +23,8 @@ def specialised(value: object) -> object:
     """What Triton compiles anew for: dtype and alignment of a tensor, 1 and the multiples of 16 among numbers."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape)
     if isinstance(value, int) and not isinstance(value, bool):
         return "1" if value == 1 else "16" if value % 16 == 0 else "int"
     return "float" if isinstance(value, float) else value
@@ -52,11 +55,17 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# without a GPU float16 alone has descriptors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_model_launches_nothing_that_was_not_warmed_up(config: GPTConfig, dtype: torch.dtype, autocast: bool):
-    context = torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext()
+def test_a_model_launches_nothing_that_was_not_warmed_up(
+    monkeypatch, config: GPTConfig, dtype: torch.dtype, autocast: bool
+):
+    # as CUDA's autocast has it
+    monkeypatch.setattr(norm, "_widened", lambda x: runtime.autocast_dtype(x.device) is not None)
+    half = dtype if dtype.itemsize == 2 else torch.bfloat16
+    context = torch.autocast(DEVICE.type, half) if autocast else nullcontext()
     with context, recorded_launches() as warmed_up:
         kernels.warmup(config, dtype, DEVICE, batch_size=2)
     model = GPT(config, backend="triton").to(DEVICE, dtype)

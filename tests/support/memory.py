@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from oracle import DEVICE
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Bytes of tensors at the peak of a call, beyond those that were there before."""
-    if DEVICE.type == "cuda":
+def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) -> int:
+    """Bytes of tensors on `device` at the peak of a call, beyond those that were there before."""
+    if device.type == "cuda":
+        _warm_up_products(device)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -27,3 +28,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def _warm_up_products(device: torch.device) -> None:
+    """Have cuBLAS take its workspaces, 8 MiB and more for each thread that multiplies, the one of gradients too."""
+    a, b = (torch.ones(16, 16, device=device, requires_grad=True) for _ in range(2))
+    torch.nn.functional.linear(a, b, torch.ones(16, device=device)).sum().backward()
+    torch.nn.functional.linear(a.half(), b.half()).sum().backward()
