@@ -8,25 +8,32 @@ accepts beside the others; it has no rows of theirs. Without a GPU the kernels r
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
-from benchmarks.measuring import machine, shapes
-from benchmarks.measuring.comparison import Case, Operator, input_gradients, relative_error, results
+from benchmarks.measuring import machine, result_files, shapes
+from benchmarks.measuring.comparison import Case, relative_error, run
 from benchmarks.measuring.peers import PROVIDERS
 from benchmarks.reporting.markdown import escape, grid
-from benchmarks.reporting.results import FORMAT
-from gptfast.files import write_json
 from kernels import runtime
 
+# each operator's sizes, and those for the interpreter
+_CASES: tuple[tuple[Callable[..., Case], tuple[int, ...], tuple[int, ...]], ...] = (
+    (shapes.layer_norm, (8192, 768), (256, 768)),
+    (shapes.add_layer_norm, (8192, 768), (256, 768)),
+    (shapes.gelu_ffn, (8192, 768), (128, 256)),
+    (shapes.causal_attention, (8, 12, 1024, 64), (1, 2, 256, 64)),
+    (shapes.causal_attention_qkvpacked, (8, 12, 1024, 64), (1, 2, 256, 64)),
+    (shapes.decode_attention, (8, 12, 1024, 64), (2, 2, 512, 64)),
+    (shapes.int8_linear, (16, 768, 50_304), (4, 256, 512)),
+    (shapes.linear_cross_entropy, (8192, 768, 50_304), (128, 256, 1024)),
+)
 _NARROW, _FULL = (torch.float32, torch.float16), (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content = measure(device)
     path = Path(options.out, machine.slug(device), "accuracy.json")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+        result_files.save(path, content)
     except OSError as error:
         print(f"benchmarks.accuracy: {error}", file=sys.stderr)
         sys.exit(1)
@@ -59,27 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def cases(dtype: torch.dtype, interpreted: bool) -> list[Case]:
     """GPT-2's shapes; for the interpreter, which computes one block after the other, smaller ones."""
-    if interpreted:
-        return [
-            shapes.layer_norm(256, 768, dtype),
-            shapes.add_layer_norm(256, 768, dtype),
-            shapes.gelu_ffn(128, 256, dtype),
-            shapes.causal_attention(1, 2, 256, 64, dtype),
-            shapes.causal_attention_qkvpacked(1, 2, 256, 64, dtype),
-            shapes.decode_attention(2, 2, 512, 64, dtype),
-            shapes.int8_linear(4, 256, 512, dtype),
-            shapes.linear_cross_entropy(128, 256, 1024, dtype),
-        ]
-    return [
-        shapes.layer_norm(8192, 768, dtype),
-        shapes.add_layer_norm(8192, 768, dtype),
-        shapes.gelu_ffn(8192, 768, dtype),
-        shapes.causal_attention(8, 12, 1024, 64, dtype),
-        shapes.causal_attention_qkvpacked(8, 12, 1024, 64, dtype),
-        shapes.decode_attention(8, 12, 1024, 64, dtype),
-        shapes.int8_linear(16, 768, 50_304, dtype),
-        shapes.linear_cross_entropy(8192, 768, 50_304, dtype),
-    ]
+    return [make(*(small if interpreted else whole), dtype) for make, whole, small in _CASES]
 
 
 def measure(device: torch.device) -> dict[str, Any]:
@@ -92,12 +78,7 @@ def measure(device: torch.device) -> dict[str, Any]:
         for row in errors(case, device)
     ]
     return {
-        "gptfast_results": FORMAT,
-        "datetime": datetime.now(UTC).isoformat(),
-        "machine_info": {"gptfast": machine.describe(device) | {"limits": machine.measure_limits(device)}},
-        "commit_info": get_commit_info(),
-        "benchmarks": [],
-        "not_measured": [],
+        **result_files.head(device),
         "interpreted": interpreted,
         "accuracy": rows,
     }
@@ -111,40 +92,30 @@ def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     provider = PROVIDERS[case.suite]["triton"]
     gradients = provider.modes != ("forward",)
     inputs = case.inputs(device)
-    generator = torch.Generator(device).manual_seed(1)
-    shapes_of_results = [y.shape for y in results(case.reference(*(tensor.to("meta") for tensor in inputs)))]
-    upstream = [torch.randn(shape, generator=generator, device=device) for shape in shapes_of_results]
+    dy = case.upstream(inputs)
     truth, ours, theirs = (
-        _run(operator, inputs, upstream, dtype, gradients)
+        run(operator, _leaves(inputs, dtype), [one.to(dtype) for one in dy], gradients)
         for operator, dtype in (
             (case.reference, torch.float64),
             (provider.build(case), case.dtype),
             (PROVIDERS[case.suite]["eager"].build(case), case.dtype),
         )
-    )  # fmt: skip
-    for name, expected in truth.items():
+    )
+    names = [*(f"result {number}" if number else "result" for number in range(len(dy)))]
+    names += [f"gradient {number}" for number in range(len(truth) - len(dy))]
+    for name, expected, kernel, eager in zip(names, truth, ours, theirs, strict=True):
         yield {
             "operator": case.suite,
             "dims": dict(case.dims),
             "dtype": case.dtype_name,
             "of": name,
-            "kernel": relative_error(ours[name], expected),
-            "eager": relative_error(theirs[name], expected),
+            "kernel": relative_error(kernel, expected),
+            "eager": relative_error(eager, expected),
         }
 
 
-def _run(
-    operator: Operator, inputs: list[Tensor], upstream: list[Tensor], dtype: torch.dtype, gradients: bool
-) -> dict[str, Tensor]:
-    """Results and, if asked for, gradients of the inputs, by name and in order, computed in `dtype`."""
-    own = [tensor.detach().to(dtype).requires_grad_(gradients) for tensor in inputs]
-    y = operator(*own)
-    found = {f"result {number}" if number else "result": one.detach() for number, one in enumerate(results(y))}
-    if gradients:
-        # rounded once, to what the kernel gets, whatever they are then computed in
-        dy = [one.to(inputs[0].dtype).to(dtype) for one in upstream]
-        found |= {f"gradient {number}": one for number, one in enumerate(input_gradients(y, own, dy))}
-    return found
+def _leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
 def passage(content: dict[str, Any]) -> str:

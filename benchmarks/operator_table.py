@@ -57,15 +57,17 @@ def _lines(case: Case, gpu: GPU) -> list[tuple[str, ...]]:
         raise ValueError(f"no matrix peak in {case.dtype_name} is known of {gpu.name}")
     sizes = " ".join(f"{name}={size:,}" for name, size in case.dims.items())
     lines: list[tuple[str, ...]] = []
-    for mode in PROVIDERS[case.suite]["triton"].modes:
-        if mode == "both" and "backward" in PROVIDERS[case.suite]["triton"].modes:
+    modes = PROVIDERS[case.suite]["triton"].modes
+    for mode in modes:
+        if mode == "both" and "backward" in modes:
             continue  # the sum of the two
         cost = case.cost(mode)
         seconds = cost.seconds(peak, gpu.bandwidth)
-        bound = "memory" if cost.bytes / gpu.bandwidth >= seconds else "arithmetic"
         first = (f"`{case.suite}`", sizes) if mode == "forward" else ("", "")
         amounts = (f"{cost.flops / 1e9:,.1f}", f"{cost.bytes / 1e6:,.0f}", f"{1e6 * seconds:,.0f} us")
-        lines.append((*first, "forward and backward" if mode == "both" else mode, *amounts, bound))
+        lines.append(
+            (*first, "forward and backward" if mode == "both" else mode, *amounts, cost.bound(peak, gpu.bandwidth))
+        )
     return lines
 
 

@@ -13,22 +13,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 import tyro
-from pytest_benchmark.utils import get_commit_info
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import machine, result_files
 from benchmarks.measuring.recipe_runs import GPTFAST, NANOGPT, RECIPES, Outcome, Plan, Recipe, Runs, shown
 from benchmarks.measuring.timing import percentiles
 from benchmarks.reporting import units
 from benchmarks.reporting.markdown import grid
-from benchmarks.reporting.results import FORMAT
 from gptfast import devices
-from gptfast.files import write_json
 
 
 @dataclass
@@ -103,12 +99,12 @@ def measure(options: Options) -> None:
         for name in dict.fromkeys(options.recipes):
             result = content["recipes"][name] = settings(options, RECIPES[name])
             result["speed"] = compare_speed(runs, name, result["settings"]["steps"], options.rounds)
-            save(path, content)
+            result_files.save(path, content)
             if result["settings"]["loss_steps"]:
                 result["loss"] = compare_loss(
                     runs, name, result["settings"]["loss_steps"], result["settings"]["eval_batches"]
                 )
-                save(path, content)
+                result_files.save(path, content)
     print(f"\n{table(content['recipes'])}\n\n{path}")
 
 
@@ -142,12 +138,7 @@ def describe(options: Options, runs: Runs, device: torch.device) -> dict[str, An
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return {
-        "gptfast_results": FORMAT,
-        "datetime": datetime.now(UTC).isoformat(),
-        "machine_info": {"gptfast": machine.describe(device) | {"limits": machine.measure_limits(device)}},
-        "commit_info": get_commit_info(),
-        "benchmarks": [],
-        "not_measured": [],
+        **result_files.head(device),
         "nanogpt": {"sha256": runs.checksums()},
         "data": {
             "characters": len(runs.text),
@@ -220,12 +211,6 @@ def compare_loss(sides: Sides, name: str, steps: int, eval_batches: int) -> dict
         losses[side] = {"val_loss": outcome.val_loss, "train_loss": outcome.train_loss}
         print(f" {outcome.val_loss:.4f} after {outcome.seconds:.0f} s", flush=True)
     return {**losses, "difference": losses[GPTFAST]["val_loss"] - losses[NANOGPT]["val_loss"]}
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write the results so far: the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

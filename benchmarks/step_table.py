@@ -105,8 +105,7 @@ def totals_table(step: Step, narrow: Step, gpu: GPU, peak: float) -> str:
 
 def microseconds(one: Pass, gpu: GPU, peak: float) -> str:
     """Such as "157 us, arithmetic": the least time of a pass and what bounds it."""
-    memory = one.cost.bytes / gpu.bandwidth >= one.cost.flops / peak
-    return f"{1e6 * one.cost.seconds(peak, gpu.bandwidth):,.0f} us, {'memory' if memory else 'arithmetic'}"
+    return f"{1e6 * one.cost.seconds(peak, gpu.bandwidth):,.0f} us, {one.cost.bound(peak, gpu.bandwidth)}"
 
 
 def tensors(sizes: Mapping[str, int]) -> str:

@@ -33,6 +33,10 @@ class Cost:
         """The roofline's bound (Williams et al. 2009): the slower of arithmetic and memory, the other one hidden."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
+    def bound(self, flops_per_second: float, bytes_per_second: float) -> str:
+        """Which of the two is the slower: "memory" or "arithmetic"."""
+        return "memory" if self.bytes / bytes_per_second >= self.flops / flops_per_second else "arithmetic"
+
 
 @dataclass(frozen=True)
 class Passes:

@@ -83,6 +83,14 @@ class Case:
             tensors.append(self.strided(drawn.to(self.dtype)).requires_grad_())
         return tensors
 
+    def upstream(self, inputs: list[Tensor]) -> list[Tensor]:
+        """A random normal gradient for each result of these inputs."""
+        device = inputs[0].device
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            outputs = results(self.reference(*(tensor.to("meta") for tensor in inputs)))
+        return [torch.randn(output.shape, generator=generator, device=device).to(self.dtype) for output in outputs]
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -108,12 +116,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self._inputs = self.case.inputs(self.device)
-        generator = torch.Generator(self.device).manual_seed(1)
-        with torch.no_grad():
-            outputs = results(self.case.reference(*(tensor.to("meta") for tensor in self._inputs)))
-        self._dy = [
-            torch.randn(output.shape, generator=generator, device=self.device).to(self.case.dtype) for output in outputs
-        ]
+        self._dy = self.case.upstream(self._inputs)
         truth = self._truth()
         for provider in self.providers:
             with noting(self.failures, provider.name):
@@ -190,24 +193,16 @@ class Comparison:
             return Call(backward, prepare=lambda: operator(*inputs))
         return Call(forward if mode == "forward" else both)
 
-    def _run(self, operator: Operator, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:
-        """Results and, if asked for, gradients."""
-        if not gradients:
-            with torch.no_grad():
-                return list(results(operator(*inputs)))
-        y = results(operator(*inputs))
-        return [*(output.detach() for output in y), *input_gradients(y, inputs, dy)]
-
     def _truth(self) -> list[Tensor]:
         """The reference's results in a wider dtype, of the part that is compared."""
         part = self.case.part
         wider = torch.float64 if self.case.dtype == torch.float32 else torch.float32
         inputs = [part(tensor.detach()).to(wider).requires_grad_() for tensor in self._inputs]
-        return self._run(self.case.reference, inputs, [part(dy).to(wider) for dy in self._dy], gradients=True)
+        return run(self.case.reference, inputs, [part(dy).to(wider) for dy in self._dy], gradients=True)
 
     def _check(self, operator: Operator, truth: list[Tensor], gradients: bool) -> float:
         """The largest relative error among result and gradients."""
-        found = self._run(operator, self._inputs, self._dy, gradients)
+        found = run(operator, self._inputs, self._dy, gradients)
         names = [*("the result" for _ in self._dy), *(f"the gradient of {name}" for name in self.case.shapes)]
         worst = 0.0
         # the second list is longer where a provider has no gradients
@@ -221,6 +216,15 @@ class Comparison:
 def results(result: Result) -> tuple[Tensor, ...]:
     """An operator's results, be it one or several."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def run(operator: Operator, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:
+    """Results and, if asked for, gradients."""
+    if not gradients:
+        with torch.no_grad():
+            return list(results(operator(*inputs)))
+    y = results(operator(*inputs))
+    return [*(output.detach() for output in y), *input_gradients(y, inputs, dy)]
 
 
 def input_gradients(result: Result, inputs: list[Tensor], dy: list[Tensor]) -> tuple[Tensor, ...]:
