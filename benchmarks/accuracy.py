@@ -90,7 +90,7 @@ def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     Upstream gradients are random normal. What no kernel computes, such as gradients of decoding, is left out.
     """
     provider = PROVIDERS[case.suite]["triton"]
-    gradients = provider.modes != ("forward",)
+    gradients = provider.differentiable
     inputs = case.inputs(device)
     dy = case.upstream(inputs)
     truth, ours, theirs = (

@@ -51,8 +51,8 @@ def step_seconds(config: GPTConfig, batch: int, length: int, gpu: GPU) -> dict[s
     return Step(config, batch, length).seconds(peak, gpu.bandwidth)
 
 
-def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
-    """Suite, case, mode, cost and least seconds of every case of the operators' suites that `gpu` can compute."""
+def operator_costs(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
+    """Suite, case, mode, cost and matrix peak of every case of the operators' suites that `gpu` can compute."""
     rows = []
     for suite, cases in shapes.SUITES.items():
         for case in cases:
@@ -61,7 +61,7 @@ def operator_seconds(gpu: GPU) -> list[tuple[str, str, str, Cost, float]]:
                 continue
             for mode in PROVIDERS[suite]["triton"].modes:
                 cost = case.cost(mode)
-                rows.append((suite, str(case), mode, cost, cost.seconds(peak, gpu.bandwidth)))
+                rows.append((suite, str(case), mode, cost, peak))
     return rows
 
 
@@ -112,11 +112,11 @@ def print_gpus(config: GPTConfig, options: Options) -> None:
 def print_operators(gpu: GPU) -> None:
     print(f"{gpu.name}: {gpu.bandwidth / 1e12:.2f} TB/s; {gpu.source}")
     print(f"{'operator':17} {'case':33} {'mode':9} {'us':>10} {'TFLOP/s':>8} {'GB/s':>6}  bound by")
-    for suite, case, mode, cost, seconds in operator_seconds(gpu):
-        memory = cost.bytes / gpu.bandwidth >= seconds
+    for suite, case, mode, cost, peak in operator_costs(gpu):
+        seconds = cost.seconds(peak, gpu.bandwidth)
         print(
             f"{suite:17} {case:33} {mode:9} {1e6 * seconds:10.1f} {cost.flops / seconds / 1e12:8.1f} "
-            f"{cost.bytes / seconds / 1e9:6.0f}  {'memory' if memory else 'arithmetic'}"
+            f"{cost.bytes / seconds / 1e9:6.0f}  {cost.bound(peak, gpu.bandwidth)}"
         )
 
 

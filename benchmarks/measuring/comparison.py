@@ -100,6 +100,11 @@ class Provider:
     build: Callable[[Case], Operator]
     modes: tuple[str, ...] = MODES
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether it has gradients: the backward is a pass of its own, or one with the forward, as a loss's may be."""
+        return any(mode != "forward" for mode in self.modes)
+
 
 @dataclass
 class Comparison:
@@ -121,7 +126,7 @@ class Comparison:
         for provider in self.providers:
             with noting(self.failures, provider.name):
                 operator = provider.build(self.case)
-                self._errors[provider.name] = self._check(operator, truth, "backward" in provider.modes)
+                self._errors[provider.name] = self._check(operator, truth, provider.differentiable)
                 self._ready[provider.name] = operator
 
     def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:

@@ -124,6 +124,16 @@ def test_a_wrong_gradient_has_no_speed_in_any_mode():
         compare(NORM, peer=detached_mean).row("peer", "forward")
 
 
+def test_a_wrong_gradient_is_found_where_the_backward_is_no_pass_of_its_own():
+    def detached_weight(x, weight):
+        return PROVIDERS["linear_cross_entropy"]["eager"].build(case)(x, weight.detach()) + 0.0 * weight.sum()
+
+    case = shapes.linear_cross_entropy(40, 16, 50, torch.float32)
+    peer = Provider("peer", lambda case: detached_weight, modes=("forward", "both"))
+    with pytest.raises(WrongResultError, match="the gradient of w_head is wrong"):
+        Comparison(case, [peer], DEVICE, LIMITS).row("peer", "both")
+
+
 def test_each_of_several_results_is_checked():
     def forget_the_sum(x, residual, weight, bias):
         y, _ = reference.add_layer_norm(x, residual, weight, bias)

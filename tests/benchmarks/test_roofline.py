@@ -19,14 +19,20 @@ def run(monkeypatch, capsys, *arguments: str) -> str:
 
 
 def test_a_memory_bound_operator_takes_the_time_of_its_bytes():
-    rows = {(suite, case, mode): seconds for suite, case, mode, _, seconds in roofline.operator_seconds(H200)}
+    rows = {
+        (suite, case, mode): cost.seconds(peak, H200.bandwidth)
+        for suite, case, mode, cost, peak in roofline.operator_costs(H200)
+    }
     case = shapes.layer_norm(65_536, 1024, torch.bfloat16)
     read_and_written = 2 * 65_536 * 1024 * 2 + 2 * 1024 * 2
     assert rows["layer_norm", str(case), "forward"] == pytest.approx(read_and_written / 4.8e12)
 
 
 def test_an_arithmetic_bound_operator_takes_the_time_of_its_flops():
-    rows = {(suite, case, mode): seconds for suite, case, mode, _, seconds in roofline.operator_seconds(H200)}
+    rows = {
+        (suite, case, mode): cost.seconds(peak, H200.bandwidth)
+        for suite, case, mode, cost, peak in roofline.operator_costs(H200)
+    }
     case = shapes.gelu_ffn(32_768, 768, torch.bfloat16)
     assert rows["gelu_ffn", str(case), "backward"] == pytest.approx(8 * 32_768 * 768 * 3072 / 989.4e12, rel=1e-3)
 
