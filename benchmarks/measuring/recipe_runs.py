@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring.processes import RunError, finished
 from gptfast.data import corpus
 from gptfast.files import read_json
 from gptfast.training import recipes
@@ -36,10 +34,6 @@ FILES = ("train.py", "model.py", "configurator.py", CONFIG)
 EVAL_INTERVAL = 250  # of the recipes, on both sides
 _ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.MULTILINE)
 _EVALUATION = re.compile(r"^step (\d+): train loss (\S+), val loss (\S+)$", re.MULTILINE)
-
-
-class RunError(RuntimeError):
-    """A run that failed, or whose output says that it was another one than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +205,7 @@ class Runs:
     def nanogpt(self, recipe: Recipe, plan: Plan) -> Outcome:
         """Run nanoGPT's train.py. Raises RunError if it fails or is not what was asked for."""
         command = [sys.executable, *nanogpt_command(recipe, plan, self.device)]
-        printed, seconds = self._run(NANOGPT, command, self.nanogpt_folder)
+        printed, seconds = finished(NANOGPT, command, self.nanogpt_folder, self.threads)
         found = re.search(r"^found vocab_size = (\d+) ", printed, re.MULTILINE)
         if found is None or int(found[1]) != self.vocab_size:
             raise RunError(f"nanoGPT's model is another: it does not say that it found vocab_size = {self.vocab_size}")
@@ -222,31 +216,10 @@ class Runs:
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:
             run = Path(parent, "run")
             arguments = gptfast_command(recipe, plan, self.device, str(self.data), str(run))
-            _, seconds = self._run(GPTFAST, [sys.executable, "-m", "gptfast", *arguments], ROOT)
+            _, seconds = finished(GPTFAST, [sys.executable, "-m", "gptfast", *arguments], ROOT, self.threads)
             if not (run / "summary.json").is_file():
                 raise RunError("gptfast wrote no summary.json")
             return gptfast_outcome(read_json(run / "summary.json"), plan, seconds)
-
-    def _run(self, name: str, command: list[str], folder: Path) -> tuple[str, float]:
-        """What the process printed, and its seconds."""
-        environment = dict(os.environ)
-        if self.threads is not None:
-            environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        start = time.perf_counter()
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        seconds = time.perf_counter() - start
-        if done.returncode != 0:
-            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
-            raise RunError("\n    ".join([f"{name} failed with exit status {done.returncode}; its last lines:", *last]))
-        return done.stdout, seconds
 
 
 def write_tokens(text: str, folder: Path) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import tyro
 
 import gptfast.training.recipes
 from benchmarks.measuring import recipe_runs
-from benchmarks.measuring.recipe_runs import CONFIG, GPTFAST, NANOGPT, RECIPES, Outcome, Plan, RunError, Runs
+from benchmarks.measuring.processes import RunError
+from benchmarks.measuring.recipe_runs import CONFIG, GPTFAST, NANOGPT, RECIPES, Outcome, Plan, Runs
 from gptfast import tokenizers
 from gptfast.data import batches
 from gptfast.training.settings import TrainConfig
@@ -245,18 +246,18 @@ def test_a_gptfast_that_fails_shows_its_line(runs, monkeypatch):
 def test_gptfasts_summary_comes_from_a_run_folder_of_its_own(runs, monkeypatch):
     folders = []
 
-    def run(name, command, folder):
+    def run(name, command, folder, threads):
         out = Path(command[command.index("--out") + 1])
         folders.append(out)
         out.mkdir()
         (out / "summary.json").write_text(json.dumps(SUMMARY))
         return "", 2.0
 
-    monkeypatch.setattr(runs, "_run", run)
+    monkeypatch.setattr(recipe_runs, "finished", run)
     assert runs.gptfast(CPU, Plan(6)) == runs.gptfast(CPU, Plan(6)) == Outcome(30_000.0, None, None, 2.0)
     assert len(set(folders)) == 2
     assert not any(folder.exists() for folder in folders)
-    monkeypatch.setattr(runs, "_run", lambda *_: ("", 2.0))
+    monkeypatch.setattr(recipe_runs, "finished", lambda *_: ("", 2.0))
     with pytest.raises(RunError, match=r"gptfast wrote no summary\.json"):
         runs.gptfast(CPU, Plan(6))
 

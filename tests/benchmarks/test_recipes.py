@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks import recipes
 from benchmarks.measuring import machine
-from benchmarks.measuring.recipe_runs import GPTFAST, NANOGPT, Outcome, Plan, RunError
+from benchmarks.measuring.processes import RunError
+from benchmarks.measuring.recipe_runs import GPTFAST, NANOGPT, Outcome, Plan
 from benchmarks.reporting import results
 from nanogpt import TEXT
 
