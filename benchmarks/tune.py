@@ -51,9 +51,8 @@ def main() -> None:
     for model in options.models:
         for dtype in options.dtypes:
             start = time.monotonic()
-            kernels.warmup(
-                GPTConfig.preset(model), getattr(torch, dtype), device, batch_size=options.batch_size, autotune=True
-            )
+            config, parameters = GPTConfig.preset(model), getattr(torch, dtype)
+            kernels.warmup(config, parameters, device, options.batch_size, autotune=True, int8=True)
             print(f"{model} {dtype}: {time.monotonic() - start:.1f} s", flush=True)
             save(tuning.cache_file(device), Path(options.out, f"{tuning.architecture(device)}.json"))
 

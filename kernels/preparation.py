@@ -31,6 +31,13 @@ class ModelShape(Protocol):
     @property
     def padded_vocab_size(self) -> int: ...
 
+    @property
+    def has_qkv_bias(self) -> bool: ...
+
+
+# a tile of products with int8 weights holds 16, 32 or 64; Triton compiles for multiples of 16, for others, and for 1
+_INT8_ROWS = (1, 2, 16, 17, 32, 33, 64)
+
 
 def warmup(
     config: ModelShape,
@@ -39,6 +46,7 @@ def warmup(
     batch_size: int = 1,
     autotune: bool = False,
     residual_dtype: torch.dtype | None = None,
+    int8: bool = False,
 ) -> None:
     """Compile every kernel that a model's training and generation launch, and measure configurations if asked to.
 
@@ -54,6 +62,7 @@ def warmup(
         autotune: try the candidate configurations of each kernel and keep the fastest one, in memory and on disk; see
             `kernels.tuning`.
         residual_dtype: of the residual stream, where it is not that of the parameters.
+        int8: also the products of a model whose weights `gptfast.quantize` has made integers.
 
     Raises:
         ValueError: Triton cannot run there; the message names the reason.
@@ -78,6 +87,8 @@ def warmup(
             for length in (1, 16, 17, config.block_size):
                 model.forward(batch_size, min(length, config.block_size), 0.0)
             model.decode(batch_size, config.block_size)
+            if int8:
+                model.int8()
 
 
 class _Operators:
@@ -136,6 +147,23 @@ class _Operators:
             for seen in (q.shape[2], 32, 33, capacity):
                 keys = cache[:, :, : max(q.shape[2], min(seen, capacity))]
                 kernels.causal_attention(q, keys, keys)
+
+    def int8(self) -> None:
+        """Every linear layer with int8 weights, for as many rows as its kernels take."""
+        config, width = self.config, self.config.n_embd
+        products = runtime.autocast_dtype(self.device) or self.dtype
+        layers = (  # outputs, inputs, whether there is a bias
+            (3 * width, width, config.has_qkv_bias),
+            (width, width, config.bias),
+            (4 * width, width, config.bias),
+            (width, 4 * width, config.bias),
+            (config.padded_vocab_size, width, False),
+        )
+        for outputs, inputs, has_bias in layers:
+            weight, scale = kernels.quantize_int8(self._leaf(outputs, inputs).detach())
+            bias = self._leaf(outputs).detach() if has_bias else None
+            for rows in _INT8_ROWS:
+                kernels.int8_linear(self._leaf(rows, inputs, dtype=products), weight, scale, bias)
 
     def train(self, batch: int, length: int, dropout_p: float) -> None:
         with torch.enable_grad():

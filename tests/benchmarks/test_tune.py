@@ -20,8 +20,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "cache"))
     calls = []
 
-    def warmup(config, dtype, device, batch_size, autotune):
-        calls.append((config.n_embd, dtype, device, batch_size, autotune))
+    def warmup(config, dtype, device, batch_size, autotune, int8):
+        calls.append((config.n_embd, dtype, device, batch_size, autotune, int8))
         tuning._keep(device, "matmul", (config.n_embd, dtype), {"BM": 16})
 
     monkeypatch.setattr(kernels, "warmup", warmup)
@@ -33,7 +33,7 @@ def test_a_table_is_written_in_the_form_that_the_package_reads(gpu, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
     tune.main()
     device = torch.device("cuda", 0)
-    assert gpu == [(768, torch.bfloat16, device, 16, True), (1600, torch.bfloat16, device, 16, True)]
+    assert gpu == [(width, torch.bfloat16, device, 16, True, True) for width in (768, 1600)]
     table = json.loads((tmp_path / "out/sm_90.json").read_text())
     assert table["launches"] == {"matmul": {"768 bfloat16": {"BM": 16}, "1600 bfloat16": {"BM": 16}}}
     assert capsys.readouterr().out.startswith("gpt2 bfloat16: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import kernels
 from gptfast import GPT, GPTConfig
 from gptfast.generation.cache import KVCache
+from gptfast.generation.inference import quantize
 from kernels import norm, runtime, tile
 from oracle import DEVICE
 
@@ -95,6 +97,27 @@ def test_a_residual_stream_of_its_own_dtype_is_warmed_up():
     with torch.autocast(DEVICE.type, torch.bfloat16), recorded_launches() as launched:
         model(idx, idx)[1].backward()
     assert launched <= warmed_up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", ["small", "no biases", "no biases but of queries, keys and values"])
+def test_weights_of_8_bits_are_warmed_up_on_request(name: str, dtype: torch.dtype, autocast: bool):
+    config = CONFIGS.get(name) or dataclasses.replace(CONFIGS["no biases"], qkv_bias=True, pad_vocab_size_to=16)
+    context = torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext()
+    with context, recorded_launches() as warmed_up:
+        kernels.warmup(config, dtype, DEVICE, int8=True)
+    with context, recorded_launches() as without:
+        kernels.warmup(config, dtype, DEVICE)
+    model = quantize(GPT(config, backend="triton").to(DEVICE, dtype).eval())
+    idx = torch.zeros(66, 1, dtype=torch.int64, device=DEVICE)
+    with context, recorded_launches() as launched, torch.no_grad():
+        for batch in (1, 2, 15, 16, 31, 32, 48, 63, 64, 65, 66):
+            model(idx[:batch])
+    products = {launch for launch in launched if "int8" in launch[0]}
+    assert {name for name, _, _ in products} == {"_int8_sums_kernel", "_int8_tiles_kernel"}
+    assert products <= warmed_up
+    assert not products & without
 
 
 def test_what_cannot_be_warmed_up_is_refused():
