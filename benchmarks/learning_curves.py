@@ -179,7 +179,7 @@ def passage(content: dict[str, Any]) -> str:
         "training loss",
         "validation loss",
         f"above {first['label']}",
-        "at most, of all evaluations",
+        "farthest apart",
     )
     measured_on = content["machine_info"]["gptfast"]
     return (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import kernels
-from benchmarks import accuracy, operator_table, recipes, step_table
-from benchmarks.reporting import generation
+from benchmarks import accuracy, learning_curves, operator_table, recipes, step_table
+from benchmarks.reporting import generation, learning
 from benchmarks.roofline import gpu_named
 from documents import run, words
 from gptfast import GPTConfig, costs
@@ -105,6 +105,16 @@ def test_every_operator_has_its_place_in_the_documents():
 def test_the_table_of_errors_is_that_of_the_committed_results():
     results = json.loads((ROOT / "benchmarks/results/cpu/accuracy.json").read_text(encoding="utf-8"))
     assert between(NUMERICS, "<!-- accuracy:start -->", "<!-- accuracy:end -->") == accuracy.passage(results)
+
+
+def test_the_table_of_learning_is_that_of_the_committed_results():
+    path = ROOT / "benchmarks/results/cpu/learning-shakespeare-char-cpu-dtype.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert between(NUMERICS, "<!-- learning:start -->", "<!-- learning:end -->") == learning_curves.passage(results)
+    _, rounding, seed = (
+        max(abs(apart) for _, apart in learning.differences(run, results["runs"][0])) for run in results["runs"]
+    )
+    assert rounding < seed / 7  # as the text says
 
 
 def test_what_documents_name_is_there():

@@ -39,7 +39,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             above.plot(*zip(*points, strict=True), label=run["label"], **look)
             if run is not first:
                 below.plot(*zip(*differences(run, first), strict=True), marker=".", **look)
-        below.axhline(0.0, color=plotting.color("eager"), linewidth=3.0, zorder=0)
+        below.axhline(0.0, color=plotting.color("eager"), linewidth=3.0, zorder=1.6)  # above the grid
         above.set(ylabel="validation loss (nats per token)", title=f"{content['recipe']} by {content['option']}")
         below.set(xlabel="step", ylabel=f"above {first['label']}")
         below.yaxis.set_major_formatter("{x:+.3f}")
