@@ -137,10 +137,7 @@ class Comparison:
             WrongResultError: its result is wrong, so that its speed means nothing.
             Exception: what else broke it.
         """
-        if mode not in next(provider.modes for provider in self.providers if provider.name == name):
-            raise UnavailableError(f"{name} has no {mode} pass")
-        if name in self.failures:
-            raise self.failures[name]
+        self._require(name, mode)
         if mode not in self._measured:
             self._measured[mode] = self._measure(mode)
         measured = self._measured[mode][name]
@@ -161,6 +158,17 @@ class Comparison:
             "peak_bytes": memory,
             **rates(self.case.cost(mode), seconds["median"], self.case.dtype_name, self.limits),
         }
+
+    def call(self, name: str, mode: str) -> Call:
+        """One provider's pass, to be called as it is timed. Raises what `row` raises."""
+        self._require(name, mode)
+        return self._call(self._ready[name], mode)
+
+    def _require(self, name: str, mode: str) -> None:
+        if mode not in next(provider.modes for provider in self.providers if provider.name == name):
+            raise UnavailableError(f"{name} has no {mode} pass")
+        if name in self.failures:
+            raise self.failures[name]
 
     def close(self) -> None:
         """Give the memory back."""

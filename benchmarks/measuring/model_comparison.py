@@ -70,6 +70,16 @@ class ModelComparison:
         """The fields of the row that are the suite's own."""
         raise NotImplementedError
 
+    def call(self, name: str, mode: str) -> Call:
+        """What is timed of one provider. Raises what `Comparison.row` raises."""
+        if name in self.failures:
+            raise self.failures[name]
+        return self.work(next(provider for provider in self.providers if provider.name == name))
+
+    def work(self, provider: ModelProvider) -> Call:
+        """A step, or a whole continuation."""
+        raise NotImplementedError
+
     def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
         """The times of one provider, and the row of the results. Raises what `Comparison.row` raises."""
         if self._measured is None:
@@ -146,6 +156,9 @@ class TrainingComparison(ModelComparison):
                     calls[name] = step
         times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
         return {name: {"times": times[name], "peak_bytes": memory[name]} for name in calls}
+
+    def work(self, provider: ModelProvider) -> Call:
+        return self._step(provider, self._models[provider.name])[0]
 
     def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, Any]:
         shared = next(model.parameters()) is next(self._reference.parameters())
@@ -250,6 +263,9 @@ class GenerationComparison(ModelComparison):
             }
             for name in memory
         }
+
+    def work(self, provider: ModelProvider) -> Call:
+        return self._call(provider, self.case.new_tokens)
 
     def _call(self, provider: ModelProvider, count: int) -> Call:
         model = self._models[provider.name]
