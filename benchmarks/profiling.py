@@ -71,7 +71,7 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profile and print; exit status 2 for what cannot be profiled, 1 for a wrong result."""
     options = tyro.cli(Options, prog="python -m benchmarks.profiling", args=arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it tells of each start and stop else
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of each start and stop
     device = default_device()
     try:
         print(report(options, device))
