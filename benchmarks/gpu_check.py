@@ -1,7 +1,7 @@
 """Everything that a CUDA machine can tell, within a time budget: `python -m benchmarks.gpu_check --out DIR`.
 
 The tests, then the launch configurations, which the later stages use, then the operators' errors and their speeds, then
-whole models, then the report. A stage that is out of time is interrupted, so that it still writes what it has, and the
+whole models and their profiles, then the report. A stage that is out of time is interrupted, so that it still writes what it has, and the
 next one starts.
 """
 
@@ -41,7 +41,12 @@ SUITES = (
         0.5,
     ),
     ("training", ("test_training.py",), 0.7),
-    ("generation", ("test_generation.py",), 1.0),
+    ("generation", ("test_generation.py",), 0.8),
+)
+# what explains the figures of whole models
+PROFILES = (
+    ("profile-training", ("training", "--provider", "triton captured", "--batch", "32"), 0.5),
+    ("profile-generation", ("generation", "--batch", "1", "--length", "16"), 1.0),
 )
 SANITIZER, SANITIZED = "compute-sanitizer", "test_every_run_gives_the_same_bits"
 REPORT_SECONDS = 20.0
@@ -128,6 +133,8 @@ def stages(options: Options, deadline: float) -> Iterator[tuple[str, float, list
         budget = f"{max(seconds - GRACE_SECONDS, 1.0):.0f}"
         to = ["--results", options.out, "--results-name", stage, "--time-budget", budget]
         yield stage, seconds, [*python, "pytest", *files, "--benchmark-only", "-q", *to]
+    for stage, arguments, share in PROFILES:
+        yield stage, left(share), [*python, "benchmarks.profiling", *arguments]
     yield "report", REPORT_SECONDS + left(1.0), [*python, "benchmarks.report", options.out]
 
 

@@ -6,10 +6,12 @@ import time
 
 import pytest
 import torch
+import tyro
 
 import kernels
-from benchmarks import gpu_check
+from benchmarks import gpu_check, profiling
 from benchmarks.gpu_check import Options, run_stage, stages
+from benchmarks.measuring import models
 
 
 def python(code: str) -> list[str]:
@@ -48,9 +50,18 @@ def test_a_stage_that_does_not_listen_is_killed(tmp_path, monkeypatch):
 
 def test_tests_come_first_and_no_stage_has_more_than_is_left():
     planned = list(stages(Options(out="out", time_budget=400), time.monotonic() + 400))
-    names = ["tests", "large-tests", "tuning", "accuracy", "operators", "training", "generation", "report"]
-    assert [stage for stage, _, _ in planned] == names
-    assert [round(seconds) for _, seconds, _ in planned] == [152, 38, 95, 38, 190, 266, 380, 400]
+    assert [(stage, round(seconds)) for stage, seconds, _ in planned] == [
+        ("tests", 152),
+        ("large-tests", 38),
+        ("tuning", 95),
+        ("accuracy", 38),
+        ("operators", 190),
+        ("training", 266),
+        ("generation", 304),
+        ("profile-training", 190),
+        ("profile-generation", 380),
+        ("report", 400),
+    ]
     untested = stages(Options(out="out", skip_tests=True), time.monotonic() + 400)
     assert next(untested)[0] == "tuning"
     untuned = stages(Options(out="out", skip_tests=True, skip_tuning=True), time.monotonic() + 400)
@@ -108,7 +119,12 @@ def test_no_test_is_left_out_but_slow_ones():
 def test_the_commands_are_pytests_own(budget):
     """Every command can be parsed, whatever is left of the time: pytest collects, with the suites' options."""
     for stage, _, command in stages(Options(out="out", time_budget=budget), time.monotonic() + budget):
-        if stage not in ("tests", "large-tests", "tuning", "accuracy", "report"):
+        if stage.startswith("profile-"):
+            assert command[1:3] == ["-m", "benchmarks.profiling"]
+            options = tyro.cli(profiling.Options, args=command[3:])
+            assert options.suite in profiling.MODELS
+            assert options.provider is None or options.provider in models.providers(nanogpt=None)
+        elif stage not in ("tests", "large-tests", "tuning", "accuracy", "report"):
             done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=gpu_check.ROOT)
             assert done.returncode == 0, done.stdout + done.stderr
 
