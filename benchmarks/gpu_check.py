@@ -1,8 +1,8 @@
 """Everything that a CUDA machine can tell, within a time budget: `python -m benchmarks.gpu_check --out DIR`.
 
 The tests, then the launch configurations, which the later stages use, then the operators' errors and their speeds, then
-whole models and their profiles, then the report. A stage that is out of time is interrupted, so that it still writes what it has, and the
-next one starts.
+whole models and their profiles, then the report. A stage that is out of time is interrupted, so that it still writes
+what it has, and the next one starts.
 """
 
 from __future__ import annotations
