@@ -168,10 +168,8 @@ class World:
     def wrap(self, model: GPT, parallel: str, compiled: bool) -> nn.Module:
         """The model for training together: "ddp" gives each process all of it, "fsdp" a part of every parameter.
 
-        With "fsdp" the model itself is changed, and its parameters are `DTensor`s.
-
-        Raises:
-            ValueError: "fsdp" and compiled.
+        With "fsdp" the model itself is changed, and its parameters are `DTensor`s. Compiled are then its blocks, one by
+        one: between them parameters are gathered.
         """
         if self.alone:
             return model
@@ -179,11 +177,22 @@ class World:
             whole: Any = torch.compile(model, fullgraph=True) if compiled else model
             ids = [self.local_rank] if model.lm_head.weight.is_cuda else None
             return nn.parallel.DistributedDataParallel(whole, device_ids=ids, gradient_as_bucket_view=True)
-        if compiled:
-            raise ValueError("compile works with --parallel ddp, not with fsdp")
         from torch.distributed.fsdp import fully_shard
 
         for block in model.transformer.h:
+            if compiled:
+                _compile(block)
             fully_shard(block)
         fully_shard(model)
         return model
+
+
+def _compile(block: nn.Module) -> None:
+    """Compile a block's training, without the hooks around it; evaluation, whose lengths vary, stays as it is."""
+    plain = block.forward
+    compiled = torch.compile(plain, fullgraph=True)
+
+    def forward(*arguments: Any) -> Any:
+        return (compiled if block.training else plain)(*arguments)
+
+    block.forward = forward

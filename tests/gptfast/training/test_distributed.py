@@ -120,6 +120,23 @@ def test_two_processes_are_one(folder, parallel: str, tolerance: float):
     assert summary["mfu"] / summary["tokens_per_second"] == pytest.approx(whole["mfu"] / whole["tokens_per_second"] / 2)
 
 
+@pytest.mark.slow
+def test_blocks_whose_parameters_are_parted_can_be_compiled(folder, monkeypatch):
+    """All by one compilation, but the first: more layers than the versions that PyTorch keeps of a function."""
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+    settings = {"parallel": "fsdp", "n_layer": 9, "steps": 4, "eval_interval": 4}
+    for out, flags, recompiled in (("plain", [], 0), ("compiled", ["--compile"], 2)):
+        process = torchrun(folder, [*train(out, **settings), *flags])
+        _, err = finished(process)
+        assert process.returncode == 0, err
+        # in each process once: the first block has nothing to add
+        assert err.count("Recompiling function forward") == recompiled, err
+    plain, compiled = (losses(folder / out) for out in ("plain", "compiled"))
+    assert len(plain) == 3 + 2  # of the first step and the last, and validation
+    assert [entry[:2] for entry in compiled] == [entry[:2] for entry in plain]
+    assert [entry[2] for entry in compiled] == pytest.approx([entry[2] for entry in plain], rel=1e-4)
+
+
 def killed(process: subprocess.Popen, checkpoint: Path) -> None:
     """Kill the second process of a run when it has written a checkpoint."""
     deadline = time.monotonic() + 60
