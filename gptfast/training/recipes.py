@@ -33,6 +33,8 @@ _ADAM_ON_SENTENCES = TrainConfig(
     weight_decay=0.0,
     beta2=0.999,
     grad_clip=0.0,
+    steps=100,
+    eval_interval=50,
     sample_tokens=16,
     checkpoint_interval=0,
 )
@@ -54,8 +56,6 @@ _SIMPLE_GPT = dataclasses.replace(
     data="chatbot",
     tokenizer="gpt2",
     batch_size=1,
-    steps=100,
-    eval_interval=50,
     sample_prompt="Hello,",
 )
 
@@ -77,8 +77,6 @@ _WORD_GPT = dataclasses.replace(
     data="sentences",
     tokenizer="word",
     batch_size=23,
-    steps=100,
-    eval_interval=50,
     sample_prompt="The quick brown",
 )
 
