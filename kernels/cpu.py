@@ -155,9 +155,8 @@ def decode_attention(
     shortest, longest = (int(bound) for bound in lengths.aminmax())
     k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
     if shortest == longest and q.shape[2] <= k_cache.shape[2]:
-        if q.shape[2] == 1:  # nothing to be masked
-            return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale)
-        return reference.causal_attention(q, k_cache, v_cache, scale)
+        mask = reference.causal_mask(q.shape[2], k_cache.shape[2], q.device) if q.shape[2] > 1 else None
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
     return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
 
 
