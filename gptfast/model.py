@@ -77,8 +77,8 @@ class CausalSelfAttention(Switched, nn.Module):
             return self.c_proj(y.reshape(B, T, C))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
-        if T == 1 and dropout == 0.0:
-            y = self.backend.decode_attention(q, k, v, cache.seen(x))
+        if (T == 1 or cache.lengths is not None) and dropout == 0.0:
+            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))
         else:
             seen = cache.length + T
             y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
         T = idx.shape[1]
-        # [T], or [B, 1] of sequences that differ in length
+        # [T], or [B, T] of sequences that differ in length
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
         if self.wpe is not None:
             x = x + self.wpe(positions)

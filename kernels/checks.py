@@ -111,8 +111,8 @@ def causal_attention_qkvpacked(qkv: Tensor, scale: float | None, dropout_p: floa
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None) -> None:
     _tensors("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     _same_dtype("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    if q.dim() != 4 or q.shape[2] != 1 or q.shape[3] == 0:
-        raise ValueError(f"decode_attention: q must be [B, H, 1, D] with D >= 1, got shape {tuple(q.shape)}")
+    if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0:
+        raise ValueError(f"decode_attention: q must be [B, H, T, D] with T >= 1 and D >= 1, got shape {tuple(q.shape)}")
     batch, heads, _, head_size = q.shape
     if k_cache.dim() != 4 or (k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]) != (batch, heads, head_size):
         raise ValueError(

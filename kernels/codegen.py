@@ -103,8 +103,9 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
             launches += record(case, attention._forward, q, q, q, 0.1, 0.1, seed)
             launches += record(case, attention._backward, q, q, q, q, q, lse, 0.1, 0.1, seed)
         cache, lengths = tensor(1, 2, 4096, head_size), torch.zeros(1, dtype=torch.int64)
-        case = f"decode_attention D={head_size}"
-        launches += record(case, decode._compute, q[:, :, :1], cache, cache, lengths, 0.1)
+        for queries in (1, 5):
+            case = f"decode_attention D={head_size} T={queries}"
+            launches += record(case, decode._compute, q[:, :, :queries], cache, cache, lengths, 0.1)
     return launches
 
 

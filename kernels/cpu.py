@@ -154,8 +154,9 @@ def decode_attention(
         return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
     shortest, longest = (int(bound) for bound in lengths.aminmax())
     k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
-    if 0 < shortest == longest:  # nothing to be masked
-        return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale)
+    if shortest == longest and q.shape[2] <= k_cache.shape[2]:
+        mask = reference.causal_mask(q.shape[2], k_cache.shape[2], q.device) if q.shape[2] > 1 else None
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
     return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
 
 

@@ -1,8 +1,9 @@
-"""Attention of one query per sequence over a cache of keys and values: what generation does for every token.
+"""Attention of the last tokens of sequences over caches of keys and values: what generation does for every token.
 
 The work is reading the cache. It is split over the keys as well as over the heads, so that few sequences fill the GPU
 too; each part keeps its own softmax, and a second kernel merges them (Dao et al. 2023, "Flash-Decoding"). How many
 parts is decided from the shapes alone, how long they are from the lengths, on the device: nothing waits for the host.
+Each query has programs of its own; those of one head run side by side, and all but one find its keys in the L2 cache.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from kernels.tuning import Options, Tunable
 @triton.jit
 def _decode_part_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, part_o_ptr, part_lse_ptr,
-    stride_q_batch, stride_q_head, stride_k_batch, stride_k_head, stride_k_row,
-    stride_v_batch, stride_v_head, stride_v_row, n_heads, n_keys, scale_log2,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_v_batch, stride_v_head, stride_v_row, n_heads, n_queries, n_keys, scale_log2,
     PARTS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one head: its softmax-weighted values, and their log2-sum-exp2."""
-    batch_head, part = tl.program_id(0), tl.program_id(1)
+    """One part of the keys that one query sees: its softmax-weighted values, and their log2-sum-exp2."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    batch_head, query = row // n_queries, row % n_queries
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
     # a length beyond the cache would read what is not its own
     length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), n_keys)
+    length = tl.maximum(length - (n_queries - 1 - query), 0)
     rows = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
     first, last = part * rows, tl.minimum((part + 1) * rows, length)
     cols = tl.arange(0, BD)
-    q = tl.load(q_ptr + batch * stride_q_batch + head * stride_q_head + cols, mask=cols < D, other=0.0)  # [BD]
+    q_ptr += batch * stride_q_batch + head * stride_q_head + query.to(tl.int64) * stride_q_row
+    q = tl.load(q_ptr + cols, mask=cols < D, other=0.0)  # [BD]
     q = q.to(tl.float32) * scale_log2
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
@@ -57,9 +61,9 @@ def _decode_part_kernel(
     sum_p = tl.where(sum_p > 0.0, sum_p, 1.0)
     acc = acc / sum_p
     if PARTS == 1:
-        tl.store(o_ptr + batch_head.to(tl.int64) * D + cols, acc.to(o_ptr.dtype.element_ty), mask=cols < D)
+        tl.store(o_ptr + row.to(tl.int64) * D + cols, acc.to(o_ptr.dtype.element_ty), mask=cols < D)
     else:
-        slot = batch_head.to(tl.int64) * PARTS + part
+        slot = row.to(tl.int64) * PARTS + part
         tl.store(part_o_ptr + slot * D + cols, acc, mask=cols < D)
         tl.store(part_lse_ptr + slot + tl.arange(0, 1), highest + tl.log2(sum_p))
 
@@ -68,9 +72,9 @@ def _decode_part_kernel(
 def _decode_merge_kernel(
     part_o_ptr, part_lse_ptr, o_ptr, PARTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """The values of all parts of one head, weighted by their sums of exponentials."""
-    batch_head = tl.program_id(0).to(tl.int64)
-    slots = batch_head * PARTS + tl.arange(0, PARTS)
+    """The values of all parts of one query, weighted by their sums of exponentials."""
+    row = tl.program_id(0).to(tl.int64)
+    slots = row * PARTS + tl.arange(0, PARTS)
     cols = tl.arange(0, BD)
     lse = tl.load(part_lse_ptr + slots)  # [PARTS]
     highest = tl.max(lse, axis=0)
@@ -79,7 +83,7 @@ def _decode_merge_kernel(
     total = tl.sum(weight, axis=0)
     o = tl.load(part_o_ptr + slots[:, None] * D + cols[None, :], mask=(cols < D)[None, :], other=0.0)  # [PARTS, BD]
     o = tl.sum(o * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(o_ptr + batch_head * D + cols, o.to(o_ptr.dtype.element_ty), mask=cols < D)
+    tl.store(o_ptr + row * D + cols, o.to(o_ptr.dtype.element_ty), mask=cols < D)
 
 
 def _blocks(head_size: int, elements: int, warps: int) -> Options:
@@ -102,40 +106,38 @@ _PART = Tunable(
 _MOST_PARTS = 64
 
 
-def _parts(batch_heads: int, n_keys: int, device: torch.device, options: Options) -> int:
+def _parts(rows: int, n_keys: int, device: torch.device, options: Options) -> int:
     """How many parts the keys are split into: a power of two, from the shapes alone."""
     programs = runtime.program_count(device, options["per_processor"])
-    parts = min(runtime.cdiv(programs, batch_heads), runtime.cdiv(n_keys, options["shortest"]), _MOST_PARTS)
+    parts = min(runtime.cdiv(programs, rows), runtime.cdiv(n_keys, options["shortest"]), _MOST_PARTS)
     return runtime.next_power_of_2(max(parts, 1))
 
 
 def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
     q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
-    batch, heads, _, head_size = q.shape
-    n_keys = k_cache.shape[2]
-    o = torch.empty(batch, heads, 1, head_size, dtype=q.dtype, device=q.device)
+    batch, heads, n_queries, head_size = q.shape
+    rows, n_keys = batch * heads * n_queries, k_cache.shape[2]
+    o = torch.empty(batch, heads, n_queries, head_size, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
     lengths = lengths.contiguous()
     width = padded(head_size)
 
     def launch(options: Options) -> None:
-        parts = _parts(batch * heads, n_keys, q.device, options)
-        slots = batch * heads * parts if parts > 1 else 0
+        parts = _parts(rows, n_keys, q.device, options)
+        slots = rows * parts if parts > 1 else 0
         part_o = torch.empty(slots, head_size, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
         with runtime.on_device(q):
-            _decode_part_kernel[(batch * heads, parts)](
-                q, k_cache, v_cache, lengths, o, part_o, part_lse, *q.stride()[:2],
-                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_keys, scale * LOG2_E,
+            _decode_part_kernel[(rows, parts)](
+                q, k_cache, v_cache, lengths, o, part_o, part_lse, *q.stride()[:3],
+                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_queries, n_keys, scale * LOG2_E,
                 PARTS=parts, D=head_size, BD=width, BN=options["BN"], num_warps=options["num_warps"],
             )  # fmt: skip
             if parts > 1:
-                _decode_merge_kernel[(batch * heads,)](
-                    part_o, part_lse, o, PARTS=parts, D=head_size, BD=width, num_warps=8
-                )
+                _decode_merge_kernel[(rows,)](part_o, part_lse, o, PARTS=parts, D=head_size, BD=width, num_warps=8)
 
-    _PART.launch(launch, q.device, width, runtime.next_power_of_2(n_keys), batch * heads, q.dtype)
+    _PART.launch(launch, q.device, width, runtime.next_power_of_2(n_keys), rows, q.dtype)
     return o
 
 
@@ -156,22 +158,23 @@ def _flops(q_shape, k_shape, *args, **kwargs) -> int:
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale * q @ k.T) @ v of one query per sequence over the first `lengths` keys of its cache.
+    """softmax(scale * q @ k.T) @ v of each sequence's last T tokens over the first `lengths` keys of its cache.
 
-    For generation: no gradient. Split over the keys (Dao et al. 2023, "Flash-Decoding"), bitwise the same on every
-    run, without a look at the lengths from the host: CUDA graphs may replay it while the lengths grow. Where Triton
-    cannot run (CPU tensors), this is `kernels.reference.decode_attention`.
+    Those keys are the tokens' own too: the last query sees all of them, each before it one less. For generation: no
+    gradient. Split over the keys (Dao et al. 2023, "Flash-Decoding"), bitwise the same on every run, without a look at
+    the lengths from the host: CUDA graphs may replay it while the lengths grow. Where Triton cannot run (CPU tensors),
+    this is `kernels.reference.decode_attention`.
 
     Args:
-        q: [B, H, 1, D], D at most 256, float32, float16 or bfloat16.
+        q: [B, H, T, D], T at least 1 and mostly 1, D at most 256, float32, float16 or bfloat16.
         k_cache: [B, H, S, D], any strides.
         v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, on the device of q: how many keys of each sequence count. Beyond S they are S; of
-            none the result is 0.
+        lengths: [B] int32 or int64, on the device of q: how many keys of each sequence count. Beyond S they are S; a
+            query that sees none has the result 0.
         scale: multiplies the scores; D**-0.5 if None.
 
     Returns:
-        [B, H, 1, D], contiguous, in the dtype of the inputs, or autocast's.
+        [B, H, T, D], contiguous, in the dtype of the inputs, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.

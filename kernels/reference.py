@@ -203,25 +203,31 @@ def causal_attention_qkvpacked(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Attention of one query per sequence over the first `lengths` keys of its cache.
+    """Attention of each sequence's last T tokens over the first `lengths` keys of its cache, their own among them.
 
     Args:
-        q: [B, H, 1, D].
+        q: [B, H, T, D]. The last sees all of those keys, each before it one less.
         k_cache: [B, H, S, D].
         v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, how many keys of each sequence count; of none the result is 0.
+        lengths: [B] int32 or int64, how many keys of each sequence count, S at most. A query that sees none has the
+            result 0.
         scale: multiplies the scores; D**-0.5 if None.
 
     Returns:
-        [B, H, 1, D].
+        [B, H, T, D].
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
     """
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
-    seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # [B, S]
-    o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen[:, None, None, :], scale=scale)
-    return o.masked_fill((lengths <= 0)[:, None, None, None], 0.0)
+    queries, keys = q.shape[2], k_cache.shape[2]
+    seen = lengths[:, None]  # [B, T] from here on
+    if queries > 1:
+        seen = lengths.clamp(max=keys)[:, None] + torch.arange(1 - queries, 1, device=q.device)
+    seen = seen[:, None, :, None]  # [B, 1, T, 1]
+    mask = torch.arange(keys, device=q.device) < seen  # [B, 1, T, S]
+    o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
+    return o.masked_fill(seen <= 0, 0.0)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

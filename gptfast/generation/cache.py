@@ -9,8 +9,8 @@ from torch import Tensor
 class KVCache:
     """Static memory for the keys and values of every layer.
 
-    Tokens come in pieces: of any length, the same for all sequences, as prompts are read; and once `part` has told how
-    long each sequence is, one for each sequence, at a place of its own. Then the host need not know the lengths: they
+    Tokens come in pieces of any length. As prompts are read, these stand at the same places in all sequences; once
+    `part` has told how long each sequence is, each has places of its own. Then the host need not know the lengths: they
     are a tensor, which a CUDA graph reads anew at each replay.
 
     Args:
@@ -23,7 +23,8 @@ class KVCache:
         self.length = 0  # tokens of each sequence that are in it, until they part; moved on by `advance`
         self.lengths: Tensor | None = None  # [B] int64, once they have parted
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
-        self._rows: Tensor | None = None
+        self._rows: Tensor | None = None  # [B, 1]
+        self._places: Tensor | None = None
         self._seen: Tensor | None = None
 
     def part(self, lengths: Tensor) -> None:
@@ -33,14 +34,29 @@ class KVCache:
             lengths: [B] int64, how many of the tokens that are in the cache belong to each sequence.
         """
         self.lengths = lengths.clone()
-        self._rows = torch.arange(len(lengths), device=lengths.device)
-        self._seen = None
+        self._rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        self._places = self._seen = None
+
+    def rewind(self, lengths: Tensor) -> None:
+        """Go on after the first `lengths` [B] tokens of each sequence; what is behind them will be overwritten.
+
+        Raises:
+            ValueError: the sequences have not parted.
+        """
+        if self.lengths is None:
+            raise ValueError("sequences are rewound once they have parted; call part() first")
+        self.lengths.copy_(lengths)  # in its place, where CUDA graphs read it
+        self._places = self._seen = None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """Where the next `tokens` of each sequence stand in it: [tokens], or [B, 1] once sequences have parted."""
-        if self.lengths is not None:
-            return self.lengths[:, None]
-        return torch.arange(self.length, self.length + tokens, device=device)
+        """Where the next `tokens` of each sequence stand in it: [tokens], or [B, tokens] once sequences have parted."""
+        if self.lengths is None:
+            return torch.arange(self.length, self.length + tokens, device=device)
+        if self._places is None:
+            self._places = self.lengths[:, None]
+            if tokens > 1:
+                self._places = self._places + torch.arange(tokens, device=device)
+        return self._places
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values [B, H, T, D] of T new tokens to a layer.
@@ -62,23 +78,30 @@ class KVCache:
             # zeros: what is masked is multiplied with 0, and memory that was never written may hold NaN
             memory = (k.new_zeros(shape), v.new_zeros(shape))
             self._layers[layer] = memory
-        for whole, new in zip(memory, (k, v), strict=True):
-            if self.lengths is None:
+        if self.lengths is None:
+            for whole, new in zip(memory, (k, v), strict=True):
                 whole[:, :, self.length : end] = new
-            else:
-                whole[self._rows, :, self.lengths] = new[:, :, 0]
+            return memory
+        places = self.positions(k.shape[2], k.device)  # [B, T]
+        if len(k) == 1:  # which takes half the time
+            places = places[0]
+            for whole, new in zip(memory, (k, v), strict=True):
+                whole.index_copy_(2, places, new)
+            return memory
+        for whole, new in zip(memory, (k, v), strict=True):
+            whole[self._rows, :, places] = new.transpose(1, 2)  # [B, T, H, D]
         return memory
 
-    def seen(self, like: Tensor) -> Tensor:
-        """How many keys each sequence has with its new token, [B] int32 on the device of `like` [B, ...].
+    def seen(self, tokens: int, like: Tensor) -> Tensor:
+        """How many keys each sequence has with its new `tokens`, [B] int32 on the device of `like` [B, ...].
 
         Made once for all layers: a launch for each would take longer than the attention of a short sequence.
         """
         if self._seen is None:
             if self.lengths is None:
-                self._seen = like.new_full((like.shape[0],), self.length + 1, dtype=torch.int32)
+                self._seen = like.new_full((like.shape[0],), self.length + tokens, dtype=torch.int32)
             else:
-                self._seen = (self.lengths + 1).to(torch.int32)
+                self._seen = (self.lengths + tokens).to(torch.int32)
         return self._seen
 
     def advance(self, tokens: int) -> None:
@@ -87,19 +110,7 @@ class KVCache:
             self.length += tokens
         else:
             self.lengths += tokens
-        self._seen = None
-
-    def shorten(self, length: int) -> None:
-        """Forget the tokens of each sequence beyond its first `length`, which may not have parted.
-
-        Raises:
-            ValueError: there are fewer, or the sequences have parted.
-        """
-        if self.lengths is not None:
-            raise ValueError("sequences of different lengths cannot be shortened to one length")
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must be from 0 to {self.length}, got {length}")
-        self.length, self._seen = length, None
+        self._places = self._seen = None
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the sequences, in another order or several times.
@@ -113,14 +124,14 @@ class KVCache:
                 self._layers[layer] = k, v
         if self.lengths is not None:
             if len(rows) != len(self.lengths):  # else they are where CUDA graphs read them
-                self._rows = torch.arange(len(rows), device=rows.device)
+                self._rows = torch.arange(len(rows), device=rows.device)[:, None]
             self.lengths = selected(self.lengths, rows)
-        self._seen = None
+        self._places = self._seen = None
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
-        self.lengths = self._rows = self._seen = None
+        self.lengths = self._rows = self._places = self._seen = None
 
 
 def selected(whole: Tensor, rows: Tensor) -> Tensor:

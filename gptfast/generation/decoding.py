@@ -56,11 +56,12 @@ class CachedDecoder(Generic[Outcome]):
     Args:
         model: in evaluation mode; called without gradients.
         idx: [B, T] int64 prompts, padded at their ends.
-        lengths: how many tokens of each are the prompt's, at least 1.
+        lengths: how many tokens of each there are, at least 1.
         max_new_tokens: the most that will be added to each.
         choice: what is made of the logits.
         graph: replay a step from a CUDA graph, captured once for each number of sequences; by default on GPUs.
         compiled: put a step through torch.compile, as one graph.
+        prompts: how many of `lengths` are the prompt's, of sequences that go on; all by default.
 
     Attributes:
         tokens: [B, T] int64, all of each sequence so far, padded at their ends.
@@ -77,6 +78,7 @@ class CachedDecoder(Generic[Outcome]):
         choice: Choice[Outcome],
         graph: bool | None = None,
         compiled: bool = False,
+        prompts: Sequence[int] | None = None,
     ) -> None:
         # the compiler packs weights itself, and knows nothing of those that are packed
         self._model = model if compiled else for_decoding(model, max_new_tokens)
@@ -91,7 +93,7 @@ class CachedDecoder(Generic[Outcome]):
         self.tokens[:, :longest] = idx[:, :longest]
         self._lengths = list(lengths)
         self.ends = torch.tensor(self._lengths, device=idx.device)
-        self.prompts = self.ends.clone()
+        self.prompts = torch.tensor(self._lengths if prompts is None else list(prompts), device=idx.device)
         self._cache = KVCache(model.config.n_layer, min(self._window, longest + max_new_tokens))
 
     def prefill(self) -> Outcome:

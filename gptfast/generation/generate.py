@@ -175,7 +175,7 @@ def follow(
     if draft is None:
         return steps(model, *arguments, compiled=compiled)
     if compiled:
-        raise ValueError("a draft excludes a compiled step: what is read at a time is not always one token")
+        raise ValueError("a draft excludes a compiled step: what is read at a time is not one token")
     return speculative.steps(model, draft, *arguments)
 
 

@@ -53,6 +53,12 @@ class Sampling:
     no_repeat_ngram_size: int = 0
     """Sequences of this many tokens, of prompt and continuation, occur only once; 0 is no limit."""
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it depends on the tokens before."""
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or self.no_repeat_ngram_size > 0
+
     def __post_init__(self) -> None:
         _real("temperature", self.temperature, 0.0, math.inf, "at least 0 and finite")
         if self.top_k is not None:
@@ -72,6 +78,8 @@ class Sampling:
 
 def process(logits: Tensor, sequences: Tensor, lengths: Tensor, prompt_lengths: Tensor, sampling: Sampling) -> Tensor:
     """`penalize`, then `block_ngrams`: what depends on the tokens before. Arguments and result are `penalize`'s."""
+    if not sampling.looks_back:
+        return logits
     logits = penalize(logits, sequences, lengths, prompt_lengths, sampling)
     if sampling.no_repeat_ngram_size:
         logits = block_ngrams(logits, sequences, lengths, sampling.no_repeat_ngram_size)

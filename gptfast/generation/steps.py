@@ -98,6 +98,7 @@ def steps(
     log_probs: bool = True,
     compiled: bool = False,
     ahead: bool | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> Iterator[Step]:
     """The tokens of `continuations`, as they come. Sequences that have ended leave the batch.
 
@@ -113,6 +114,7 @@ def steps(
         compiled: as `continuations`.
         ahead: have the device begin with a step before the host has read the one before it, by default on GPUs: the
             device never waits then, and a sequence that has ended takes part in one step more, which nobody sees.
+        prompts: how many of `lengths` are the prompt's, of sequences that go on; all by default.
     """
     check(model, idx, lengths, max_new_tokens)
     if max_new_tokens == 0 or len(idx) == 0:
@@ -122,7 +124,7 @@ def steps(
     live = rows  # places in `rows` of those that go on
     with evaluating(model):
         draw = Draw(settings or Sampling(), generator, log_probs)
-        decoder = CachedDecoder(model, idx, lengths, max_new_tokens, draw, compiled=compiled)
+        decoder = CachedDecoder(model, idx, lengths, max_new_tokens, draw, compiled=compiled, prompts=prompts)
         drawn = decoder.prefill()
         for number in range(max_new_tokens):
             last = number == max_new_tokens - 1

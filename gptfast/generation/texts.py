@@ -79,7 +79,7 @@ def stream(
         settings: how tokens are drawn.
         stop: strings before which a continuation ends.
         generator: makes the sampling repeatable; on the model's device.
-        draft: a smaller model of the same tokenizer that proposes tokens; texts are continued one after another then.
+        draft: a smaller model of the same tokenizer that proposes tokens; some texts get ahead of others then.
         compiled: put a step through torch.compile, which takes a minute at the first of each shape.
 
     Returns:

@@ -77,22 +77,23 @@ def test_packed_is_unpacked_bit_for_bit(dtype: torch.dtype, options: dict):
         assert torch.equal(gradient.transpose(1, 2), part.grad)
 
 
-def test_decoding_is_the_last_row_of_the_whole():
+@pytest.mark.parametrize("count", [1, 4])
+def test_decoding_is_the_last_rows_of_the_whole(count):
     q, k, v = qkv(3, 2, 90, 32)
     whole = kernels.causal_attention(q, k, v)
-    lengths = torch.tensor([90, 41, 1], device=DEVICE)
-    last = torch.stack([q[i, :, n - 1 : n] for i, n in enumerate(lengths.tolist())])  # [B, H, 1, D]
-    expected = torch.stack([whole[i, :, n - 1 : n] for i, n in enumerate(lengths.tolist())])
+    lengths = torch.tensor([90, 41, count], device=DEVICE)
+    last = torch.stack([q[i, :, n - count : n] for i, n in enumerate(lengths.tolist())])  # [B, H, T, D]
+    expected = torch.stack([whole[i, :, n - count : n] for i, n in enumerate(lengths.tolist())])
     torch.testing.assert_close(kernels.decode_attention(last, k, v, lengths), expected)
 
 
 def test_decoding_reads_no_more_than_the_length():
     q, k, v = qkv(2, 1, 50, 16)
     lengths = torch.tensor([7, 33], device=DEVICE)
-    expected = kernels.decode_attention(q[:, :, :1], k, v, lengths)
+    expected = kernels.decode_attention(q[:, :, :3], k, v, lengths)
     for i, length in enumerate(lengths.tolist()):
         k[i, :, length:], v[i, :, length:] = float("nan"), float("nan")
-    assert torch.equal(kernels.decode_attention(q[:, :, :1], k, v, lengths), expected)
+    assert torch.equal(kernels.decode_attention(q[:, :, :3], k, v, lengths), expected)
 
 
 def test_of_no_key_the_result_is_zero_and_of_too_many_that_of_all():
@@ -100,6 +101,10 @@ def test_of_no_key_the_result_is_zero_and_of_too_many_that_of_all():
     o = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([0, 99], device=DEVICE))
     whole = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([50, 50], device=DEVICE))
     assert not o[0].any()
+    assert torch.equal(o[1], whole[1])
+    o = kernels.decode_attention(q[:, :, :4], k, v, torch.tensor([2, 99], device=DEVICE))
+    whole = kernels.decode_attention(q[:, :, :4], k, v, torch.tensor([50, 50], device=DEVICE))
+    assert o[0].abs().amax(dim=(0, 2)).gt(0.0).tolist() == [False, False, True, True]
     assert torch.equal(o[1], whole[1])
 
 

@@ -101,7 +101,7 @@ PACKED = [
 ]
 CACHE, LENGTHS = t(2, 1, 5, 4), t(2, dtype=torch.int64)
 DECODE = [
-    ((t(2, 1, 2, 4), CACHE, CACHE, LENGTHS), ValueError, r"q must be \[B, H, 1, D\] .* got shape \(2, 1, 2, 4\)"),
+    ((t(2, 1, 0, 4), CACHE, CACHE, LENGTHS), ValueError, r"q must be \[B, H, T, D\] .* got shape \(2, 1, 0, 4\)"),
     ((t(2, 1, 1, 4), t(2, 2, 5, 4), CACHE, LENGTHS), ValueError, r"k_cache must be \[B, H, S, D\] = \[2, 1, S, 4\]"),
     ((t(2, 1, 1, 4), CACHE, t(2, 1, 6, 4), LENGTHS), ValueError, "v_cache must have the shape of k_cache"),
     ((t(2, 1, 1, 4), CACHE, CACHE, t(2)), TypeError, "lengths must be an int32 or int64 tensor, got torch.float32"),

@@ -186,11 +186,12 @@ def test_a_second_derivative_raises():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("lengths", [[5, 5], [3, 5], [0, 4], [0, 0], [9, 9]], ids=str)
-def test_decode_attention_is_the_reference(lengths):
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 5], [0, 4], [0, 0], [2, 2], [9, 9], [12, 12]], ids=str)
+def test_decode_attention_is_the_reference(lengths, queries):
     """Also where all sequences are equally long, and nothing is masked."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (1, 9, 9))
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (queries, 9, 9))
     longest = max(lengths)
     k[:, :, longest:] = v[:, :, longest:] = torch.nan  # nobody is to look at it
     given = torch.tensor(lengths, dtype=torch.int32)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import gptfast.graphs
+from oracle import DEVICE
 
 
 class _Places(TorchDispatchMode):
@@ -46,3 +50,19 @@ def replayed(function: Callable[[], None]) -> Callable[[], None]:
         del first[1:]
 
     return replay
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Generator | None]:
+    """Have graphs be what `replayed` makes, but on a GPU, where they are real; the generator of each capture."""
+    made: list[torch.Generator | None] = []
+    capture = gptfast.graphs.capture
+
+    def noted(function, pool, stream, generator=None):
+        made.append(generator)
+        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else replayed(function)
+
+    monkeypatch.setattr(gptfast.graphs, "capture", noted)
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(gptfast.graphs, "capture_stream", lambda device: None)
+    return made

@@ -52,9 +52,9 @@ def packed(batch: int, length: int, heads: int, head_size: int, **options: Any) 
     return Case("causal_attention_qkvpacked", {"qkv": (batch, length, 3, heads, head_size)}, options)
 
 
-def decode(batch: int, heads: int, keys: int, head_size: int, **options: Any) -> Case:
+def decode(batch: int, heads: int, keys: int, head_size: int, queries: int = 1, **options: Any) -> Case:
     cache = (batch, heads, keys, head_size)
-    shapes = {"q": (batch, heads, 1, head_size), "k_cache": cache, "v_cache": cache, "lengths": (batch,)}
+    shapes = {"q": (batch, heads, queries, head_size), "k_cache": cache, "v_cache": cache, "lengths": (batch,)}
     return Case("decode_attention", shapes, options)
 
 
@@ -406,11 +406,14 @@ _TABLE = (
             decode(3, 1, 65, 128),
             decode(1, 2, 40, 256),
             decode(0, 2, 8, 16),
+            decode(5, 3, 77, 20, queries=4),
+            decode(1, 2, 1100, 31, queries=9, scale=0.3),
+            decode(4, 1, 3, 16, queries=5),
         ),
-        small=(decode(3, 2, 41, 20), decode(1, 1, 600, 16)),
+        small=(decode(3, 2, 41, 20), decode(1, 1, 600, 16), decode(2, 2, 60, 24, queries=3)),
         drawn=st.builds(
-            lambda batch, heads, keys, head_size: decode(batch, heads, keys, head_size),
-            st.integers(0, 3), st.integers(1, 2), st.integers(1, 70), st.integers(1, 40),
+            lambda batch, heads, keys, head_size, queries: decode(batch, heads, keys, head_size, queries),
+            st.integers(0, 3), st.integers(1, 2), st.integers(1, 70), st.integers(1, 40), st.integers(1, 6),
         ),
         large=(
             decode(1, 12, 32_768, 64),
@@ -418,6 +421,7 @@ _TABLE = (
             decode(512, 4, 100, 128),
             decode(2, 3, 131_072, 80),
             decode(300, 220, 5, 16),
+            decode(64, 12, 1024, 64, queries=5),
         ),
         far=(decode(2112, 16, 1024, 64),),
         configurations={

@@ -92,22 +92,30 @@ def test_a_cleared_cache_forgets():
     torch.testing.assert_close(model(other, cache=cache)[0], model(other)[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_what_was_shortened_is_as_if_it_had_never_been(backend):
-    model, idx = build(backend), tokens(length=9)
+def test_several_tokens_of_sequences_of_different_lengths(backend, changes, batch):
+    """Each as if it were alone, in places of its own; what was rewound is as if it had never been."""
+    model, idx = build(backend, **changes), tokens(batch, 9)
+    lengths = torch.tensor([3, 6, 1][:batch], device=DEVICE)
     cache = KVCache(3, 12)
-    with torch.no_grad():
-        model(idx[:, :8], cache=cache)
-        cache.shorten(5)
-        logits = model(idx[:, 6:9], cache=cache)[0]
-        others = torch.cat((idx[:, :5], idx[:, 6:9]), dim=1)
-        torch.testing.assert_close(logits, model(others)[0], atol=1e-5, rtol=1e-4)
+    model.transformer(idx, cache)
+    cache.part(torch.full_like(lengths, 9))
+    memory = cache.lengths
+    for count in (3, 1, 2):
+        cache.rewind(lengths)
+        following = tokens(5, 12)[-batch:, :count]
+        logits = model.logits(model.transformer(following, cache))  # [B, count, V]
+        for row, length in enumerate(lengths.tolist()):
+            whole = torch.cat((idx[row, :length], following[row]))[None]
+            expected = model.logits(model.transformer(whole))[0, -count:]
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+        assert cache.lengths is memory
+        assert torch.equal(memory, lengths + count)
 
 
-def test_a_cache_is_not_shortened_to_what_it_has_not():
-    cache = KVCache(1, 12)
-    with pytest.raises(ValueError, match="length must be from 0 to 0, got 1"):
-        cache.shorten(1)
-    cache.part(torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="sequences of different lengths cannot be shortened"):
-        cache.shorten(0)
+def test_sequences_are_not_rewound_before_they_part():
+    with pytest.raises(ValueError, match="sequences are rewound once they have parted"):
+        KVCache(1, 12).rewind(torch.tensor([1]))

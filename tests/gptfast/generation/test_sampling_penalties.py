@@ -85,3 +85,25 @@ def test_blocking_every_token_blocks_none():
     logits = on_device([[0.5, 1.0, -INF], [0.5, 1.0, -INF]])
     result = sampling.block_ngrams(logits, sequences, torch.tensor([3, 1], device=DEVICE), 1)
     assert result.tolist() == [[0.5, 1.0, -INF], [-INF, 1.0, -INF]]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [Sampling(repetition_penalty=1.5), Sampling(repetition_penalty=0.5), Sampling(presence_penalty=-0.7),
+     Sampling(frequency_penalty=0.3), Sampling(no_repeat_ngram_size=1), EVERYTHING],
+    ids=str,
+)  # fmt: skip
+def test_all_that_looks_back_is_processed(chosen):
+    given = (random_logits(8, 9), *ragged(vocabulary=9), chosen)
+    expected = sampling.penalize(*given)
+    if chosen.no_repeat_ngram_size:
+        expected = sampling.block_ngrams(expected, *given[1:3], chosen.no_repeat_ngram_size)
+    assert chosen.looks_back
+    assert not torch.equal(expected, given[0])
+    assert torch.equal(sampling.process(*given), expected)
+
+
+def test_without_penalties_nothing_is_looked_at():
+    logits, chosen = random_logits(8, 9), Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, typical_p=0.5)
+    assert not chosen.looks_back
+    assert torch.equal(sampling.process(logits, *ragged(vocabulary=9), chosen), logits)

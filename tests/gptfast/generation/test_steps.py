@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from graphs import replayed
+from graphs import stand_in
 from torch import Tensor
 
-import gptfast.graphs
+import gptfast.generation.decoding
 from gptfast import GPT, GPTConfig, Sampling
 from gptfast.generation.steps import Step, steps
 from oracle import DEVICE
@@ -101,20 +101,10 @@ def captures(monkeypatch) -> list:
 
     It collects the generator of each capture.
     """
-    made: list = []
-    capture = gptfast.graphs.capture
-
-    def noted(function, pool, stream, generator=None):
-        made.append(generator)
-        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else replayed(function)
-
-    monkeypatch.setattr(gptfast.graphs, "capture", noted)
     if DEVICE.type != "cuda":
         graphed = functools.partial(gptfast.generation.decoding.CachedDecoder, graph=True)
         monkeypatch.setattr("gptfast.generation.steps.CachedDecoder", graphed)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(gptfast.graphs, "capture_stream", lambda device: None)
-    return made
+    return stand_in(monkeypatch)
 
 
 def test_a_graph_draws_anew_at_each_step(captures):

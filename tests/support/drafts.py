@@ -1,0 +1,78 @@
+"""Models, drafts of them and prompts, and what came of them: for the tests of speculative decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptfast import GPT, GPTConfig
+from gptfast.generation import speculative
+from gptfast.generation.sampling import Sampling
+from gptfast.generation.speculative import Draft
+from gptfast.generation.steps import Step, steps
+from oracle import DEVICE
+
+GREEDY = Sampling(temperature=0.0)
+CONFIG = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
+
+
+def gpt(seed: int = 0, backend: str = "eager", **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**CONFIG | changes), backend=backend).to(DEVICE).eval()
+
+
+def perturbed(model: GPT, by: float = 0.05) -> GPT:
+    """One of which some proposals are accepted, and some are not."""
+    other, noise = copy.deepcopy(model), torch.Generator(DEVICE).manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=noise, device=DEVICE))
+    return other
+
+
+def contrary(model: GPT) -> GPT:
+    """One that proposes what the model holds for the unlikeliest."""
+    other = copy.deepcopy(model)
+    other.lm_head.weight = torch.nn.Parameter(-other.lm_head.weight)
+    return other
+
+
+DRAFTS = {"the model itself": lambda model: model, "perturbed": perturbed, "another": lambda model: gpt(1, n_layer=1),
+          "contrary": contrary}  # fmt: skip
+
+
+def ragged(*lengths: int, vocabulary: int = 23) -> Tensor:
+    """Prompts of these lengths, padded with tokens that nobody is to look at."""
+    idx = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate(lengths):
+        idx[row, length:] = vocabulary - 1
+    return idx.to(DEVICE)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def merged(found: Iterable[Step], rows: int) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of each row."""
+    sequences: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
+    for step in found:
+        assert len(step.rows) == len(set(step.rows)) == len(step.tokens) == len(step.log_probs)
+        for row, token, log_prob in zip(*step, strict=True):
+            sequences[row][0].append(token)
+            sequences[row][1].append(log_prob)
+    return sequences
+
+
+def assert_as_plain(model: GPT, draft: Draft, idx: Tensor, lengths: list[int], new: int, settings: Sampling) -> None:
+    """Greedy: token for token."""
+    expected = merged(steps(model, idx, lengths, new, settings), len(lengths))
+    found = merged(speculative.steps(model, draft, idx, lengths, new, settings), len(lengths))
+    for (tokens, log_probs), (plain_tokens, plain_log_probs) in zip(found, expected, strict=True):
+        assert tokens == plain_tokens
+        assert len(tokens) == new
+        assert log_probs == pytest.approx(plain_log_probs, abs=1e-4)
