@@ -37,6 +37,8 @@ class ModelShape(Protocol):
 
 # a tile of products with int8 weights holds 16, 32 or 64; Triton compiles for multiples of 16, for others, and for 1
 _INT8_ROWS = (1, 2, 16, 17, 32, 33, 64)
+# tokens that are read at once with a draft of the usual four proposals: by it, and by the larger model
+_SPECULATIVE = (2, 5)
 
 
 def warmup(
@@ -133,17 +135,20 @@ class _Operators:
         return [y, h, last, hidden, kernels.causal_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2), loss]
 
     def decode(self, batch: int, capacity: int) -> None:
-        """One token of each sequence, over a cache for `capacity` tokens, and a few at once."""
+        """Tokens of sequences over a cache for `capacity` of them."""
         heads, head_size = self.config.n_head, self.config.n_embd // self.config.n_head
         products = runtime.autocast_dtype(self.device) or self.dtype
         cache = self._leaf(batch, heads, capacity, head_size, dtype=products)
-        for length in (1, 16, 17):
+
+        def queries(length: int) -> Tensor:  # [B, H, T, D]
             qkv = self._leaf(batch, min(length, capacity), 3, heads, head_size, dtype=products)
-            q = qkv[:, :, 0].transpose(1, 2)  # [B, H, T, D]
-            if length == 1:
-                lengths = torch.full((batch,), capacity, dtype=torch.int32, device=self.device)
-                kernels.decode_attention(q, cache, cache, lengths)
-                continue
+            return qkv[:, :, 0].transpose(1, 2)
+
+        lengths = torch.full((batch,), capacity, dtype=torch.int32, device=self.device)
+        for length in (1, *_SPECULATIVE):
+            kernels.decode_attention(queries(length), cache, cache, lengths)
+        for length in (16, 17):  # parts of prompts
+            q = queries(length)
             for seen in (q.shape[2], 32, 33, capacity):
                 keys = cache[:, :, : max(q.shape[2], min(seen, capacity))]
                 kernels.causal_attention(q, keys, keys)

@@ -17,6 +17,7 @@ import kernels
 from gptfast import GPT, GPTConfig
 from gptfast.generation.cache import KVCache
 from gptfast.generation.inference import quantize
+from gptfast.generation.speculative import Draft
 from kernels import norm, runtime, tile
 from oracle import DEVICE
 
@@ -82,6 +83,11 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(
                 model(idx[:, :length])
             cache = KVCache(config.n_layer, config.block_size)
             for length in (16, 1, 5, 1):
+                model(idx[:, :length], cache=cache)
+            cache = KVCache(config.n_layer, config.block_size)
+            model(idx[:, :16], cache=cache)
+            cache.part(torch.tensor([3, 5], device=DEVICE))
+            for length in (1, 2, Draft.tokens + 1):
                 model(idx[:, :length], cache=cache)
     assert {name for name, _, _ in launched} <= {name for name, _, _ in warmed_up}
     assert launched <= warmed_up
