@@ -21,8 +21,8 @@ def load(
     Args:
         name: a run folder, a folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
         device: for the model.
-        tokenizer: of a model that does not bring its own, as runs and what `gptfast export` wrote do: an encoding of
-            tiktoken, or "byte".
+        tokenizer: of a model that does not bring its own, as runs, what `gptfast export` wrote and GPT-2 do: an
+            encoding of tiktoken, or "byte".
         vocabulary: folder with the files of that encoding, for machines without a network.
 
     Raises:

@@ -34,7 +34,9 @@ def from_pretrained(
 
 
 def with_tokenizer(name: str, backend: Request = "auto") -> tuple[GPT, Tokenizer | None]:
-    """A model as `from_pretrained` gives it, and the tokenizer that `gptfast export` wrote beside it, if it did.
+    """A model as `from_pretrained` gives it, and the tokenizer that is beside it, if it is known.
+
+    That is what `gptfast export` wrote, or GPT-2's own in the files of Hugging Face's models.
 
     Args:
         name: as for `from_pretrained`.
@@ -45,7 +47,10 @@ def with_tokenizer(name: str, backend: Request = "auto") -> tuple[GPT, Tokenizer
     """
     folder = _folder(name)
     model, found = _model(folder, {}, backend), tokenizer.read(folder)
-    if found is not None and found.vocab_size != model.config.vocab_size:
+    if found is None:
+        theirs = tokenizer.of_gpt2(folder)
+        return model, theirs if theirs and theirs.vocab_size == model.config.vocab_size else None
+    if found.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{folder / tokenizer.OURS} does not fit config.json: it has {found.vocab_size} tokens, the model "
             f"{model.config.vocab_size}; without that file, --tokenizer gives another"

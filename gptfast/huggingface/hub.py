@@ -11,7 +11,8 @@ from gptfast.huggingface import tokenizer, weights
 NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_FILES = ("config.json", weights.FILE, weights.INDEX, "model-?????-of-?????.safetensors", tokenizer.OURS)
+_FILES = ("config.json", weights.FILE, weights.INDEX, "model-?????-of-?????.safetensors", tokenizer.OURS,
+          *tokenizer.GPT2_FILES)  # fmt: skip
 
 
 def repository(name: str) -> str | None:

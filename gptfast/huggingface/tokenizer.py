@@ -20,6 +20,7 @@ from gptfast.tokenizers.word import UNKNOWN
 
 Json = dict[str, Any]
 OURS = "gptfast_tokenizer.json"
+GPT2_FILES = ("vocab.json", "merges.txt")
 
 # the bytes that a byte-level vocabulary shows as themselves; the others are shown as characters from 256 on
 _SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -92,6 +93,16 @@ def read(folder: Path) -> Tokenizer | None:
         return tokenizers.from_json(saved)
     except ValueError as error:
         raise ValueError(f"{path} holds no tokenizer: {error}") from error
+
+
+def of_gpt2(folder: Path) -> Tokenizer | None:
+    """GPT-2's tokenizer, if a folder has it in the files of Hugging Face's models, to the byte; else None."""
+    if not all((folder / name).is_file() for name in GPT2_FILES):
+        return None
+    try:
+        return TiktokenTokenizer.named("gpt2", folder)
+    except ValueError:  # another vocabulary's, by their checksums
+        return None
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import tiktoken
 
 
+_AT_HUGGING_FACE = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+
+
 class TiktokenTokenizer:
     """A byte-pair encoding. Saved with its whole vocabulary: what was trained with it needs no network later.
 
@@ -42,8 +45,8 @@ class TiktokenTokenizer:
         Args:
             name: of the encoding.
             vocabulary: a folder with its files, by the names they have where they are published: encoder.json and
-                vocab.bpe for "gpt2", NAME.tiktoken for others. If None they are downloaded once, or read from the
-                folder TIKTOKEN_CACHE_DIR.
+                vocab.bpe for "gpt2", or vocab.json and merges.txt as Hugging Face has the same two, NAME.tiktoken for
+                others. If None they are downloaded once, or read from the folder TIKTOKEN_CACHE_DIR.
 
         Raises:
             ValueError: the files are not there, are not the right ones, or cannot be downloaded.
@@ -117,7 +120,8 @@ def _reading_from(folder: Path) -> Iterator[None]:
 
     def read(blobpath: str, expected_hash: str | None = None) -> bytes:
         name = blobpath.rpartition("/")[2]
-        for path in (folder / name, folder / hashlib.sha1(blobpath.encode()).hexdigest()):
+        cached = hashlib.sha1(blobpath.encode()).hexdigest()
+        for path in (folder / name, folder / _AT_HUGGING_FACE.get(name, name), folder / cached):
             if path.is_file():
                 content = path.read_bytes()
                 if expected_hash is not None and hashlib.sha256(content).hexdigest() != expected_hash:

@@ -113,8 +113,8 @@ def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or folder)
     GPT.from_pretrained("gpt2")
     names = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
-    names.append("gptfast_tokenizer.json")
-    others = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "model.fp16.safetensors", "README.md"]
+    names += ["gptfast_tokenizer.json", "vocab.json", "merges.txt"]
+    others = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "model.fp16.safetensors", "tokenizer.json"]
     wanted = huggingface_hub.utils.filter_repo_objects([*names, *others], allow_patterns=asked["allow_patterns"])
     assert list(wanted) == names
 

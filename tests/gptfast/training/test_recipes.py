@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 import shutil
 from pathlib import Path
 
+import gpt2_files
 import pytest
 import tiktoken
 import torch
-from tiktoken_ext import openai_public
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
@@ -167,17 +166,10 @@ def test_simple_gpt_knows_its_text_by_heart(simple_gpt, capsys):
 
 @pytest.fixture
 def vocabulary(tmp_path) -> Path:
-    """A folder with GPT-2's files, in their format and number, but of merges that are made up: pairs of bytes."""
-    spelled = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = sorted(set(range(256)) - set(spelled))
-    letters = [chr(byte) for byte in spelled] + [chr(256 + place) for place in range(len(hidden))]
-    pairs = [(first, second) for first in letters for second in letters][:50_000]
-    tokens = [*letters, *("".join(pair) for pair in pairs), END_OF_TEXT]
+    """A folder with files in the format of GPT-2's."""
     folder = tmp_path / "vocabulary"
     folder.mkdir()
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-    (folder / "vocab.bpe").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (folder / "encoder.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    gpt2_files.write(folder)
     return folder
 
 
@@ -188,13 +180,8 @@ def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main([*train, "--out", str(tmp_path / "none")])
     assert "vocab.bpe is not the vocab.bpe that tiktoken knows: its checksum is another\n" in capsys.readouterr().err
-    read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
-    monkeypatch.setattr(
-        openai_public,
-        "data_gym_to_mergeable_bpe_ranks",
-        lambda vocab_bpe_file, encoder_json_file, **checksums: read(vocab_bpe_file, encoder_json_file),
-    )
-    cli.main([*train, "--out", str(tmp_path / "run")])
+    with gpt2_files.accepted():
+        cli.main([*train, "--out", str(tmp_path / "run")])
     assert "13,266,432 parameters, 2 layers of width 128, context 32; " in capsys.readouterr().out
     losses = [entry["loss"] for entry in run.read_log(tmp_path / "run") if "loss" in entry]
     assert losses[0] == pytest.approx(10.825, abs=0.2)

@@ -1,0 +1,40 @@
+"""Files of a vocabulary in the format and the number of GPT-2's, with merges that are made up: pairs of bytes."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiktoken
+from tiktoken_ext import openai_public
+
+from gptfast.tokenizers.special import END_OF_TEXT
+
+PUBLISHED = ("encoder.json", "vocab.bpe")
+
+
+def write(folder: Path, names: tuple[str, str] = PUBLISHED) -> None:
+    """Numbers of the tokens, and the merges, by these names."""
+    spelled = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = sorted(set(range(256)) - set(spelled))
+    letters = [chr(byte) for byte in spelled] + [chr(256 + place) for place in range(len(hidden))]
+    pairs = [(first, second) for first in letters for second in letters][:50_000]
+    tokens = [*letters, *("".join(pair) for pair in pairs), END_OF_TEXT]
+    numbers, merges = names
+    (folder / numbers).write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / merges).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@contextmanager
+def accepted() -> Iterator[None]:
+    """Within it their checksums are not looked at."""
+    read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
+
+    def unchecked(vocab_bpe_file: str, encoder_json_file: str, **checksums: str) -> dict[bytes, int]:
+        return read(vocab_bpe_file, encoder_json_file)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", unchecked)
+        yield
