@@ -51,8 +51,8 @@ class EvalConfig:
     json: bool = False
     """Write a JSON object instead of a table."""
     tokenizer: str = "gpt2"
-    """Of a model in Hugging Face's layout that does not bring its own, as GPT-2 and what `gptfast export` writes do: byte
-    or an encoding of tiktoken."""
+    """Of a model in Hugging Face's layout that does not bring its own, unlike GPT-2 and what `gptfast export` writes:
+    byte, or an encoding of tiktoken."""
     vocabulary: str | None = None
     """Folder with the files of that encoding, for machines without a network."""
     device: str = "auto"

@@ -60,8 +60,8 @@ class GenerateConfig:
     seed: int = 1337
     """Seed of the sampling."""
     tokenizer: str = "gpt2"
-    """Of a model in Hugging Face's layout that does not bring its own, as GPT-2 and what `gptfast export` writes do: byte
-    or an encoding of tiktoken."""
+    """Of a model in Hugging Face's layout that does not bring its own, unlike GPT-2 and what `gptfast export` writes:
+    byte, or an encoding of tiktoken."""
     vocabulary: str | None = None
     """Folder with the files of that encoding, for machines without a network."""
     device: str = "auto"
