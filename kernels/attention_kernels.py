@@ -79,11 +79,17 @@ def _attend(
     for start in range(first_key, last_key, BN):
         keys = start + tl.arange(0, BN)
         k = _load_rows(k_source, batch, head, start, stride_k_row, n_keys, MASKED, DESCRIPTORS, BN, D, BD)  # [BN, BD]
-        scores = tile.dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION) * scale_log2  # [BM, BN]
+        products = tile.dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)  # [BM, BN]
+        scores = products * scale_log2
         if MASKED:
+            # a query below n_queries sees no key past the last
             seen = keys[None, :] <= queries[:, None] + (n_keys - n_queries)
-            scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            scores = tl.where(seen, scores, float("-inf"))
+            highest = tl.max(scores, axis=1)
+        else:
+            # the same number, as the scale is not negative; scores are then one instruction, with the difference below
+            highest = tl.max(products, axis=1) * scale_log2
+        new_max = tl.maximum(row_max, highest)
         p = tl.exp2(scores - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
@@ -254,7 +260,7 @@ def _accumulate_dq(
         p = tl.exp2(tile.dot(b_q, tl.trans(b_k), zeros, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
         if MASKED:
             seen = keys[None, :] <= queries[:, None] + (n_keys - n_queries)
-            p = tl.where(seen & (keys < n_keys)[None, :], p, 0.0)
+            p = tl.where(seen, p, 0.0)
         dp = tile.dot(b_do, tl.trans(b_v), zeros, PRECISION)  # [BM, BN]
         if DROPOUT:
             kept = _kept(seed, batch_head, queries.to(tl.int64)[:, None], keys[None, :], n_queries, n_keys, dropout_p)

@@ -138,6 +138,8 @@ def launch_forward(
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return lse
+    if scale < 0.0:  # the kernel scales the greatest of products, not the products
+        q, scale = -q, -scale
     strides = [stride for tensor in (q, k, v, o) for stride in tensor.stride()[:3]]
 
     def launch(options: Options) -> None:
