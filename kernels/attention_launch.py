@@ -20,6 +20,7 @@ from kernels.heads import LOG2_E, padded
 from kernels.tuning import Options, Tunable
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages
+_LONGEST_TILE = 128  # of queries; the backward's statistics of them are padded to a multiple
 
 # By pass, then for head sizes up to 64, 128 and 256: what keeps everything in registers and fits in shared memory with
 # Triton 3.6, 3.7 and 3.9. The random numbers of dropout take registers of their own.
@@ -165,13 +166,14 @@ def launch_backward(
         dk.zero_()
         dv.zero_()
         return
-    delta = torch.empty_like(lse)
+    n_padded = runtime.cdiv(n_queries, _LONGEST_TILE) * _LONGEST_TILE
+    padded_lse, delta = torch.empty(2, batch, heads, n_padded, dtype=torch.float32, device=q.device)
     inputs = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * LOG2_E, dropout_p)
+    sizes = (heads, batch * heads, n_queries, n_keys, n_padded, scale, scale * LOG2_E, dropout_p)
     rows = max(16, 2048 // padded(head_size))
     with runtime.on_device(q):
-        _attention_delta_kernel[(runtime.cdiv(n_queries, rows) * batch * heads,)](
-            o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
+        _attention_delta_kernel[(n_padded // rows * batch * heads,)](
+            o, do, lse, padded_lse, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries, n_padded,
             BM=rows, D=head_size, BD=padded(head_size),
         )  # fmt: skip
 
@@ -181,7 +183,7 @@ def launch_backward(
         )
         with runtime.on_device(q):
             _attention_dk_dv_kernel[(runtime.cdiv(n_keys, options["BN"]) * batch * heads,)](
-                *sources, lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *sizes,
+                *sources, padded_lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *sizes,
                 **_constants(q, seed, options),
             )  # fmt: skip
 
@@ -189,7 +191,8 @@ def launch_backward(
         *sources, b_dq = _operands(options, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (do, "BM"), (dq, "BM"))
         with runtime.on_device(q):
             _attention_dq_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
-                *sources, lse, delta, b_dq, seed, *inputs, *dq.stride()[:3], *sizes, **_constants(q, seed, options),
+                *sources, padded_lse, delta, b_dq, seed, *inputs, *dq.stride()[:3], *sizes,
+                **_constants(q, seed, options),
             )  # fmt: skip
 
     described = describable(q, k, v, do)
