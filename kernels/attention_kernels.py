@@ -166,12 +166,11 @@ def _attention_delta_kernel(
     o = _load_rows(o_ptr, batch, head, first_query, stride_o_row, n_queries, True, False, BM, D, BD)  # [BM, BD]
     do = _load_rows(do_ptr, batch, head, first_query, stride_do_row, n_queries, True, False, BM, D, BD)
     queries = first_query + tl.arange(0, BM)
+    row = batch_head.to(tl.int64) * n_padded + queries
+    tl.store(delta_ptr + row, tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1))
     p_lse = lse_ptr + batch_head.to(tl.int64) * n_queries + queries
     # past the last query: exp2(score - inf) = 0
-    lse = tl.load(p_lse, mask=queries < n_queries, other=float("inf"))  # [BM]
-    row = batch_head.to(tl.int64) * n_padded + queries
-    tl.store(padded_lse_ptr + row, lse)
-    tl.store(delta_ptr + row, tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1))
+    tl.store(padded_lse_ptr + row, tl.load(p_lse, mask=queries < n_queries, other=float("inf")))
 
 
 @triton.jit

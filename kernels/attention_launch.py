@@ -55,11 +55,13 @@ _AMD_FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "dk_dv": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
 }
-# by tensor descriptors; where there is none the pointers' blocks are taken
+# By tensor descriptors; where there is none the pointers' blocks are taken. The next tile is asked for when one is done
+# with: only from three stages on it is there when its turn comes. Tiles of 64 rows are those of four warps, the group
+# that multiplies together; eight would share them out and read the other operand twice.
 _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    "dk_dv": ((64, 128, 8, 2), (32, 128, 8, 2), None),
-    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), None),
+    "dk_dv": ((64, 64, 4, 3), (32, 64, 4, 3), None),
+    "dq": ((128, 64, 8, 3), (128, 64, 8, 3), None),
 }
 _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
@@ -68,9 +70,9 @@ _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
 }
 # what a measurement tries beside them
 _OTHER_DESCRIPTORS: dict[str, tuple[tuple[Blocks, ...], ...]] = {
-    "forward": (((128, 128, 8, 2), (128, 32, 8, 3)), ((128, 128, 8, 2), (128, 32, 8, 2)), ()),
-    "dk_dv": (((32, 128, 8, 2), (32, 64, 8, 2)), ((32, 64, 8, 2), (16, 128, 8, 2)), ()),
-    "dq": (((128, 32, 8, 2), (64, 64, 4, 2)), ((128, 32, 8, 2), (64, 32, 8, 2)), ()),
+    "forward": (((128, 64, 4, 3), (128, 128, 8, 3)), ((128, 32, 8, 3), (128, 128, 8, 3)), ()),
+    "dk_dv": (((64, 128, 8, 3), (32, 64, 4, 3)), ((32, 128, 8, 3),), ()),
+    "dq": (((128, 64, 4, 3), (64, 64, 4, 3)), ((64, 64, 4, 2), (64, 32, 4, 3)), ()),
 }
 
 
