@@ -65,7 +65,7 @@ _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
 }
 _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "dk_dv": ((32, 64, 8, 2), (32, 64, 8, 2), None),
+    "dk_dv": ((32, 64, 4, 2), (32, 64, 8, 2), None),
     "dq": ((128, 32, 8, 2), (128, 32, 8, 2), None),
 }
 # what a measurement tries beside them
