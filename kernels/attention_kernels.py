@@ -79,11 +79,17 @@ def _attend(
     for start in range(first_key, last_key, BN):
         keys = start + tl.arange(0, BN)
         k = _load_rows(k_source, batch, head, start, stride_k_row, n_keys, MASKED, DESCRIPTORS, BN, D, BD)  # [BN, BD]
-        scores = tile.dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION) * scale_log2  # [BM, BN]
+        products = tile.dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)  # [BM, BN]
+        scores = products * scale_log2
         if MASKED:
+            # a query below n_queries sees no key past the last
             seen = keys[None, :] <= queries[:, None] + (n_keys - n_queries)
-            scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            scores = tl.where(seen, scores, float("-inf"))
+            highest = tl.max(scores, axis=1)
+        else:
+            # the same number, as the scale is not negative; scores are then one instruction, with the difference below
+            highest = tl.max(products, axis=1) * scale_log2
+        new_max = tl.maximum(row_max, highest)
         p = tl.exp2(scores - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
@@ -142,12 +148,16 @@ def _attention_forward_kernel(
 
 @triton.jit
 def _attention_delta_kernel(
-    o_ptr, do_ptr, delta_ptr, stride_o_batch, stride_o_head, stride_o_row,
-    stride_do_batch, stride_do_head, stride_do_row, n_heads, n_queries,
+    o_ptr, do_ptr, lse_ptr, padded_lse_ptr, delta_ptr, stride_o_batch, stride_o_head, stride_o_row,
+    stride_do_batch, stride_do_head, stride_do_row, n_heads, n_queries, n_padded,
     BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write delta = rowsum(o * do), the part of the softmax gradient that is the same for all keys of a query."""
-    tiles = tl.cdiv(n_queries, BM)
+    """Write delta = rowsum(o * do), the part of the softmax gradient that is the same for all keys of a query.
+
+    That and a copy of lse go to rows of n_padded queries, of which those past the last have no weight: what reads whole
+    tiles of them needs no mask.
+    """
+    tiles = tl.cdiv(n_padded, BM)
     batch_head = tl.program_id(0) // tiles
     first_query = tl.program_id(0) % tiles * BM
     batch, head = batch_head // n_heads, batch_head % n_heads
@@ -156,8 +166,11 @@ def _attention_delta_kernel(
     o = _load_rows(o_ptr, batch, head, first_query, stride_o_row, n_queries, True, False, BM, D, BD)  # [BM, BD]
     do = _load_rows(do_ptr, batch, head, first_query, stride_do_row, n_queries, True, False, BM, D, BD)
     queries = first_query + tl.arange(0, BM)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + queries, delta, mask=queries < n_queries)
+    row = batch_head.to(tl.int64) * n_padded + queries
+    tl.store(delta_ptr + row, tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1))
+    p_lse = lse_ptr + batch_head.to(tl.int64) * n_queries + queries
+    # past the last query: exp2(score - inf) = 0
+    tl.store(padded_lse_ptr + row, tl.load(p_lse, mask=queries < n_queries, other=float("inf")))
 
 
 @triton.jit
@@ -172,9 +185,8 @@ def _accumulate_dk_dv(
         queries = start + tl.arange(0, BM)
         b_q = _load_rows(q, batch, head, start, stride_q_row, n_queries, True, DESCRIPTORS, BM, D, BD)  # [BM, BD]
         b_do = _load_rows(do, batch, head, start, stride_do_row, n_queries, True, DESCRIPTORS, BM, D, BD)  # [BM, BD]
-        # past the last query: exp2(score - inf) = 0
-        lse = tl.load(lse_ptr + queries, mask=queries < n_queries, other=float("inf"))  # [BM]
-        delta = tl.load(delta_ptr + queries, mask=queries < n_queries, other=0.0)
+        lse = tl.load(lse_ptr + queries)  # [BM]
+        delta = tl.load(delta_ptr + queries)  # [BM]
         zeros = tl.zeros([BN, BM], dtype=tl.float32)
         p = tl.exp2(tile.dot(b_k, tl.trans(b_q), zeros, PRECISION) * scale_log2 - lse[None, :])  # [BN, BM]
         if MASKED:
@@ -197,7 +209,7 @@ def _attention_dk_dv_kernel(
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_do_batch, stride_do_head, stride_do_row,
     stride_dk_batch, stride_dk_head, stride_dk_row,
-    n_heads, n_batch_heads, n_queries, n_keys, scale, scale_log2, dropout_p,
+    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, dropout_p,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -211,8 +223,8 @@ def _attention_dk_dv_kernel(
     do = _of_head(do, batch, head, stride_do_batch, stride_do_head, DESCRIPTORS)
     dk = _of_head(dk, batch, head, stride_dk_batch, stride_dk_head, DESCRIPTORS)
     dv = _of_head(dv, batch, head, stride_dk_batch, stride_dk_head, DESCRIPTORS)  # laid out as dk
-    lse_ptr += batch_head.to(tl.int64) * n_queries
-    delta_ptr += batch_head.to(tl.int64) * n_queries
+    lse_ptr += batch_head.to(tl.int64) * n_padded
+    delta_ptr += batch_head.to(tl.int64) * n_padded
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     keys = first_key + tl.arange(0, BN)
@@ -254,7 +266,7 @@ def _accumulate_dq(
         p = tl.exp2(tile.dot(b_q, tl.trans(b_k), zeros, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
         if MASKED:
             seen = keys[None, :] <= queries[:, None] + (n_keys - n_queries)
-            p = tl.where(seen & (keys < n_keys)[None, :], p, 0.0)
+            p = tl.where(seen, p, 0.0)
         dp = tile.dot(b_do, tl.trans(b_v), zeros, PRECISION)  # [BM, BN]
         if DROPOUT:
             kept = _kept(seed, batch_head, queries.to(tl.int64)[:, None], keys[None, :], n_queries, n_keys, dropout_p)
@@ -269,7 +281,7 @@ def _attention_dq_kernel(
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_do_batch, stride_do_head, stride_do_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
-    n_heads, n_batch_heads, n_queries, n_keys, scale, scale_log2, dropout_p,
+    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, dropout_p,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -286,9 +298,9 @@ def _attention_dq_kernel(
     queries = first_query + tl.arange(0, BM)
     b_q = _load_rows(q, batch, head, first_query, stride_q_row, n_queries, True, DESCRIPTORS, BM, D, BD)  # [BM, BD]
     b_do = _load_rows(do, batch, head, first_query, stride_do_row, n_queries, True, DESCRIPTORS, BM, D, BD)
-    row = batch_head.to(tl.int64) * n_queries + queries
-    lse = tl.load(lse_ptr + row, mask=queries < n_queries, other=float("inf"))  # [BM]
-    delta = tl.load(delta_ptr + row, mask=queries < n_queries, other=0.0)
+    row = batch_head.to(tl.int64) * n_padded + queries
+    lse = tl.load(lse_ptr + row)  # [BM]
+    delta = tl.load(delta_ptr + row)  # [BM]
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     unmasked_end = (first_query + 1 + n_keys - n_queries) // BN * BN
     end = tl.minimum(first_query + BM + n_keys - n_queries, n_keys)

@@ -20,6 +20,7 @@ from kernels.heads import LOG2_E, padded
 from kernels.tuning import Options, Tunable
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages
+_LONGEST_TILE = 128  # of queries; the backward's statistics of them are padded to a multiple
 
 # By pass, then for head sizes up to 64, 128 and 256: what keeps everything in registers and fits in shared memory with
 # Triton 3.6, 3.7 and 3.9. The random numbers of dropout take registers of their own.
@@ -54,22 +55,24 @@ _AMD_FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "dk_dv": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
 }
-# by tensor descriptors; where there is none the pointers' blocks are taken
+# By tensor descriptors; where there is none the pointers' blocks are taken. The next tile is asked for when one is done
+# with: only from three stages on it is there when its turn comes. Tiles of 64 rows are those of four warps, the group
+# that multiplies together; eight would share them out and read the other operand twice.
 _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    "dk_dv": ((64, 128, 8, 2), (32, 128, 8, 2), None),
-    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), None),
+    "dk_dv": ((64, 64, 4, 3), (32, 64, 4, 3), None),
+    "dq": ((128, 64, 8, 3), (128, 64, 8, 3), None),
 }
 _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
     "forward": ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "dk_dv": ((32, 64, 8, 2), (32, 64, 8, 2), None),
+    "dk_dv": ((32, 64, 4, 2), (32, 64, 8, 2), None),
     "dq": ((128, 32, 8, 2), (128, 32, 8, 2), None),
 }
 # what a measurement tries beside them
 _OTHER_DESCRIPTORS: dict[str, tuple[tuple[Blocks, ...], ...]] = {
-    "forward": (((128, 128, 8, 2), (128, 32, 8, 3)), ((128, 128, 8, 2), (128, 32, 8, 2)), ()),
-    "dk_dv": (((32, 128, 8, 2), (32, 64, 8, 2)), ((32, 64, 8, 2), (16, 128, 8, 2)), ()),
-    "dq": (((128, 32, 8, 2), (64, 64, 4, 2)), ((128, 32, 8, 2), (64, 32, 8, 2)), ()),
+    "forward": (((128, 64, 4, 3), (128, 128, 8, 3)), ((128, 32, 8, 3), (128, 128, 8, 3)), ()),
+    "dk_dv": (((64, 128, 8, 3), (32, 64, 4, 3)), ((32, 128, 8, 3),), ()),
+    "dq": (((128, 64, 4, 3), (64, 64, 4, 3)), ((64, 64, 4, 2), (64, 32, 4, 3)), ()),
 }
 
 
@@ -138,6 +141,8 @@ def launch_forward(
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return lse
+    if scale < 0.0:  # the kernel scales the greatest of products, not the products
+        q, scale = -q, -scale
     strides = [stride for tensor in (q, k, v, o) for stride in tensor.stride()[:3]]
 
     def launch(options: Options) -> None:
@@ -163,13 +168,14 @@ def launch_backward(
         dk.zero_()
         dv.zero_()
         return
-    delta = torch.empty_like(lse)
+    n_padded = runtime.cdiv(n_queries, _LONGEST_TILE) * _LONGEST_TILE
+    padded_lse, delta = torch.empty(2, batch, heads, n_padded, dtype=torch.float32, device=q.device)
     inputs = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (heads, batch * heads, n_queries, n_keys, scale, scale * LOG2_E, dropout_p)
+    sizes = (heads, batch * heads, n_queries, n_keys, n_padded, scale, scale * LOG2_E, dropout_p)
     rows = max(16, 2048 // padded(head_size))
     with runtime.on_device(q):
-        _attention_delta_kernel[(runtime.cdiv(n_queries, rows) * batch * heads,)](
-            o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries,
+        _attention_delta_kernel[(n_padded // rows * batch * heads,)](
+            o, do, lse, padded_lse, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries, n_padded,
             BM=rows, D=head_size, BD=padded(head_size),
         )  # fmt: skip
 
@@ -179,7 +185,7 @@ def launch_backward(
         )
         with runtime.on_device(q):
             _attention_dk_dv_kernel[(runtime.cdiv(n_keys, options["BN"]) * batch * heads,)](
-                *sources, lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *sizes,
+                *sources, padded_lse, delta, b_dk, b_dv, seed, *inputs, *dk.stride()[:3], *sizes,
                 **_constants(q, seed, options),
             )  # fmt: skip
 
@@ -187,7 +193,8 @@ def launch_backward(
         *sources, b_dq = _operands(options, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (do, "BM"), (dq, "BM"))
         with runtime.on_device(q):
             _attention_dq_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
-                *sources, lse, delta, b_dq, seed, *inputs, *dq.stride()[:3], *sizes, **_constants(q, seed, options),
+                *sources, padded_lse, delta, b_dq, seed, *inputs, *dq.stride()[:3], *sizes,
+                **_constants(q, seed, options),
             )  # fmt: skip
 
     described = describable(q, k, v, do)

@@ -27,6 +27,7 @@ from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
 
 CANDIDATES = 4  # of a launch at most
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 _TYPE_OF_DTYPE = {
     torch.float32: "*fp32",
@@ -52,7 +53,7 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:
-        options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options: dict[str, int] = {name: kwargs.pop(name) for name in _COMPILER_OPTIONS if name in kwargs}
         by_name = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(case, kernel, by_name, options))
 

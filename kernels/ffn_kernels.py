@@ -9,14 +9,20 @@ from kernels import tile
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
 def _gate(z):
-    """0.5 * (1 + tanh(u)) of GELU, which is sigmoid(2u): the interpreter has no tanh."""
-    return tl.sigmoid(z * _TWICE_SQRT_2_OVER_PI * (1.0 + _CUBIC * z * z))
+    """0.5 * (1 + tanh(u)) of GELU, which is sigmoid(2u): the interpreter has no tanh.
+
+    With exp2, which is one instruction; tl.exp is five.
+    """
+    slope = -_TWICE_SQRT_2_OVER_PI * _LOG2_E
+    cubic = slope * _CUBIC
+    return 1.0 / (1.0 + tl.exp2(z * (slope + cubic * (z * z))))
 
 
 @triton.jit

@@ -51,7 +51,9 @@ _DOWN_WIDE = _fused(True, (128, 128, 64), 8, 3, 2, 1)
 _LONG = 2048  # inner sizes from here on hide the epilogue
 
 
-def _fused_options(architecture: str, forward: bool, width: int, dtype: torch.dtype, aligned: bool) -> list[Options]:
+def _fused_options(
+    architecture: str, forward: bool, width: int, dtype: torch.dtype, activation: str, aligned: bool
+) -> list[Options]:
     """The configurations of the fused product, the likeliest first: all keep everything in registers there."""
     if dtype == torch.float32:
         return [_POINTERS_FLOAT32]
@@ -61,9 +63,12 @@ def _fused_options(architecture: str, forward: bool, width: int, dtype: torch.dt
         return pointers
     if architecture.startswith("sm_12"):
         return [_UP_OVERLAPPED if forward else _DOWN_WIDE, *pointers]
-    if architecture.startswith("sm_10") and not forward:
-        return [_DOWN_OVERLAPPED, *pointers]
     overlapped, wide = (_UP_OVERLAPPED, _UP_WIDE) if forward else (_DOWN_OVERLAPPED, _DOWN_WIDE)
+    if activation == "gelu_tanh":
+        # it fits in the registers that each of two programs has, which the compiler is to be told
+        overlapped = {**overlapped, "maxnreg": 128}
+    if architecture.startswith("sm_10") and not forward:
+        return [overlapped, *pointers]
     return [wide, overlapped, *pointers] if width >= _LONG else [overlapped, wide, *pointers]
 
 
@@ -83,7 +88,7 @@ def _up_choices(
     elif has_bias and _has_own_epilogue(activation):
         saved = 0.0
     wins = dtype != torch.float32 and rows > _FEW_ROWS and saved > _SLOWDOWN
-    return _choices(wins, implementation, _fused_options(architecture, True, width, dtype, aligned))
+    return _choices(wins, implementation, _fused_options(architecture, True, width, dtype, activation, aligned))
 
 
 def _down_backward_choices(
@@ -91,7 +96,7 @@ def _down_backward_choices(
     implementation: str,
 ) -> list[Options]:  # fmt: skip
     wins = dtype != torch.float32 and rows > _FEW_ROWS and _PASS / width > _SLOWDOWN
-    return _choices(wins, implementation, _fused_options(architecture, False, width, dtype, aligned))
+    return _choices(wins, implementation, _fused_options(architecture, False, width, dtype, activation, aligned))
 
 
 _UP = Tunable("ffn_up", _up_choices)

@@ -148,3 +148,26 @@ def test_scores_of_extreme_size(magnitude: float):
     tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
     gradients = torch.autograd.grad(kernels.causal_attention(*tensors), tensors, torch.randn_like(y))
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("scale", [-8.0, -0.1, -0.0, 0.0, 1e-30, 8.0])
+@pytest.mark.parametrize("queries", [150, 20])
+def test_any_scale(queries: int, scale: float):
+    """Negative and none too: the forward looks for the greatest of products that are not scaled yet.
+
+    Against the formula, as PyTorch's own operator, which the reference is, gives NaN for some of them on a CPU.
+    """
+    q, k, v = qkv(1, 2, 150, 32)
+    q, tensors = q[:, :, -queries:], []
+    for attend, dtype in ((kernels.causal_attention, torch.float32), (_by_formula, torch.float64)):
+        arguments = [tensor.to(dtype).requires_grad_() for tensor in (q, k, v)]
+        o = attend(*arguments, scale=scale)
+        tensors.append([o, *torch.autograd.grad(o, arguments, torch.sin(torch.arange(o.numel())).view(o.shape).to(o))])
+    for got, expected in zip(*tensors, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def _by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    scores = q @ k.transpose(2, 3) * scale
+    seen = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
+    return scores.masked_fill(~seen, float("-inf")).softmax(3) @ v
