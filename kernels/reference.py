@@ -170,6 +170,9 @@ def causal_attention(
         generator = torch.Generator(q.device).manual_seed(int(seed))
         kept = torch.rand(*q.shape[:3], keys, generator=generator, device=q.device) >= dropout_p
         return attention_with_mask(q, k, v, scale, dropout_p, kept)
+    if scale is not None and scale <= 0.0:
+        # on CPUs PyTorch multiplies the -inf of its own mask, too
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=keep, dropout_p=dropout_p, is_causal=keep is None, scale=scale
     )
