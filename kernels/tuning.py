@@ -29,11 +29,13 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 Options = Mapping[str, Any]  # of a launch, by the names of the kernel's constants and of Triton's compiler options
+Told = Callable[[str, str, list[tuple[Options, float]]], None]
 Result = TypeVar("Result")
 
 TABLES = Path(__file__).parent / "launches"
 TUNABLES: dict[str, Tunable] = {}
 
+_told: Told = lambda launch, problem, times: None  # noqa: E731
 _requested = os.environ.get("GPTFAST_AUTOTUNE", "0") not in ("", "0")
 _forced: Mapping[str, Options] = {}
 _candidate: int | None = None
@@ -86,7 +88,7 @@ class Tunable:
                 if torch.cuda.is_current_stream_capturing():
                     return candidates[0]
                 with torch.cuda.device(device):
-                    measured = _fastest(self.name, run, candidates)
+                    measured = _fastest(self.name, _text(problem), run, candidates)
                 _keep(device, self.name, problem, measured)
         if measured is None:
             measured = _table(architecture(device)).get(self.name, {}).get(_text(problem))
@@ -114,6 +116,13 @@ def autotune() -> AbstractContextManager[None]:
     Outcomes are kept on disk and are found again by later processes. Inside a CUDA graph's capture nothing is measured.
     """
     return _setting("_requested", True, forget_after=False)  # what was measured stays chosen
+
+
+def telling(told: Told) -> AbstractContextManager[None]:
+    """Tell of each measurement: the launch, the problem, and each candidate with its milliseconds, infinite if it does
+    not fit the GPU.
+    """
+    return _setting("_told", told, forget_after=False)
 
 
 def forced(options: Mapping[str, Options]) -> AbstractContextManager[None]:
@@ -184,7 +193,7 @@ def _read_cache(path: Path) -> dict[str, dict[str, Options]]:
         return {}
 
 
-def _fastest(name: str, run: Callable[[Options], object], candidates: list[Options]) -> Options:
+def _fastest(name: str, problem: str, run: Callable[[Options], object], candidates: list[Options]) -> Options:
     """The candidate whose launches take the shortest median time, caches cold."""
     times = []
     for options in candidates:
@@ -192,6 +201,7 @@ def _fastest(name: str, run: Callable[[Options], object], candidates: list[Optio
             times.append(_milliseconds(functools.partial(run, options)))
         except OutOfResources:  # made for a larger chip
             times.append(float("inf"))
+    _told(name, problem, list(zip(candidates, times, strict=True)))
     best = min(range(len(candidates)), key=times.__getitem__)
     if times[best] == float("inf"):
         raise RuntimeError(f"{name}: none of {len(candidates)} launch configurations fits this GPU")

@@ -23,6 +23,7 @@ def gpu(monkeypatch, tmp_path):
     def warmup(config, dtype, device, batch_size, autotune, int8):
         calls.append((config.n_embd, dtype, device, batch_size, autotune, int8))
         tuning._keep(device, "matmul", (config.n_embd, dtype), {"BM": 16})
+        tuning._told("matmul", str(config.n_embd), [({"BM": 16}, 0.25), ({"BM": 512}, float("inf"))])
 
     monkeypatch.setattr(kernels, "warmup", warmup)
     return calls
@@ -33,10 +34,28 @@ def test_a_table_is_written_in_the_form_that_the_package_reads(gpu, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
     tune.main()
     device = torch.device("cuda", 0)
-    assert gpu == [(width, torch.bfloat16, device, 16, True, True) for width in (768, 1600)]
+    assert gpu[:2] == [(width, torch.bfloat16, device, 16, True, True) for width in (768, 1600)]
     table = json.loads((tmp_path / "out/sm_90.json").read_text())
     assert table["launches"] == {"matmul": {"768 bfloat16": {"BM": 16}, "1600 bfloat16": {"BM": 16}}}
-    assert capsys.readouterr().out.startswith("gpt2 bfloat16: ")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "matmul, 768:"
+    assert [line.split() for line in printed[1:3]] == [["*", "0.2500", "ms", "BM=16"], ["inf", "ms", "BM=512"]]
+    assert printed[3].startswith("gpt2 bfloat16: ")
+    lines = (tmp_path / "out/sm_90-times.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem"] for line in lines[:3]] == ["768", "1600", "768"]
+    assert json.loads(lines[0])["candidates"] == [
+        {"options": {"BM": 16}, "milliseconds": 0.25},
+        {"options": {"BM": 512}, "milliseconds": None},
+    ]
+
+
+def test_attention_is_measured_at_other_lengths_and_heads_once():
+    found = list(tune.shapes(("gpt2", "gpt2-xl"), 16))
+    assert [name for name, _, _ in found[:2]] == ["gpt2", "gpt2-xl"]
+    assert {(c.n_embd, c.n_embd // c.n_head, c.block_size, batch) for _, c, batch in found[2:]} == {
+        (768, 64, 4096, 4), (768, 64, 16_384, 1), (768, 128, 1024, 16), (768, 128, 4096, 4), (768, 128, 16_384, 1),
+    }  # fmt: skip
+    assert len(list(tune.shapes(("gpt2-xl",), 16))) == 3  # heads of 128 do not divide its width
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,19 @@ def test_tuning_takes_the_fastest_and_keeps_it(tunable, times):
         assert chosen(tunable) == THIRD
 
 
+def test_a_measurement_is_told_with_the_times_of_all_candidates(tunable):
+    told = []
+    with tuning.telling(lambda *measurement: told.append(measurement)):
+        chosen(tunable)
+        assert told == []  # nothing was measured
+        with tuning.autotune():
+            chosen(tunable)
+            chosen(tunable)
+    with tuning.autotune():
+        chosen(tunable, 1024, torch.bfloat16)
+    assert told == [("matmul", "768 bfloat16", [(RULE, 3.0), (SECOND, 2.0), (THIRD, 1.0)])]
+
+
 def test_what_other_processes_kept_meanwhile_stays(tunable, times):
     with tuning.autotune():
         chosen(tunable)
