@@ -79,10 +79,10 @@ def shapes(models: tuple[str, ...], batch_size: int) -> Iterator[tuple[str, GPTC
         yield model, GPTConfig.preset(model), batch_size
     for model in models[:1]:
         preset = GPTConfig.preset(model)
-        for head_size in _HEAD_SIZES:
+        for head_size in (size for size in _HEAD_SIZES if preset.n_embd % size == 0):
             for length in _LENGTHS:
                 config = dataclasses.replace(preset, n_head=preset.n_embd // head_size, block_size=length)
-                if config != preset and preset.n_embd % head_size == 0:
+                if config != preset:
                     name = f"{model} with heads of {head_size}, {length} tokens"
                     yield name, config, max(1, batch_size * preset.block_size // length)
 
