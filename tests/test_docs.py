@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kernels
 from benchmarks import accuracy, learning_curves, operator_table, recipes, step_table
@@ -17,6 +18,7 @@ from benchmarks.roofline import gpu_named
 from documents import run, words
 from gptfast import GPTConfig, costs
 from gptfast.training import recipes as recipes_by_name
+from kernels import attention_launch, tuning
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
@@ -115,6 +117,18 @@ def test_the_table_of_learning_is_that_of_the_committed_results():
         max(abs(apart) for _, apart in learning.differences(run, results["runs"][0])) for run in results["runs"]
     )
     assert rounding < seed / 6  # as the text says
+
+
+def test_the_tuning_log_has_the_tiles_that_are_launched():
+    text = (ROOT / "docs/tuning-log.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (forward|dk_dv|dq) \| (64|128) \| (\d+)x(\d+) w(\d+) s(\d+) \|", text, re.MULTILINE)
+    assert len(rows) == 6
+    for name, head_size, *blocks in rows:
+        launch = getattr(attention_launch, f"_{name.upper()}")
+        with tuning.assumed("sm_90"):
+            first, *_ = launch.candidates(torch.device("cpu"), int(head_size), 4096, torch.bfloat16, False, True)
+        assert first["DESCRIPTORS"]
+        assert [first[size] for size in ("BM", "BN", "num_warps", "num_stages")] == list(map(int, blocks)), name
 
 
 def test_what_documents_name_is_there():
