@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and the like list the options."""
 
 Settings = TypeVar("Settings")
+_SECONDS_FOR_THE_FIRST = 20.0  # of several processes, to come as far as another has
 
 
 @dataclass
@@ -229,7 +231,8 @@ def _parse(settings: type[Settings], options: list[str], program: str, default: 
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    # what is wrong with arguments all processes of a run find, and one says
-    if status != 2 or os.environ.get("RANK", "0") == "0":
-        print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
+    if status == 2 and os.environ.get("RANK", "0") != "0":
+        # what is wrong with arguments all processes of a run find: the first one says it, and torchrun ends the others
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+    print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(status)

@@ -361,3 +361,15 @@ def test_help_lists_the_options(capsys, arguments):
         cli.main(arguments)
     assert ended.value.code == 0
     assert "--backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [20.0])])
+def test_what_is_wrong_for_one_process_alone_is_said_when_the_first_had_its_time(monkeypatch, capsys, rank, waited):
+    monkeypatch.setenv("RANK", rank)
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["nonsense"])
+    assert ended.value.code == 2
+    assert slept == waited
+    assert capsys.readouterr().err.startswith("gptfast: unknown command 'nonsense'")
