@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import TEXT
 
 from benchmarks import learning_curves
 from benchmarks.measuring import machine
 from benchmarks.measuring.processes import RunError
 from benchmarks.reporting import learning, results
+from tiny_runs import TEXT
 
 
 @pytest.fixture

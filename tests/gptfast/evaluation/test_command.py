@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TEXT, tiny_run
 
 from gptfast import GPT, GPTConfig, cli, loading, run
 from gptfast.data import corpus, prepare
@@ -21,6 +20,7 @@ from gptfast.evaluation.text import Windows
 from gptfast.files import read_tensors, write_tensors
 from gptfast.tokenizers import ByteTokenizer
 from gptfast.training import trainer
+from tiny_runs import TEXT, tiny_run
 
 QUESTIONS = [
     {"ctx": "To be, or not to be", "endings": [", that is the question:", "be be be be"], "label": 0},

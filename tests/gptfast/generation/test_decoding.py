@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import stand_in
 from torch import Tensor
 
 import gptfast.generation.decoding
 from gptfast import GPT, GPTConfig
 from gptfast.generation.decoding import CachedDecoder, Logits
+from graphs import stand_in
 from oracle import DEVICE
 
 MODELS = {

@@ -9,9 +9,9 @@ import re
 
 import pytest
 import torch
-from drafts import DRAFTS, GREEDY, assert_as_plain, contrary, generator, gpt, merged, perturbed, ragged
 from torch import Tensor
 
+from drafts import DRAFTS, GREEDY, assert_as_plain, contrary, generator, gpt, merged, perturbed, ragged
 from gptfast import GPT
 from gptfast.generation import decoding, rounds, speculative
 from gptfast.generation.cache import KVCache

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from graphs import stand_in
 from torch import Tensor
 
 import gptfast.generation.decoding
 from gptfast import GPT, GPTConfig, Sampling
 from gptfast.generation.steps import Step, steps
+from graphs import stand_in
 from oracle import DEVICE
 
 GREEDY = Sampling(temperature=0.0)

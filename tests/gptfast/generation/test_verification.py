@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from drafts import generator, gpt, merged, ragged
 from torch import Tensor
 
+from drafts import generator, gpt, merged, ragged
 from gptfast import GPT
 from gptfast.generation import sampling, speculative
 from gptfast.generation.sampling import Sampling

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import tiny_run
 
 from gptfast import cli, run
 from gptfast.generation import texts, writing
 from gptfast.generation.inference import Int8Linear, PackedLinear
 from gptfast.training import trainer
+from tiny_runs import tiny_run
 
 COMPILE = torch.compile
 

@@ -2,13 +2,13 @@ import json
 import re
 from pathlib import Path
 
-import gpt2_files
 import pytest
 import safetensors.torch
 import tiktoken
 import torch
 import transformers
 
+import gpt2_files
 from gptfast import GPT, GPTConfig, loading
 from gptfast.huggingface import tokenizer
 from gptfast.pretrained import with_tokenizer

@@ -8,12 +8,12 @@ import shlex
 import shutil
 from pathlib import Path
 
-import gpt2_files
 import pytest
 import tiktoken
 import torch
 from torch import Tensor
 
+import gpt2_files
 from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
 from gptfast.config import PRESETS
 from gptfast.data import batches

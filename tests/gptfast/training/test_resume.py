@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_runs import TEXT, tiny_run
 
 from gptfast import GPTConfig, run
 from gptfast.training import trainer
 from gptfast.training.settings import TrainConfig
+from tiny_runs import TEXT, tiny_run
 
 CHANGES_FROM_RUN_TO_RUN = ("tokens_per_second", "mfu", "memory_bytes", "data_seconds")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny_runs import TEXT, tiny_run
 
 from gptfast import GPT, peaks, run, tokenizers
 from gptfast.data import batches
 from gptfast.training import recipes, schedules, trainer
 from gptfast.training.settings import TrainConfig
 from gptfast.training.step import StepResult, TrainStep
+from tiny_runs import TEXT, tiny_run
 
 
 @pytest.fixture
