@@ -2,7 +2,7 @@
 
 `python -m kernels.codegen` prints registers, spills, shared memory, occupancy and instruction counts of each kernel, as
 the operators launch it, in every configuration that tuning tries, for each target. No GPU is needed: the launches are
-recorded on CPU tensors, then compiled.
+recorded on CPU tensors, then compiled. A ! behind the matrix instructions: they are serialised.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _line(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
     return (
         f"{launch.case:34} {launch.kernel.__name__:36} {_blocks(launch):18} {dtype:9} {target.name:7} "
         f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} "
-        f"{got.matrix_instructions:6} {got.bulk_copies:4} {got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
+        f"{got.matrix_instructions:6}{'!' if got.serialised else ' '}{got.bulk_copies:4} "
+        f"{got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
     )
 
 
@@ -182,7 +183,11 @@ def _json(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
 
 
 def main() -> None:
-    """Print the table; exit status 1 if a kernel spills or needs more shared memory than the chip has, 2 for misuse."""
+    """Print the table.
+
+    Exit status 1 if a kernel spills, needs more shared memory than the chip has, or has its products serialised; 2 for
+    misuse.
+    """
     names = [target.name for target in TARGETS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=names, help="this GPU architecture alone")
@@ -197,7 +202,7 @@ def main() -> None:
         print(f"{head} regs spill shared occupancy matrix bulk loads stores 16-byte")
     failed = False
     for launch, dtype, target, got in results(tuple(t for t in TARGETS if options.target in (None, t.name))):
-        failed |= got.spilled_bytes > 0 or got.shared_bytes > target.shared_limit
+        failed |= got.spilled_bytes > 0 or got.shared_bytes > target.shared_limit or got.serialised
         print(_json(launch, dtype, target, got) if options.json else _line(launch, dtype, target, got), flush=True)
     sys.exit(failed)
 
