@@ -88,10 +88,12 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True, "auto")
         launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, needed, "auto")
     for classes in (128, 50_257):
-        case, x, w = f"linear_cross_entropy V={classes}", tensor(64, 64), tensor(classes, 64)
-        targets, options = torch.zeros(64, dtype=torch.int64), (classes, 0.1, 1e-4, 2**29)
-        launches += record(case, loss._compute, x, w, targets, -100, "mean", *options, [True, True])
-        launches += record(f"{case} inference", loss._compute, x, w, targets, -100, "mean", *options, [False, False])
+        x, w, targets = tensor(64, 64), tensor(classes, 64), torch.zeros(64, dtype=torch.int64)
+        for smoothing in (0.0, 0.1):
+            case = f"linear_cross_entropy V={classes}" + (" smoothed" if smoothing else "")
+            options = (-100, "mean", classes, smoothing, 1e-4, 2**29)
+            launches += record(case, loss._compute, x, w, targets, *options, [True, True])
+            launches += record(f"{case} inference", loss._compute, x, w, targets, *options, [False, False])
     for outputs, width in ((768, 3072), (6400, 1600), (50_257, 768)):
         weight, scale = tensor(outputs, width, dtype=torch.int8), tensor(outputs, dtype=torch.float32)
         for rows in (1, 16, 32, 64):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -250,18 +251,27 @@ def test_the_loss_reads_logits_in_wide_pieces(target):
     assert min(row["occupancy"] for row in rows) >= 0.5
     # the rest is the target and its logit, a number to a thread; the widest threads have two to eight logits
     assert [row for row in rows if row["wide_share"] < 0.5 and row["target"] != "gfx942"] == []
-    assert {row["case"].split("V=")[1].split()[0] for row in rows} == {"128", "50257"}
+    variants = {row["case"].removeprefix("linear_cross_entropy ") for row in rows}
+    assert variants == {
+        f"V={classes}{smoothed}{inference}"
+        for classes, smoothed, inference in itertools.product((128, 50_257), ("", " smoothed"), ("", " inference"))
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_the_loss_reads_logits_twice_and_writes_them_once(dtype):
-    """Code of the loops, each counted once: a block read for the sums, read again for the gradient, and written."""
-    case = ("linear_cross_entropy V=50257", dtype)
-    for row in (row for row in compiled("sm_90") if (row["case"], row["dtype"]) == case):
-        block = row["BLOCK"] * ITEMSIZE[dtype]
-        assert row["loaded_bytes"] == 2 * block + 8 + ITEMSIZE[dtype]  # the target, and its logit
-        assert row["stored_bytes"] == block + 4
+    """Code of the loops, each counted once: a block read for the sums, read again for the gradient, and written.
+
+    All of that for blocks of classes alone, and for those with padding. A row that is ignored is written alone.
+    """
+    case, itemsize = ("linear_cross_entropy V=50257", dtype), ITEMSIZE[dtype]
+    rows = [row for row in compiled("sm_90") if (row["case"], row["dtype"]) == case]
+    assert len(rows) == 3
+    for row in rows:
+        block = row["BLOCK"] * itemsize
+        assert row["loaded_bytes"] == 2 * 2 * block + 8 + itemsize  # the target, and its logit
+        assert row["stored_bytes"] == 2 * (block + 4) + block + itemsize  # losses; the target's gradient
 
 
 @pytest.mark.slow
