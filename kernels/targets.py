@@ -27,6 +27,7 @@ class Compiled:
     occupancy: float  # the share of a processor's warps that can run at once
     matrix_instructions: int
     matrix_units: str  # the kinds of these instructions, such as "wgmma"
+    serialised: bool  # of "wgmma": each product waits for the one before it, because the compiler gave up
     bulk_copies: int  # of whole tiles between global and shared memory, by tensor descriptors
     loads: int  # of global memory, copies to shared memory included
     stores: int  # to global memory
@@ -49,7 +50,7 @@ class Target:
     registers: int  # of a processor, in 32 bits, one for each thread
     warps: int  # of a processor
     programs: int  # of a processor
-    read: Callable[[Any, Target], tuple[int, int, list[tuple[str, int]]]]  # registers, spills, accesses
+    read: Callable[[Any, Target], tuple[int, int, bool, list[tuple[str, int]]]]  # as _read_nvidia
     reserved_shared: int = 1024  # bytes of every program that the system takes
 
     def occupancy(self, warps: int, registers: int, shared: int) -> float:
@@ -68,7 +69,7 @@ class Target:
     def compile(self, source: ASTSource, options: dict[str, int]) -> Compiled:
         """Compile for this target."""
         compiled = triton.compile(source, target=self.gpu, options=options)
-        registers, spilled, accesses = self.read(compiled, self)
+        registers, spilled, serialised, accesses = self.read(compiled, self)
         shared = compiled.metadata.shared
         moved = sum(size for _, size in accesses)
         loaded, stored = _program_bytes(compiled.asm["ttir"])
@@ -81,6 +82,7 @@ class Target:
             occupancy=self.occupancy(compiled.metadata.num_warps, registers, shared),
             matrix_instructions=sum(matrix.values()),
             matrix_units="+".join(unit for unit, count in matrix.items() if count > 0),
+            serialised=serialised,
             bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.tensor", assembly)),
             loads=sum(kind == "load" for kind, _ in accesses),
             stores=sum(kind == "store" for kind, _ in accesses),
@@ -110,7 +112,8 @@ def _program_bytes(ttir: str) -> tuple[int, int]:
     return total["load"], total["store"]
 
 
-def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, int]]]:
+def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple[str, int]]]:
+    """Registers, spilled bytes, whether products are serialised, and the accesses: load or store, and bytes."""
     ptx = compiled.asm["ptx"]
     capability = target.gpu.arch
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +125,8 @@ def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, list[tuple[st
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(found) for found in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
+    # in the words of every cause, each of which has a number: C7514 where sums are read too early, C7515, C7520
+    serialised = "wgmma.mma_async instructions are serialized" in report
     accesses = []
     for kind, suffixes in re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)+)", ptx):
         vector = re.search(r"\.v(\d)", suffixes)
@@ -130,13 +135,13 @@ def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, list[tuple[st
         accesses.append(("load" if kind == "ld" else "store", size))
     for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x[0-9a-f]+)", ptx):
         accesses.append(("load", int(size, 16)))
-    return registers, spilled, accesses
+    return registers, spilled, serialised, accesses
 
 
 _AMD_SIZES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1}
 
 
-def _read_amd(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, int]]]:
+def _read_amd(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple[str, int]]]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -148,7 +153,7 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, list[tuple[str, 
     for kind, size in re.findall(rf"(?:global|buffer)_(load|store)_\w*?({sizes})", assembly):
         accesses.append((kind, _AMD_SIZES[size]))
     # spilled scalar registers go into lanes of vector registers, not to memory
-    return field("vgpr_count"), 4 * field("vgpr_spill_count"), accesses
+    return field("vgpr_count"), 4 * field("vgpr_spill_count"), False, accesses
 
 
 _nvidia = partial(Target, read=_read_nvidia, registers=65_536)

@@ -1,6 +1,8 @@
 """Kernels compile for GPUs that are not here: what the interpreter cannot show."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -9,11 +11,14 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gptfast import costs
 from kernels import codegen as codegen_module
+from kernels.targets import TARGETS as KERNEL_TARGETS
+from kernels.targets import Compiled
 
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 SHARED_LIMIT = {
@@ -73,7 +78,7 @@ def compiled(target: str) -> list[dict]:
     assert {row["dtype"] for row in rows} == set(ITEMSIZE)
     # the exit status says what the rows say
     assert done.returncode == any(
-        row["spilled_bytes"] > 0 or row["shared_bytes"] > SHARED_LIMIT[target] for row in rows
+        row["spilled_bytes"] > 0 or row["shared_bytes"] > SHARED_LIMIT[target] or row["serialised"] for row in rows
     ), done.stderr
     return rows
 
@@ -101,6 +106,74 @@ def test_products_are_the_matrix_units_work(target):
         multiplies = row["kernel"].startswith(MULTIPLY)
         if row["dtype"] == "bfloat16" or not multiplies:
             assert (row["matrix_instructions"] > 0) is multiplies, row
+
+
+@pytest.mark.slow
+def test_no_product_is_serialised():
+    """On the only chip whose products the compiler serialises, and does so silently."""
+    rows = compiled("sm_90")
+    assert len([row for row in rows if row["matrix_units"] == "wgmma"]) > 50
+    assert [row for row in rows if row["serialised"]] == []
+
+
+# the second product adds to the first, in registers that are to be left alone between the two
+PRODUCTS = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry products(.param .u64 out, .param .u64 tile) {{
+  .reg .f32 %f<4>;
+  .reg .b64 %d<2>;
+  .reg .u32 %thread;
+  .reg .pred %some;
+  ld.param.u64 %d0, [out];
+  ld.param.u64 %d1, [tile];
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%f0, %f1, %f2, %f3}}, %d1, %d1, 0, 1, 1, 0, 0;
+  {between}
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%f0, %f1, %f2, %f3}}, %d1, %d1, 1, 1, 1, 0, 0;
+END:
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  st.global.f32 [%d0], %f0;
+  ret;
+}}
+"""
+
+
+SERIALISED_BY = {
+    "nothing": "",
+    "a sum that is written": "ld.global.f32 %f0, [%d0];",
+    "a branch": "mov.u32 %thread, %tid.x; setp.gt.u32 %some, %thread, 512; @%some bra END;",
+}
+
+
+@pytest.mark.parametrize("between", SERIALISED_BY.values(), ids=SERIALISED_BY)
+def test_what_the_assembler_serialises_is_told(between: str):
+    ptx = PRODUCTS.format(between=between)
+    (target,) = (target for target in KERNEL_TARGETS if target.name == "sm_90")
+    _, _, serialised, accesses = target.read(SimpleNamespace(asm={"ptx": ptx}), target)
+    assert serialised is bool(between)
+    assert ("store", 4) in accesses
+
+
+def test_a_serialised_product_is_marked_and_is_an_error(monkeypatch, capsys):
+    fields = {field.name: 0 for field in dataclasses.fields(Compiled)} | {"matrix_instructions": 24}
+    launch = codegen_module.Launch("case", SimpleNamespace(__name__="kernel"), {}, {})
+
+    def printed(serialised: bool, *arguments: str) -> str:
+        got = Compiled(**fields | {"serialised": serialised})
+        monkeypatch.setattr(codegen_module, "results", lambda targets: [(launch, "bfloat16", targets[0], got)])
+        monkeypatch.setattr(codegen_module.tile, "INTERPRETED", SimpleNamespace(value=False))
+        monkeypatch.setattr(sys, "argv", ["codegen", "--target", "sm_90", *arguments])
+        with pytest.raises(SystemExit) as exit_status:
+            codegen_module.main()
+        assert exit_status.value.code is serialised
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert " 24!" in printed(True)
+    assert " 24 " in printed(False)
+    assert json.loads(printed(True, "--json"))["serialised"] is True
 
 
 @pytest.mark.slow
@@ -178,18 +251,27 @@ def test_the_loss_reads_logits_in_wide_pieces(target):
     assert min(row["occupancy"] for row in rows) >= 0.5
     # the rest is the target and its logit, a number to a thread; the widest threads have two to eight logits
     assert [row for row in rows if row["wide_share"] < 0.5 and row["target"] != "gfx942"] == []
-    assert {row["case"].split("V=")[1].split()[0] for row in rows} == {"128", "50257"}
+    variants = {row["case"].removeprefix("linear_cross_entropy ") for row in rows}
+    assert variants == {
+        f"V={classes}{smoothed}{inference}"
+        for classes, smoothed, inference in itertools.product((128, 50_257), ("", " smoothed"), ("", " inference"))
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_the_loss_reads_logits_twice_and_writes_them_once(dtype):
-    """Code of the loops, each counted once: a block read for the sums, read again for the gradient, and written."""
-    case = ("linear_cross_entropy V=50257", dtype)
-    for row in (row for row in compiled("sm_90") if (row["case"], row["dtype"]) == case):
-        block = row["BLOCK"] * ITEMSIZE[dtype]
-        assert row["loaded_bytes"] == 2 * block + 8 + ITEMSIZE[dtype]  # the target, and its logit
-        assert row["stored_bytes"] == block + 4
+    """Code of the loops, each counted once: a block read for the sums, read again for the gradient, and written.
+
+    All of that for blocks of classes alone, and for those with padding. A row that is ignored is written alone.
+    """
+    case, itemsize = ("linear_cross_entropy V=50257", dtype), ITEMSIZE[dtype]
+    rows = [row for row in compiled("sm_90") if (row["case"], row["dtype"]) == case]
+    assert len(rows) == 3
+    for row in rows:
+        block = row["BLOCK"] * itemsize
+        assert row["loaded_bytes"] == 2 * 2 * block + 8 + itemsize  # the target, and its logit
+        assert row["stored_bytes"] == 2 * (block + 4) + block + itemsize  # losses; the target's gradient
 
 
 @pytest.mark.slow

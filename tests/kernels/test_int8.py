@@ -251,14 +251,14 @@ def test_without_gradients_parameters_are_taken(function):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_multiplied_exactly(dtype: torch.dtype):
-    """By each kernel: sums of products that float32 holds, of all integers from -127 to 127."""
-    weight = torch.arange(-127, 128, dtype=torch.int8, device=DEVICE).expand(3, 255).contiguous()
+    """By each kernel: sums of products that float32 holds, of all integers from -128 to 127."""
+    weight = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE).expand(3, 256).contiguous()
     scale = torch.tensor([1.0, 0.5, 2.0], device=DEVICE)
     for rows in (1, 5, 33):
-        x = torch.zeros(rows, 255, device=DEVICE, dtype=dtype)
-        for column in (0, 1, 64, 127, 200, 254):
+        x = torch.zeros(rows, 256, device=DEVICE, dtype=dtype)
+        for column in (0, 1, 64, 127, 128, 129, 200, 255):
             x.zero_()[:, column] = 1.0
-            expected = (column - 127) * scale
+            expected = (column - 128) * scale
             assert torch.equal(kernels.int8_linear(x, weight, scale), expected.to(dtype).expand(rows, 3))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import reference
+from kernels import reference, tuning
 from kernels.loss_launch import chunk_rows
 from memory import peak_bytes
 from oracle import DEVICE
@@ -97,6 +97,62 @@ def test_the_weights_gradient_under_autocast_is_summed_and_handed_over_in_float3
     loss.backward()
     assert loss.dtype == weight.grad.dtype == torch.float32
     assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+@pytest.fixture
+def blocks_of_64():
+    with tuning.forced({"cross_entropy": {"BLOCK": 64, "num_warps": 1}}):
+        yield
+
+
+@pytest.mark.usefixtures("blocks_of_64")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("classes", "padding"), [(63, 0), (64, 0), (128, 0), (128, 3), (129, 0), (130, 200)])
+def test_a_target_in_any_place_of_any_block(classes: int, padding: int, smoothing: float):
+    """In blocks of classes alone and in the last, with what is past the classes: in it, in one of its own, nothing."""
+    targets = torch.tensor([t for t in (5, 0, 129, 64, 63, 62, 127, 128) if t < classes], device=DEVICE)
+    x, weight, _ = problem(len(targets), 8, classes + padding)
+    options = {"reduction": "none", "vocab_size": classes, "label_smoothing": smoothing}
+
+    def results(function, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        loss = function(x, weight, targets, **options)
+        return (loss, *torch.autograd.grad(loss.sum(), (x, weight)))
+
+    exact = results(reference.linear_cross_entropy, *(t.detach().double().requires_grad_() for t in (x, weight)))
+    for got, expected in zip(results(kernels.linear_cross_entropy, x, weight), exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("blocks_of_64")
+@pytest.mark.parametrize("masked", [slice(0, 64), slice(64, 128), slice(128, 150), slice(1, 149)], ids=str)
+def test_classes_that_are_impossible(masked: slice):
+    """Whole blocks of -inf, wherever: a maximum so far that is none yet."""
+    weight = torch.linspace(-3, 3, 150, device=DEVICE)[:, None]
+    weight[masked] = float("-inf")
+    possible = weight[:, 0].isfinite().nonzero()[::20, 0]
+    x = torch.ones(len(possible), 1, device=DEVICE)
+    loss = kernels.linear_cross_entropy(x, weight.requires_grad_(), possible, reduction="none")
+    exact = reference.linear_cross_entropy(x.double(), weight.double(), possible, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
+    expected, got = (torch.autograd.grad(total.sum(), weight)[0] for total in (exact, loss))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not got[masked].any()
+
+
+@pytest.mark.usefixtures("blocks_of_64")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_in_a_row_that_does_not_count_makes_no_difference(value: float, reduction: str):
+    x, weight, targets = problem(6, 8, 100)
+    targets[2] = -100
+    expected, x_bad = x.detach().clone().requires_grad_(), x.detach().clone()
+    x_bad[2] = value
+    upstream = torch.tensor([1.0, 2.0, value, 1.0, 3.0, 1.0], device=DEVICE) if reduction == "none" else None
+    clean = None if upstream is None else upstream.nan_to_num(1.0, 1.0)
+    loss = kernels.linear_cross_entropy(x_bad.requires_grad_(), weight, targets, reduction=reduction)
+    same = kernels.linear_cross_entropy(expected, weight, targets, reduction=reduction)
+    assert torch.equal(loss, same)
+    assert torch.equal(torch.autograd.grad(loss, x_bad, upstream)[0], torch.autograd.grad(same, expected, clean)[0])
 
 
 def test_rows_that_do_not_count():
