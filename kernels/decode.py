@@ -97,12 +97,13 @@ def _blocks(head_size: int, elements: int, warps: int) -> Options:
     return {"BN": keys, "num_warps": warps, "per_processor": 4, "shortest": max(keys, 128)}
 
 
-_PART = Tunable(
-    "decode",
-    lambda architecture, head_size, keys, heads, dtype: [
-        _blocks(head_size, elements, warps) for elements, warps in ((4096, 4), (8192, 8), (2048, 4))
-    ],
-)
+def _choices(architecture: str, head_size: int, keys: int, heads: int, dtype: torch.dtype) -> list[Options]:
+    # of float32, 4096 numbers by four warps would spill
+    sizes = ((2048, 4), (8192, 8)) if dtype == torch.float32 else ((4096, 4), (8192, 8), (2048, 4))
+    return [_blocks(head_size, elements, warps) for elements, warps in sizes]
+
+
+_PART = Tunable("decode", _choices)
 _MOST_PARTS = 64
 
 

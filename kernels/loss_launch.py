@@ -18,8 +18,9 @@ def _choices(architecture: str, classes: int, dtype: torch.dtype, gradient: bool
 
     Wide programs are fewer at once, so that their rows are still in L2 when they are read a second time.
     """
-    blocks = ((8192, 32), (2048, 8), (1024, 4)) if classes > 4096 else ((1024, 4), (2048, 8))
-    return [{"BLOCK": block, "num_warps": warps} for block, warps in blocks]
+    blocks = (8192, 2048, 1024) if classes > 4096 else (1024, 2048)
+    threads = 64 if architecture.startswith("gfx") else 32  # of a warp
+    return [{"BLOCK": block, "num_warps": block // 8 // threads} for block in blocks]
 
 
 _CROSS_ENTROPY = Tunable("cross_entropy", _choices)

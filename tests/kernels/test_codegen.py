@@ -109,6 +109,13 @@ def test_products_are_the_matrix_units_work(target):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_program_has_more_threads_than_chips_run(target):
+    width = 64 if target.startswith("gfx") else 32
+    assert max(row.get("num_warps", 4) for row in compiled(target)) * width <= 1024
+
+
+@pytest.mark.slow
 def test_no_product_is_serialised():
     """On the only chip whose products the compiler serialises, and does so silently."""
     rows = compiled("sm_90")
