@@ -124,6 +124,14 @@ def test_attention_drops_by_head_query_and_key():
     assert torch.equal(mask, expected)
 
 
+@pytest.mark.parametrize("width", [3, 70, 8209])  # one row, held or in chunks
+def test_the_norm_drops_by_row_and_column(width):
+    x = torch.ones(5, width, device=DEVICE)
+    h = kernels.add_layer_norm(x, torch.zeros_like(x), None, None, dropout_p=0.4, seed=11)[1]
+    expected = expected_elements(11, np.arange(5)[:, None], np.arange(width)[None, :], 0.4)
+    assert torch.equal((h != 0).cpu(), expected)
+
+
 @pytest.mark.parametrize("p", [0.5, 0.1, 1e-6, 2**-32, 1e-12, 1 - 1e-6, 1 - 2**-32, 1 - 2**-50])
 def test_the_share_of_words_below_the_threshold_is_what_was_asked_for(p):
     threshold, growth = philox.scaled(p)
