@@ -22,7 +22,7 @@ def _load_h(
     h = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
         kept = philox.kept_elements(seed, rows, first_col, threshold, BM, BN)
-        h = tl.where(kept, h * grow, 0.0)
+        h = tl.where(kept, h, 0.0) * grow
     if ADD:
         p_residual = residual_ptr + rows[:, None] * stride_residual_row + cols[None, :]
         h += tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
