@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels import tile
+from kernels import philox, tile
 
 
 @triton.jit
@@ -62,20 +62,14 @@ def _of_head(source, batch, head, stride_batch, stride_head, DESCRIPTORS: tl.con
 
 
 @triton.jit
-def _kept(seed, head, query, key, n_queries, n_keys, dropout_p):
-    """Whether dropout keeps the probability of each (query, key): a pure function of seed and position."""
-    element = (head.to(tl.int64) * n_queries + query) * n_keys + key
-    return tl.rand(seed, element) >= dropout_p
-
-
-@triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k_source, v_source, batch, head, queries, first_key, last_key,
-    stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+    acc, row_sum, row_max, q, k_source, v_source, batch, head, first_query, first_key, last_key,
+    stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [first_key, last_key) into the running softmax of one tile of queries."""
+    queries = first_query + tl.arange(0, q.shape[0])
     for start in range(first_key, last_key, BN):
         keys = start + tl.arange(0, BN)
         k = _load_rows(k_source, batch, head, start, stride_k_row, n_keys, MASKED, DESCRIPTORS, BN, D, BD)  # [BN, BD]
@@ -94,8 +88,8 @@ def _attend(
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
         if DROPOUT:
-            kept = _kept(seed, batch_head, queries.to(tl.int64)[:, None], keys[None, :], n_queries, n_keys, dropout_p)
-            p = tl.where(kept, p / (1.0 - dropout_p), 0.0)
+            kept = philox.kept_scores(seed, batch_head, first_query, start, threshold, q.shape[0], BN, False)
+            p = tl.where(kept, p, 0.0)
         v = _load_rows(v_source, batch, head, start, stride_v_row, n_keys, MASKED, DESCRIPTORS, BN, D, BD)  # [BN, BD]
         acc = tile.dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         row_max = new_max
@@ -107,7 +101,7 @@ def _attention_forward_kernel(
     q, k, v, o, lse_ptr, seed_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_o_batch, stride_o_head, stride_o_row,
-    n_heads, n_batch_heads, n_queries, n_keys, scale_log2, dropout_p,
+    n_heads, n_batch_heads, n_queries, n_keys, scale_log2, threshold, grow,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -130,20 +124,22 @@ def _attention_forward_kernel(
     unmasked_end = (first_query + 1 + n_keys - n_queries) // BN * BN
     end = tl.minimum(first_query + BM + n_keys - n_queries, n_keys)
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, b_q, k, v, batch, head, queries, 0, unmasked_end,
-        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        acc, row_sum, row_max, b_q, k, v, batch, head, first_query, 0, unmasked_end,
+        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold,
         MASKED=False, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, b_q, k, v, batch, head, queries, unmasked_end, end,
-        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        acc, row_sum, row_max, b_q, k, v, batch, head, first_query, unmasked_end, end,
+        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold,
         MASKED=True, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BN=BN, D=D, BD=BD,
-    )  # fmt: skip
-    _store_rows(
-        o, batch, head, first_query, stride_o_row, n_queries, acc / row_sum[:, None], DESCRIPTORS, BM, D, BD
     )  # fmt: skip
     lse_offset = batch_head.to(tl.int64) * n_queries + queries
     tl.store(lse_ptr + lse_offset, row_max + tl.log2(row_sum), mask=queries < n_queries)
+    if DROPOUT:
+        row_sum /= grow
+    _store_rows(
+        o, batch, head, first_query, stride_o_row, n_queries, acc / row_sum[:, None], DESCRIPTORS, BM, D, BD
+    )  # fmt: skip
 
 
 @triton.jit
@@ -175,12 +171,13 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, keys, first_query, last_query,
-    stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+    dk, dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, first_key, first_query, last_query,
+    stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [first_query, last_query) to the gradients of one tile of keys. Works on transposed scores."""
+    keys = first_key + tl.arange(0, BN)
     for start in range(first_query, last_query, BM):
         queries = start + tl.arange(0, BM)
         b_q = _load_rows(q, batch, head, start, stride_q_row, n_queries, True, DESCRIPTORS, BM, D, BD)  # [BM, BD]
@@ -195,9 +192,9 @@ def _accumulate_dk_dv(
         dp = tile.dot(b_v, tl.trans(b_do), zeros, PRECISION)  # [BN, BM]
         p_dropped = p
         if DROPOUT:
-            kept = _kept(seed, batch_head, queries.to(tl.int64)[None, :], keys[:, None], n_queries, n_keys, dropout_p)
-            p_dropped = tl.where(kept, p / (1.0 - dropout_p), 0.0)
-            dp = tl.where(kept, dp / (1.0 - dropout_p), 0.0)
+            kept = philox.kept_scores(seed, batch_head, start, first_key, threshold, BM, BN, True)  # [BN, BM]
+            p_dropped = tl.where(kept, p, 0.0)
+            dp = tl.where(kept, dp, 0.0) * grow
         dv = tile.dot(p_dropped.to(b_do.dtype), b_do, dv, PRECISION)
         dk = tile.dot((p * (dp - delta[None, :])).to(b_q.dtype), b_q, dk, PRECISION)
     return dk, dv
@@ -209,7 +206,7 @@ def _attention_dk_dv_kernel(
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_do_batch, stride_do_head, stride_do_row,
     stride_dk_batch, stride_dk_head, stride_dk_row,
-    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, dropout_p,
+    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, threshold, grow,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +224,6 @@ def _attention_dk_dv_kernel(
     delta_ptr += batch_head.to(tl.int64) * n_padded
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
-    keys = first_key + tl.arange(0, BN)
     b_k = _load_rows(k, batch, head, first_key, stride_k_row, n_keys, True, DESCRIPTORS, BN, D, BD)  # [BN, BD]
     b_v = _load_rows(v, batch, head, first_key, stride_v_row, n_keys, True, DESCRIPTORS, BN, D, BD)  # [BN, BD]
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
@@ -237,27 +233,30 @@ def _attention_dk_dv_kernel(
     unmasked = tl.maximum(first_key + BN - 1 - (n_keys - n_queries), 0)
     unmasked = tl.minimum(tl.cdiv(unmasked, BM) * BM, n_queries)
     b_dk, b_dv = _accumulate_dk_dv(
-        b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, keys, diagonal, unmasked,
-        stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, first_key, diagonal, unmasked,
+        stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
         MASKED=True, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BM=BM, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     b_dk, b_dv = _accumulate_dk_dv(
-        b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, keys, unmasked, n_queries,
-        stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, batch, head, first_key, unmasked, n_queries,
+        stride_q_row, stride_do_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
         MASKED=False, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BM=BM, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     _store_rows(dk, batch, head, first_key, stride_dk_row, n_keys, b_dk * scale, DESCRIPTORS, BN, D, BD)
+    if DROPOUT:
+        b_dv *= grow
     _store_rows(dv, batch, head, first_key, stride_dk_row, n_keys, b_dv, DESCRIPTORS, BN, D, BD)
 
 
 @triton.jit
 def _accumulate_dq(
-    dq, b_q, b_do, lse, delta, k, v, batch, head, queries, first_key, last_key,
-    stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+    dq, b_q, b_do, lse, delta, k, v, batch, head, first_query, first_key, last_key,
+    stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [first_key, last_key) to the gradient of one tile of queries."""
+    queries = first_query + tl.arange(0, b_q.shape[0])
     for start in range(first_key, last_key, BN):
         keys = start + tl.arange(0, BN)
         b_k = _load_rows(k, batch, head, start, stride_k_row, n_keys, MASKED, DESCRIPTORS, BN, D, BD)  # [BN, BD]
@@ -269,8 +268,8 @@ def _accumulate_dq(
             p = tl.where(seen, p, 0.0)
         dp = tile.dot(b_do, tl.trans(b_v), zeros, PRECISION)  # [BM, BN]
         if DROPOUT:
-            kept = _kept(seed, batch_head, queries.to(tl.int64)[:, None], keys[None, :], n_queries, n_keys, dropout_p)
-            dp = tl.where(kept, dp / (1.0 - dropout_p), 0.0)
+            kept = philox.kept_scores(seed, batch_head, first_query, start, threshold, b_q.shape[0], BN, False)
+            dp = tl.where(kept, dp, 0.0) * grow
         dq = tile.dot((p * (dp - delta[:, None])).to(b_k.dtype), b_k, dq, PRECISION)
     return dq
 
@@ -281,7 +280,7 @@ def _attention_dq_kernel(
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_do_batch, stride_do_head, stride_do_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
-    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, dropout_p,
+    n_heads, n_batch_heads, n_queries, n_keys, n_padded, scale, scale_log2, threshold, grow,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -305,13 +304,13 @@ def _attention_dq_kernel(
     unmasked_end = (first_query + 1 + n_keys - n_queries) // BN * BN
     end = tl.minimum(first_query + BM + n_keys - n_queries, n_keys)
     b_dq = _accumulate_dq(
-        b_dq, b_q, b_do, lse, delta, k, v, batch, head, queries, 0, unmasked_end,
-        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        b_dq, b_q, b_do, lse, delta, k, v, batch, head, first_query, 0, unmasked_end,
+        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
         MASKED=False, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     b_dq = _accumulate_dq(
-        b_dq, b_q, b_do, lse, delta, k, v, batch, head, queries, unmasked_end, end,
-        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, dropout_p,
+        b_dq, b_q, b_do, lse, delta, k, v, batch, head, first_query, unmasked_end, end,
+        stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold, grow,
         MASKED=True, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BN=BN, D=D, BD=BD,
     )  # fmt: skip
     _store_rows(dq, batch, head, first_query, stride_dq_row, n_queries, b_dq * scale, DESCRIPTORS, BM, D, BD)

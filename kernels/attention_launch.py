@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import runtime
+from kernels import philox, runtime
 from kernels.attention_kernels import (
     _attention_delta_kernel,
     _attention_dk_dv_kernel,
@@ -29,20 +29,15 @@ _POINTERS_HALF: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "dk_dv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
     "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
 }
-_POINTERS_HALF_DROPOUT: dict[str, tuple[Blocks, Blocks, Blocks]] = {
-    "forward": ((128, 32, 8, 3), (64, 32, 8, 3), (64, 32, 8, 2)),
-    "dk_dv": ((16, 128, 8, 2), (16, 64, 8, 2), (32, 32, 8, 1)),
-    "dq": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-}
 _FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "forward": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "dk_dv": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "dq": ((32, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 _FLOAT32_DROPOUT: dict[str, tuple[Blocks, Blocks, Blocks]] = {
-    "forward": ((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
-    "dk_dv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    "dq": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+    "forward": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "dk_dv": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
+    "dq": ((32, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
 }
 # AMD's: warps of 64 threads, 64 KiB of shared memory and no copies in the background
 _AMD_HALF: dict[str, tuple[Blocks, Blocks, Blocks]] = {
@@ -64,15 +59,20 @@ _DESCRIPTORS: dict[str, tuple[Blocks | None, ...]] = {
     "dq": ((128, 64, 8, 3), (128, 64, 8, 3), None),
 }
 _DESCRIPTORS_DROPOUT: dict[str, tuple[Blocks | None, ...]] = {
-    "forward": ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "dk_dv": ((32, 64, 4, 2), (32, 64, 8, 2), None),
-    "dq": ((128, 32, 8, 2), (128, 32, 8, 2), None),
+    "forward": ((128, 64, 8, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
+    "dk_dv": ((64, 64, 4, 3), (32, 64, 4, 3), None),
+    "dq": ((64, 64, 4, 3), (64, 32, 4, 3), None),
 }
 # what a measurement tries beside them
 _OTHER_DESCRIPTORS: dict[str, tuple[tuple[Blocks, ...], ...]] = {
     "forward": (((128, 64, 4, 3), (128, 128, 8, 3)), ((128, 32, 8, 3), (128, 128, 8, 3)), ()),
     "dk_dv": (((64, 128, 8, 3), (32, 64, 4, 3)), ((32, 128, 8, 3),), ()),
     "dq": (((128, 64, 4, 3), (64, 64, 4, 3)), ((64, 64, 4, 2), (64, 32, 4, 3)), ()),
+}
+_OTHER_DESCRIPTORS_DROPOUT: dict[str, tuple[tuple[Blocks, ...], ...]] = {
+    "forward": (((64, 64, 4, 3),), ((64, 64, 4, 3), (128, 64, 8, 3)), ()),
+    "dk_dv": (((32, 64, 4, 3),), ((16, 64, 4, 3),), ()),
+    "dq": ((), ((128, 64, 8, 3),), ()),
 }
 
 
@@ -81,7 +81,7 @@ def _pointers(pass_name: str, architecture: str, size: int, dtype: torch.dtype, 
         return (_AMD_FLOAT32 if dtype == torch.float32 else _AMD_HALF)[pass_name][size]
     if dtype == torch.float32:
         return (_FLOAT32_DROPOUT if dropout else _FLOAT32)[pass_name][size]
-    return (_POINTERS_HALF_DROPOUT if dropout else _POINTERS_HALF)[pass_name][size]
+    return _POINTERS_HALF[pass_name][size]
 
 
 def _choices(
@@ -90,16 +90,16 @@ def _choices(
     """The configurations of the pass `forward`, `dk_dv` or `dq`, the likeliest first."""
     size = 0 if head_size <= 64 else 1 if head_size == 128 else 2
     pointers = _options(False, _pointers(pass_name, architecture, size, dtype, dropout))
-    first = (_DESCRIPTORS_DROPOUT if dropout else _DESCRIPTORS)[pass_name][size]
     few_registers = architecture.startswith("sm_12")  # products there take their operands through registers
+    first = (_DESCRIPTORS_DROPOUT if dropout else _DESCRIPTORS)[pass_name][size]
     if (
         first is None
         or not described
         or not on_chip(architecture)
-        or (few_registers and (pass_name != "forward" or size == 2))
+        or (few_registers and (pass_name != "forward" or size + dropout > 1))
     ):
         return [pointers]
-    others = () if dropout or few_registers else _OTHER_DESCRIPTORS[pass_name][size]
+    others = () if few_registers else (_OTHER_DESCRIPTORS_DROPOUT if dropout else _OTHER_DESCRIPTORS)[pass_name][size]
     return [_options(True, blocks) for blocks in (first, *others)] + [pointers]
 
 
@@ -150,7 +150,8 @@ def launch_forward(
         with runtime.on_device(q):
             _attention_forward_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 *operands, lse, seed, *strides,
-                heads, batch * heads, n_queries, k.shape[2], scale * LOG2_E, dropout_p, **_constants(q, seed, options),
+                heads, batch * heads, n_queries, k.shape[2], scale * LOG2_E, *philox.scaled(dropout_p),
+                **_constants(q, seed, options),
             )  # fmt: skip
 
     _FORWARD.launch(launch, q.device, *_problem(q, k, seed, describable(q, k, v, o)))
@@ -171,7 +172,7 @@ def launch_backward(
     n_padded = runtime.cdiv(n_queries, _LONGEST_TILE) * _LONGEST_TILE
     padded_lse, delta = torch.empty(2, batch, heads, n_padded, dtype=torch.float32, device=q.device)
     inputs = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (heads, batch * heads, n_queries, n_keys, n_padded, scale, scale * LOG2_E, dropout_p)
+    sizes = (heads, batch * heads, n_queries, n_keys, n_padded, scale, scale * LOG2_E, *philox.scaled(dropout_p))
     rows = max(16, 2048 // padded(head_size))
     with runtime.on_device(q):
         _attention_delta_kernel[(n_padded // rows * batch * heads,)](

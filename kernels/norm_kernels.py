@@ -9,22 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _kept(seed, rows, cols, width, dropout_p):
-    """Whether dropout keeps each element of [rows, cols]: a pure function of seed and position."""
-    return tl.rand(seed, rows[:, None] * width + cols[None, :]) >= dropout_p
+from kernels import philox
 
 
 @triton.jit
 def _load_h(
-    x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
-    ADD: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, residual_ptr, h_ptr, rows, first_col, mask, width, stride_x_row, stride_residual_row,
+    seed, threshold, grow, ADD: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tile [BM, BN] that is normalised, in float32: x, or residual + dropout(x), which is stored as h."""
+    cols = first_col + tl.arange(0, BN)
     h = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        h = tl.where(_kept(seed, rows, cols, width, dropout_p), h / (1.0 - dropout_p), 0.0)
+        kept = philox.kept_elements(seed, rows, first_col, threshold, BM, BN)
+        h = tl.where(kept, h, 0.0) * grow
     if ADD:
         p_residual = residual_ptr + rows[:, None] * stride_residual_row + cols[None, :]
         h += tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
@@ -47,7 +45,7 @@ def _load_columns(ptr, cols, width, PRESENT: tl.constexpr, ABSENT: tl.constexpr)
 @triton.jit
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_rows, width, stride_x_row, stride_residual_row, eps, dropout_p,
+    n_rows, width, stride_x_row, stride_residual_row, eps, threshold, grow,
     ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +55,8 @@ def _layer_norm_forward_kernel(
     mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
     h = _load_h(
-        x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
-        ADD, DROPOUT,
+        x_ptr, residual_ptr, h_ptr, rows, 0, mask, width, stride_x_row, stride_residual_row,
+        seed, threshold, grow, ADD, DROPOUT, BM, BN,
     )  # fmt: skip  # [BM, BN]
     mean = tl.sum(h, axis=1) / width  # [BM]
     centred = tl.where(mask, h - mean[:, None], 0.0)
@@ -74,7 +72,7 @@ def _layer_norm_forward_kernel(
 @triton.jit
 def _layer_norm_forward_chunked_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_rows, width, stride_x_row, stride_residual_row, eps, dropout_p,
+    n_rows, width, stride_x_row, stride_residual_row, eps, threshold, grow,
     ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +85,8 @@ def _layer_norm_forward_chunked_kernel(
         cols = start + tl.arange(0, BN)
         mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
         h = _load_h(
-            x_ptr, residual_ptr, h_ptr, rows, cols, mask, width, stride_x_row, stride_residual_row, seed, dropout_p,
-            ADD, DROPOUT,
+            x_ptr, residual_ptr, h_ptr, rows, start, mask, width, stride_x_row, stride_residual_row,
+            seed, threshold, grow, ADD, DROPOUT, BM, BN,
         )  # fmt: skip  # [1, BN]
         # sums of centred squares, merged chunk by chunk (Chan et al. 1979): nothing cancels
         count = tl.minimum(width - start, BN).to(tl.float32)
@@ -125,17 +123,19 @@ def _load_backward_tile(dy_ptr, h_ptr, mean, rstd, rows, cols, mask, stride_dy_r
 
 @triton.jit
 def _store_gradients(
-    dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
-    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
+    dh, dh_ptr, dresidual_ptr, dx_ptr, rows, first_col, mask, width, stride_dh_row, seed, threshold, grow,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of h, to which that of its other readers is added, and through the dropout that of x."""
+    cols = first_col + tl.arange(0, BN)
     if HAS_DH:
         dh += tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     offsets = rows[:, None] * width + cols[None, :]
     tl.store(dresidual_ptr + offsets, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if STORE_DX:
         if DROPOUT:
-            dh = tl.where(_kept(seed, rows, cols, width, dropout_p), dh / (1.0 - dropout_p), 0.0)
+            kept = philox.kept_elements(seed, rows, first_col, threshold, BM, BN)
+            dh = tl.where(kept, dh * grow, 0.0)
         tl.store(dx_ptr + offsets, dh.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -157,7 +157,7 @@ def _store_sums(
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
     dresidual_ptr, dx_ptr, sums_ptr,
-    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
+    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, threshold, grow,
     HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -180,8 +180,8 @@ def _layer_norm_backward_kernel(
         along_x_hat = tl.sum(dx_hat * x_hat, axis=1) / width  # [BM]
         dh = (dx_hat - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]  # [BM, BN]
         _store_gradients(
-            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
-            HAS_DH, DROPOUT, STORE_DX,
+            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, 0, mask, width, stride_dh_row, seed, threshold, grow,
+            HAS_DH, DROPOUT, STORE_DX, BM, BN,
         )  # fmt: skip
         if WEIGHT_GRADIENT:
             dweight += tl.sum(dy * x_hat, axis=0)
@@ -194,7 +194,7 @@ def _layer_norm_backward_kernel(
 def _layer_norm_backward_chunked_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
     dresidual_ptr, dx_ptr, sums_ptr,
-    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, dropout_p,
+    n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, threshold, grow,
     HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -220,8 +220,8 @@ def _layer_norm_backward_chunked_kernel(
         dx_hat = dy * _load_columns(weight_ptr, cols, width, HAS_WEIGHT, 1.0)[None, :]
         dh = (dx_hat - (along_one / width)[:, None] - x_hat * (along_x_hat / width)[:, None]) * rstd[:, None]
         _store_gradients(
-            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, cols, mask, width, stride_dh_row, seed, dropout_p,
-            HAS_DH, DROPOUT, STORE_DX,
+            dh, dh_ptr, dresidual_ptr, dx_ptr, rows, start, mask, width, stride_dh_row, seed, threshold, grow,
+            HAS_DH, DROPOUT, STORE_DX, BM, BN,
         )  # fmt: skip
 
 

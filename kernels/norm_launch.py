@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import runtime
+from kernels import philox, runtime
 from kernels.norm_kernels import (
     _layer_norm_backward_chunked_kernel,
     _layer_norm_backward_kernel,
@@ -106,7 +106,8 @@ def launch_forward(
         with runtime.on_device(x):
             kernel[(runtime.cdiv(n_rows, options["BM"]),)](
                 rows, residual_rows, weight, bias, seed, y, h, mean, rstd,
-                n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps, dropout_p,
+                n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0),
+                eps, *philox.scaled(dropout_p),
                 ADD=residual is not None, DROPOUT=seed is not None, HAS_WEIGHT=weight is not None,
                 HAS_BIAS=bias is not None, **options,
             )  # fmt: skip
@@ -140,7 +141,7 @@ def launch_backward(
         with runtime.on_device(h):
             kernel[(programs,)](
                 dy, dh, h, weight, mean, rstd, seed, dresidual, dx, sums,
-                n_rows, width, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), dropout_p,
+                n_rows, width, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), *philox.scaled(dropout_p),
                 HAS_DH=dh is not None, DROPOUT=seed is not None, STORE_DX=dx is not None,
                 HAS_WEIGHT=weight is not None, **wanted, **blocks,
             )  # fmt: skip

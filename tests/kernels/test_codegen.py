@@ -218,6 +218,21 @@ def test_attention_fits_every_chip(target):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
+def test_random_numbers_are_drawn_where_they_are_used(target):
+    """With dropout and without, the same blocks take the same shared memory: no mask is moved between threads."""
+    shared = {}
+    for row in compiled(target):
+        if row["case"].startswith("causal_attention") and row["dtype"] == "bfloat16":
+            case = row["case"].removesuffix(" dropout")
+            key = json.dumps([case, row["kernel"], *(row.get(name) for name in KEY[3:])])
+            shared.setdefault(key, {})[row["case"] != case] = row["shared_bytes"]
+    both = [by_dropout for by_dropout in shared.values() if len(by_dropout) == 2]
+    assert len(both) >= 12
+    assert [by_dropout for by_dropout in both if by_dropout[True] != by_dropout[False]] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_decoding_reads_the_cache_in_wide_pieces(target):
     rows = [row for row in compiled(target) if row["case"].startswith("decode_attention")]
