@@ -47,8 +47,8 @@ _AMD_HALF: dict[str, tuple[Blocks, Blocks, Blocks]] = {
 }
 _AMD_FLOAT32: dict[str, tuple[Blocks, Blocks, Blocks]] = {
     "forward": ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    "dk_dv": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    "dq": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "dk_dv": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    "dq": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
 }
 # By tensor descriptors; where there is none the pointers' blocks are taken. The next tile is asked for when one is done
 # with: only from three stages on it is there when its turn comes. Tiles of 64 rows are those of four warps, the group
