@@ -97,6 +97,13 @@ def _attend(
 
 
 @triton.jit
+def _store_lse(lse_ptr, batch_head, queries, n_queries, row_max, row_sum):
+    """Write the log2-sum-exp2 of each query's scores."""
+    p_lse = lse_ptr + batch_head.to(tl.int64) * n_queries + queries
+    tl.store(p_lse, row_max + tl.log2(row_sum), mask=queries < n_queries)
+
+
+@triton.jit
 def _attention_forward_kernel(
     q, k, v, o, lse_ptr, seed_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
@@ -133,13 +140,15 @@ def _attention_forward_kernel(
         stride_k_row, stride_v_row, n_queries, n_keys, scale_log2, seed, batch_head, threshold,
         MASKED=True, DROPOUT=DROPOUT, PRECISION=PRECISION, DESCRIPTORS=DESCRIPTORS, BN=BN, D=D, BD=BD,
     )  # fmt: skip
-    lse_offset = batch_head.to(tl.int64) * n_queries + queries
-    tl.store(lse_ptr + lse_offset, row_max + tl.log2(row_sum), mask=queries < n_queries)
     if DROPOUT:
+        # what was kept grows, and the log-sum-exp does not
+        _store_lse(lse_ptr, batch_head, queries, n_queries, row_max, row_sum)
         row_sum /= grow
     _store_rows(
         o, batch, head, first_query, stride_o_row, n_queries, acc / row_sum[:, None], DESCRIPTORS, BM, D, BD
     )  # fmt: skip
+    if not DROPOUT:  # last: then it has registers
+        _store_lse(lse_ptr, batch_head, queries, n_queries, row_max, row_sum)
 
 
 @triton.jit
