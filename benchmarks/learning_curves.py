@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tyro
 
 from benchmarks.measuring import machine, result_files
+from benchmarks.measuring.endings import told_in_a_line
 from benchmarks.measuring.processes import RunError, finished
 from benchmarks.reporting import learning
 from benchmarks.reporting.markdown import grid
@@ -61,19 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and compare; exit status 2 for what cannot be trained, 1 if a run fails."""
     program = "python -m benchmarks.learning_curves"
     options, training = tyro.cli(Options, prog=program, args=arguments, return_unknown_args=True)
-    try:
+    with told_in_a_line("benchmarks.learning_curves"):
         measure(options, training)
-    except ValueError as error:
-        _exit(2, str(error))
-    except (OSError, RuntimeError) as error:
-        _exit(1, str(error))
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
-
-
-def _exit(status: int, message: str) -> NoReturn:
-    print(f"benchmarks.learning_curves: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def measure(options: Options, training: list[str]) -> None:

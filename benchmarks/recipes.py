@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 import tyro
 
 from benchmarks.measuring import machine, result_files
+from benchmarks.measuring.endings import told_in_a_line
 from benchmarks.measuring.recipe_runs import GPTFAST, NANOGPT, RECIPES, Outcome, Plan, Recipe, Runs, shown
 from benchmarks.measuring.timing import percentiles
 from benchmarks.reporting import units
@@ -64,19 +64,8 @@ class Sides(Protocol):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure; exit status 2 for what cannot be measured, 1 if a run fails."""
     options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=arguments)
-    try:
+    with told_in_a_line("benchmarks.recipes"):
         measure(options)
-    except ValueError as error:
-        _exit(2, str(error))
-    except (OSError, RuntimeError) as error:
-        _exit(1, str(error))
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
-
-
-def _exit(status: int, message: str) -> NoReturn:
-    print(f"benchmarks.recipes: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def measure(options: Options) -> None:
