@@ -20,6 +20,8 @@ setup(
     python_requires=">=3.11",
     packages=[
         "gptfast",
+        "gptfast.checkpoint",
+        "gptfast.commands",
         "gptfast.data",
         "gptfast.evaluation",
         "gptfast.generation",

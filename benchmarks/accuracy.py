@@ -17,22 +17,22 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.measuring import machine, result_files, shapes
-from benchmarks.measuring.comparison import Case, relative_error, run
-from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.measuring import machine, operator_cases, result_files
+from benchmarks.measuring.operator_bench import Case, relative_error, run
+from benchmarks.measuring.operator_providers import PROVIDERS
 from benchmarks.reporting.markdown import escape, grid
 from kernels import runtime
 
 # each operator's sizes, and those for the interpreter
 _CASES: tuple[tuple[Callable[..., Case], tuple[int, ...], tuple[int, ...]], ...] = (
-    (shapes.layer_norm, (8192, 768), (256, 768)),
-    (shapes.add_layer_norm, (8192, 768), (256, 768)),
-    (shapes.gelu_ffn, (8192, 768), (128, 256)),
-    (shapes.causal_attention, (8, 12, 1024, 64), (1, 2, 256, 64)),
-    (shapes.causal_attention_qkvpacked, (8, 12, 1024, 64), (1, 2, 256, 64)),
-    (shapes.decode_attention, (8, 12, 1024, 64), (2, 2, 512, 64)),
-    (shapes.int8_linear, (16, 768, 50_304), (4, 256, 512)),
-    (shapes.linear_cross_entropy, (8192, 768, 50_304), (128, 256, 1024)),
+    (operator_cases.layer_norm, (8192, 768), (256, 768)),
+    (operator_cases.add_layer_norm, (8192, 768), (256, 768)),
+    (operator_cases.gelu_ffn, (8192, 768), (128, 256)),
+    (operator_cases.causal_attention, (8, 12, 1024, 64), (1, 2, 256, 64)),
+    (operator_cases.causal_attention_qkvpacked, (8, 12, 1024, 64), (1, 2, 256, 64)),
+    (operator_cases.decode_attention, (8, 12, 1024, 64), (2, 2, 512, 64)),
+    (operator_cases.int8_linear, (16, 768, 50_304), (4, 256, 512)),
+    (operator_cases.linear_cross_entropy, (8192, 768, 50_304), (128, 256, 1024)),
 )
 _NARROW, _FULL = (torch.float32, torch.float16), (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measuring import machine, models
-from benchmarks.measuring.comparison import Case, Comparison, first_line
-from benchmarks.measuring.harness import Comparable, NoGPU
-from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
-from benchmarks.measuring.models import ModelCase
-from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.measuring import machine, model_providers
+from benchmarks.measuring.model_bench import GenerationComparison, TrainingComparison
+from benchmarks.measuring.model_providers import ModelCase
+from benchmarks.measuring.operator_bench import Case, Comparison, first_line
+from benchmarks.measuring.operator_providers import PROVIDERS
+from benchmarks.measuring.pytest_bridge import Comparable, NoGPU
 from benchmarks.reporting import results
-from gptfast import peaks
+from gptfast import hardware
 
 LIMITS = pytest.StashKey[dict[str, Any]]()
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     try:
-        peaks.describe(torch.device("meta"))
+        hardware.describe(torch.device("meta"))
     except ValueError as error:  # an override that is no number: say so before hours of measuring, not after
         raise pytest.UsageError(str(error)) from error
     budget = config.getoption("time_budget")
@@ -132,7 +132,7 @@ def comparison(request: pytest.FixtureRequest, case: Case | ModelCase, device: t
         if isinstance(case, Case):
             compared = Comparison(case, [PROVIDERS[case.suite][name] for name in names], device, limits)
         else:
-            known = models.providers(request.config.getoption("nanogpt"))
+            known = model_providers.providers(request.config.getoption("nanogpt"))
             kind = TrainingComparison if case.suite == "training" else GenerationComparison
             compared = kind(case, [known[name] for name in names], device, limits)
     except torch.OutOfMemoryError as error:

@@ -18,12 +18,12 @@ import tyro
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measuring import models, shapes
-from benchmarks.measuring.comparison import Comparison, UnavailableError, WrongResultError
+from benchmarks.measuring import model_providers, operator_cases
 from benchmarks.measuring.machine import default_device
-from benchmarks.measuring.model_comparison import GenerationComparison, TrainingComparison
-from benchmarks.measuring.models import ModelCase
-from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.measuring.model_bench import GenerationComparison, TrainingComparison
+from benchmarks.measuring.model_providers import ModelCase
+from benchmarks.measuring.operator_bench import Comparison, UnavailableError, WrongResultError
+from benchmarks.measuring.operator_providers import PROVIDERS
 from benchmarks.measuring.timing import WARMUP_CALLS, Call, synchronize
 from gptfast import GPTConfig
 from gptfast.config import PRESETS
@@ -116,12 +116,12 @@ def _comparison(options: Options, device: torch.device) -> tuple[Any, str, str]:
     name = options.provider or ("triton" if device.type == "cuda" else "eager")
     if options.suite in MODELS:
         return _model_comparison(options, name, device), name, ""
-    if options.suite not in shapes.SUITES:
-        raise ValueError(f"unknown suite {options.suite!r}; accepted: {', '.join((*MODELS, *shapes.SUITES))}")
+    if options.suite not in operator_cases.SUITES:
+        raise ValueError(f"unknown suite {options.suite!r}; accepted: {', '.join((*MODELS, *operator_cases.SUITES))}")
     providers = PROVIDERS[options.suite]
     _require_known("provider", name, providers)
     _require_known("mode", options.mode, providers[name].modes)
-    cases = shapes.SUITES[options.suite]
+    cases = operator_cases.SUITES[options.suite]
     words = options.case.split()
     found = next((case for case in cases if all(word in str(case).split() for word in words)), None)
     if found is None:
@@ -130,7 +130,7 @@ def _comparison(options: Options, device: torch.device) -> tuple[Any, str, str]:
 
 
 def _model_comparison(options: Options, name: str, device: torch.device) -> TrainingComparison | GenerationComparison:
-    providers = models.providers(nanogpt=None)
+    providers = model_providers.providers(nanogpt=None)
     _require_known("provider", name, providers)
     _require_known("model", options.model, PRESETS)
     if min(options.batch, options.length, options.new_tokens) < 1:

@@ -2,18 +2,18 @@
 
 import pytest
 
-from benchmarks.measuring import peers, shapes
-from benchmarks.measuring.comparison import MODES
-from benchmarks.measuring.harness import CLOCK, case_id, report
+from benchmarks.measuring import operator_cases, operator_providers
+from benchmarks.measuring.operator_bench import MODES
+from benchmarks.measuring.pytest_bridge import CLOCK, case_id, report
 
 
-@pytest.fixture(scope="module", params=shapes.ADD_LAYER_NORM, ids=case_id)
+@pytest.fixture(scope="module", params=operator_cases.ADD_LAYER_NORM, ids=case_id)
 def case(request):
     return request.param
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("provider", peers.PROVIDERS["add_layer_norm"])
+@pytest.mark.parametrize("provider", operator_providers.PROVIDERS["add_layer_norm"])
 @pytest.mark.parametrize("mode", MODES)
 def test_add_layer_norm(benchmark, comparison, mode, provider):
     report(benchmark, comparison, provider, mode)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.measuring.harness import CLOCK, case_id, report
 from benchmarks.measuring.machine import default_device
-from benchmarks.measuring.models import ModelCase, providers
+from benchmarks.measuring.model_providers import ModelCase, providers
+from benchmarks.measuring.pytest_bridge import CLOCK, case_id, report
 from gptfast import GPTConfig
 
 NAMES = ("triton", "eager", "Hugging Face")

@@ -2,18 +2,18 @@
 
 import pytest
 
-from benchmarks.measuring import peers, shapes
-from benchmarks.measuring.comparison import MODES
-from benchmarks.measuring.harness import CLOCK, case_id, report
+from benchmarks.measuring import operator_cases, operator_providers
+from benchmarks.measuring.operator_bench import MODES
+from benchmarks.measuring.pytest_bridge import CLOCK, case_id, report
 
 
-@pytest.fixture(scope="module", params=shapes.INT8, ids=case_id)
+@pytest.fixture(scope="module", params=operator_cases.INT8, ids=case_id)
 def case(request):
     return request.param
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("provider", peers.PROVIDERS["int8_linear"])
+@pytest.mark.parametrize("provider", operator_providers.PROVIDERS["int8_linear"])
 @pytest.mark.parametrize("mode", MODES)
 def test_int8_linear(benchmark, comparison, mode, provider):
     report(benchmark, comparison, provider, mode)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from benchmarks.measuring.harness import CLOCK, case_id, report
 from benchmarks.measuring.machine import default_device
-from benchmarks.measuring.models import ModelCase, providers
+from benchmarks.measuring.model_providers import ModelCase, providers
+from benchmarks.measuring.pytest_bridge import CLOCK, case_id, report
 from gptfast import GPTConfig
 
 OURS = ("triton", "eager")

@@ -1,17 +1,17 @@
 """A GPT whose layer norm, feed-forward, attention and loss each switch between a Triton kernel and eager PyTorch."""
 
-from gptfast import clash
+from gptfast import import_guard
 
-clash.require_own_kernels()  # before anything imports them
+import_guard.require_own_kernels()  # before anything imports them
 
 from gptfast.backend import Backend
 from gptfast.config import GPTConfig
-from gptfast.generation.inference import quantize
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.texts import generate_text
+from gptfast.generation.text import generate_text
 from gptfast.model import GPT
-from gptfast.training.step import TrainStep
+from gptfast.quantization import quantize
+from gptfast.training.train_step import TrainStep
 
 __all__ = ["GPT", "Backend", "Draft", "GPTConfig", "Sampling", "TrainStep", "generate_text", "quantize"]
 __version__ = "0.1.0"

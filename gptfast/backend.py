@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import cpu, reference, runtime
+from kernels import reference, reference_cpu, runtime
 
 Choice = Literal["triton", "eager"]
 Request = str | Mapping[str, str]
@@ -47,7 +47,7 @@ class Backend(Mapping[str, Choice]):
         if set(choices) != set(OPERATORS) or not set(choices.values()) <= {"triton", "eager"}:
             raise ValueError(f"Backend needs 'triton' or 'eager' for each of {', '.join(OPERATORS)}, got {choices}")
         self._choices = choices
-        eager = cpu if device.type == "cpu" else reference
+        eager = reference_cpu if device.type == "cpu" else reference
         for operator, names in OPERATORS.items():
             for name in names:
                 setattr(self, name, getattr(kernels if choices[operator] == "triton" else eager, name))

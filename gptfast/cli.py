@@ -20,15 +20,16 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from gptfast import devices, doctor, run
+from gptfast import devices, distributed
+from gptfast.checkpoint import run_folder
+from gptfast.checkpoint.atomic_files import read_json
+from gptfast.commands import doctor, generate
+from gptfast.commands import eval as evaluation
 from gptfast.data import prepare as preparation
-from gptfast.evaluation import command as evaluation
-from gptfast.files import read_json
-from gptfast.generation import writing
-from gptfast.huggingface import export
-from gptfast.training import distributed, recipes, trainer
-from gptfast.training.distributed import World
-from gptfast.training.settings import TrainConfig
+from gptfast.distributed import World
+from gptfast.huggingface import save
+from gptfast.training import recipes, trainer
+from gptfast.training.config import TrainConfig
 
 USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts, for data too large to tokenize at every start
        gptfast train PRESET [options]      train a GPT and write a run folder
@@ -119,7 +120,7 @@ def _train(arguments: list[str]) -> None:
     name, options = arguments[0], arguments[1:]
     if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
         raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
-    if run.is_run(Path(name)):
+    if run_folder.is_run(Path(name)):
         preset = TrainConfig()
         options = [*_as_options(read_settings(Path(name, "config.json"))), "--out", name, "--resume", *options]
     else:
@@ -194,12 +195,12 @@ def _option(options: list[str], flag: str, default: str) -> str:
 
 
 def _generate(arguments: list[str]) -> None:
-    writing.write(_parse(writing.GenerateConfig, arguments, "gptfast generate"))
+    generate.write(_parse(generate.GenerateConfig, arguments, "gptfast generate"))
 
 
 def _export(arguments: list[str]) -> None:
-    config = _parse(export.ExportConfig, arguments, "gptfast export")
-    print(export.export(config))
+    config = _parse(save.ExportConfig, arguments, "gptfast export")
+    print(save.export(config))
 
 
 def _doctor(arguments: list[str]) -> None:

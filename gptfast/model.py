@@ -13,12 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, nanogpt, padding, peaks
+from gptfast import flops, hardware, optim
 from gptfast.backend import Backend, Request, Switched, parse, resolve
+from gptfast.checkpoint import nanogpt, vocab_padding
 from gptfast.config import GPTConfig
 from gptfast.generation import generate
-from gptfast.generation.cache import KVCache
-from gptfast.training import optimizers
+from gptfast.generation.kv_cache import KVCache
 from kernels import reference, runtime
 
 IGNORED_TARGET = -1
@@ -207,7 +207,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()
-        padding.hide(self)
+        vocab_padding.hide(self)
         nanogpt.remember_activation(self)
         self.set_backend(backend)
 
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
-        padding.clear(self)
+        vocab_padding.clear(self)
 
     @property
     def backend(self) -> Backend:
@@ -347,7 +347,7 @@ class GPT(nn.Module):
             device_type: nanoGPT's argument, "cuda" or "cpu"; the fused implementation serves both.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
-        return optimizers.adamw(trained, weight_decay, learning_rate, betas, device_type)
+        return optim.adamw(trained, weight_decay, learning_rate, betas, device_type)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""
@@ -366,11 +366,11 @@ class GPT(nn.Module):
             dt: the seconds that took.
 
         Returns:
-            A fraction of the dense matrix peak (see `gptfast.peaks`; the work by PaLM's count, full attention, see
+            A fraction of the dense matrix peak (see `gptfast.hardware`; the work by PaLM's count, full attention, see
             `gptfast.flops`), on a GPU that for bfloat16, as nanoGPT counts; nan where that peak is not known.
         """
         device, dtype = self._placement()
-        peak = peaks.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
+        peak = hardware.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
         speed = flops.tokens_per_second(fwdbwd_per_iter, self.config.block_size, dt)
         mfu = flops.utilisation(speed, flops.most_tokens_per_second(self.config, peak))
         return math.nan if mfu is None else mfu
@@ -411,8 +411,8 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, model_type: str | Path, override_args: dict[str, float] | None = None, backend: Request = "auto"
     ) -> GPT:
-        """A model from a folder or the Hugging Face hub; see `gptfast.pretrained.from_pretrained`."""
-        from gptfast.pretrained import from_pretrained
+        """A model from a folder or the Hugging Face hub; see `gptfast.huggingface.read.from_pretrained`."""
+        from gptfast.huggingface.read import from_pretrained
 
         return from_pretrained(model_type, override_args, backend)
 
@@ -420,14 +420,14 @@ class GPT(nn.Module):
     def from_nanogpt(
         cls, path: str | Path, override_args: Mapping[str, Any] | None = None, backend: Request = "auto"
     ) -> GPT:
-        """The model of a checkpoint that nanoGPT's train.py has written; see `gptfast.nanogpt.load`."""
+        """The model of a checkpoint that nanoGPT's train.py has written; see `gptfast.checkpoint.nanogpt.load`."""
         return nanogpt.load(path, override_args, backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.export.save`."""
-        from gptfast.huggingface import export
+        """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.save.save`."""
+        from gptfast.huggingface import save
 
-        export.save(self, folder)
+        save.save(self, folder)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -8,16 +8,16 @@ never by `import kernels`; where Triton is not installed, the names resolve to t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kernels import namesake, reference, runtime
+from kernels import hf_kernels, reference, runtime
 from kernels.int8_weights import quantize_int8
-from kernels.preparation import warmup
+from kernels.precompile import warmup
 
 if TYPE_CHECKING:
     from kernels.attention import causal_attention, causal_attention_qkvpacked
+    from kernels.cross_entropy import linear_cross_entropy
     from kernels.decode import decode_attention
     from kernels.ffn import gelu_ffn
     from kernels.int8 import int8_linear
-    from kernels.loss import linear_cross_entropy
     from kernels.norm import add_layer_norm, layer_norm
 
 __all__ = [
@@ -45,12 +45,12 @@ _MODULE_OF = {
     "linear_cross_entropy": "loss",
 }
 
-__path__ += namesake.folders()
+__path__ += hf_kernels.folders()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        return namesake.attribute(name, _MODULE_OF)
+        return hf_kernels.attribute(name, _MODULE_OF)
     if runtime.TRITON_INSTALLED:
         operator = getattr(import_module(f"kernels.{_MODULE_OF[name]}"), name)
     else:

@@ -15,8 +15,8 @@ from kernels.attention_kernels import (
     _attention_dq_kernel,
     _attention_forward_kernel,
 )
-from kernels.descriptors import describable, describe, on_chip
 from kernels.heads import LOG2_E, padded
+from kernels.tma import describable, describe, on_chip
 from kernels.tuning import Options, Tunable
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages

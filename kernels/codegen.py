@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, decode, ffn, int8, loss, norm, tile, tuning
+from kernels import attention, cross_entropy, decode, ffn, int8, norm, tile, tuning
 from kernels.checks import ACTIVATIONS
 from kernels.targets import TARGETS, Compiled, Target
 
@@ -92,8 +92,8 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
         for smoothing in (0.0, 0.1):
             case = f"linear_cross_entropy V={classes}" + (" smoothed" if smoothing else "")
             options = (-100, "mean", classes, smoothing, 1e-4, 2**29)
-            launches += record(case, loss._compute, x, w, targets, *options, [True, True])
-            launches += record(f"{case} inference", loss._compute, x, w, targets, *options, [False, False])
+            launches += record(case, cross_entropy._compute, x, w, targets, *options, [True, True])
+            launches += record(f"{case} inference", cross_entropy._compute, x, w, targets, *options, [False, False])
     for outputs, width in ((768, 3072), (6400, 1600), (50_257, 768)):
         weight, scale = tensor(outputs, width, dtype=torch.int8), tensor(outputs, dtype=torch.float32)
         for rows in (1, 16, 32, 64):

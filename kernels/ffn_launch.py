@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kernels import runtime, tile
-from kernels.descriptors import describable, describe, on_chip
 from kernels.ffn_kernels import (
     _activation_backward_kernel,
     _activation_kernel,
     _ffn_down_backward_kernel,
     _ffn_up_kernel,
 )
+from kernels.tma import describable, describe, on_chip
 from kernels.tuning import Options, Tunable
 
 # What is estimated until it is measured: on an H200 (700 TFLOP/s, 4.3 TB/s) reading and writing the hidden layer

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import kernels
-from benchmarks import accuracy, learning_curves, operator_table, recipes, step_table
+from benchmarks import accuracy
+from benchmarks.cost_model import operators
 from benchmarks.reporting import generation, learning
-from benchmarks.roofline import gpu_named
-from documents import run, words
-from gptfast import GPTConfig, costs
+from benchmarks.roofline import operator_table, step_table
+from benchmarks.roofline.__main__ import gpu_named
+from benchmarks.vs_nanogpt import compare, learning_curves
+from gptfast import GPTConfig
 from gptfast.training import recipes as recipes_by_name
 from kernels import attention_launch, tuning
+from tests.support.documents import run, words
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
@@ -74,7 +77,7 @@ def test_commands_and_code_one_after_the_other(path, tmp_path):
 
 
 def test_the_tables_of_a_step_are_those_of_its_passes():
-    """`python -m benchmarks.step_table` prints them."""
+    """`python -m benchmarks.roofline.step_table` prints them."""
     written = between(ROOT / "docs/step.md", step_table.START, step_table.END)
     gpu = gpu_named("H200 SXM")
     assert written == step_table.tables(GPTConfig.preset("gpt2", pad_vocab_size_to=128), 32, 1024, gpu)
@@ -83,7 +86,7 @@ def test_the_tables_of_a_step_are_those_of_its_passes():
 def test_the_table_of_recipes_is_that_of_the_committed_results():
     written = between(TRAINING, "<!-- recipes:start -->", "<!-- recipes:end -->")
     results = json.loads((ROOT / "benchmarks/results/cpu/recipes.json").read_text(encoding="utf-8"))
-    assert written == recipes.passage(results)
+    assert written == compare.passage(results)
 
 
 def test_the_table_of_generation_is_that_of_the_committed_results():
@@ -93,7 +96,7 @@ def test_the_table_of_generation_is_that_of_the_committed_results():
 
 
 def test_the_table_of_operators_is_that_of_their_costs():
-    """`python -m benchmarks.operator_table` prints it."""
+    """`python -m benchmarks.roofline.operator_table` prints it."""
     table = operator_table.table(gpu_named("H200 SXM"))
     assert between(OPERATORS, operator_table.START, operator_table.END) == table
 
@@ -154,7 +157,7 @@ def test_parameters_of_recipes_are_those_of_their_models(path):
     for name, recipe in recipes_by_name.RECIPES.items():
         shape = dataclasses.replace(recipe.model, vocab_size=VOCABULARIES.get(name, 50257))
         row = rows[re.sub("-(cpu|gpu|medium|large|xl)$", "", name)]
-        assert f"{costs.parameters(shape):,}" in row or name in ("gpt2-medium", "gpt2-large"), name
+        assert f"{operators.parameters(shape):,}" in row or name in ("gpt2-medium", "gpt2-large"), name
 
 
 def test_links_between_documents_lead_somewhere():

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from documents import run
 from gptfast import GPT
+from tests.support.documents import run
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "16", "--device", "cpu"]

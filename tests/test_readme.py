@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reporting.readme import readme_figures
-from documents import run, words
+from tests.support.documents import run, words
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 
 import gptfast
 from benchmarks.measuring.timing import Call, kernel_times, percentiles
-from gptfast import peaks
+from gptfast import hardware
 
 PEERS = ("flash-attn", "liger-kernel", "transformers")
 MATRIX_DTYPES = (torch.bfloat16, torch.float32)
@@ -57,11 +57,11 @@ def _peak(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {
             "name": "this CPU",
-            "flops": {_name(dtype): peaks.peak_flops(device, dtype) for dtype in MATRIX_DTYPES},
-            "bandwidth": peaks.peak_bandwidth(device),
+            "flops": {_name(dtype): hardware.peak_flops(device, dtype) for dtype in MATRIX_DTYPES},
+            "bandwidth": hardware.peak_bandwidth(device),
             "source": "measured: the best of several matrix products and copies",
         }
-    gpu = peaks.find(torch.cuda.get_device_name(device))
+    gpu = hardware.find(torch.cuda.get_device_name(device))
     if gpu is None:
         return {"name": None, "flops": {}, "bandwidth": None, "source": None}
     return {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}

@@ -11,7 +11,7 @@ from pytest_benchmark.utils import get_commit_info
 
 from benchmarks.measuring import machine
 from benchmarks.reporting.results import FORMAT
-from gptfast.files import write_json
+from gptfast.checkpoint.atomic_files import write_json
 
 
 def head(device: torch.device) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import tyro
 from tqdm import tqdm
 
 from gptfast import tokenizers
+from gptfast.checkpoint.atomic_files import new_folder, require_unused
 from gptfast.data import documents, shards
 from gptfast.data.documents import Piece, Source
-from gptfast.files import new_folder, require_unused
 from gptfast.tokenizers import Tokenizer
 
 _BATCH = 2**20  # characters that a worker gets at a time, at least

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.files import read_json
+from gptfast.checkpoint.atomic_files import read_json
 
 FORMAT = 1
 SPLITS = ("train", "val")

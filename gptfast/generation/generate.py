@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptfast.generation import beam, sampling, speculative
-from gptfast.generation.decoding import CachedDecoder, Logits
+from gptfast.generation import beam_search, sampling, speculative
+from gptfast.generation.autoregressive import Step, check, evaluating, steps
+from gptfast.generation.decoder import CachedDecoder, Logits
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.steps import Step, check, evaluating, steps
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
@@ -46,7 +46,7 @@ def generate(
     num_samples: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
-    early_stopping: beam.EarlyStopping = False,
+    early_stopping: beam_search.EarlyStopping = False,
     draft: Draft | None = None,
     compiled: bool = False,
     **settings: Any,
@@ -83,7 +83,7 @@ def generate(
         raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
     chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
     lengths = [idx.shape[1]] * len(idx)
-    found: Sequence[Sequence[Continuation | beam.Hypothesis]]
+    found: Sequence[Sequence[Continuation | beam_search.Hypothesis]]
     if num_beams == 1:
         found = continuations(
             model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, False, draft, compiled
@@ -187,11 +187,11 @@ def search_beams(
     max_new_tokens: int,
     num_beams: int,
     length_penalty: float = 1.0,
-    early_stopping: beam.EarlyStopping = False,
+    early_stopping: beam_search.EarlyStopping = False,
     stop_tokens: Collection[int] = (),
     num_return_sequences: int = 1,
     settings: Sampling | None = None,
-) -> list[list[beam.Hypothesis]]:
+) -> list[list[beam_search.Hypothesis]]:
     """The likeliest continuations of prompts of any lengths.
 
     Args:
@@ -199,7 +199,7 @@ def search_beams(
         idx: as `continuations`.
         lengths: as `continuations`.
         max_new_tokens: as `continuations`.
-        num_beams: open beginnings of each prompt; see `gptfast.generation.beam.search` for the method.
+        num_beams: open beginnings of each prompt; see `gptfast.generation.beam_search.search` for the method.
         length_penalty: above 0 is for long continuations, below for short ones.
         early_stopping: when the search of a prompt is over.
         stop_tokens: tokens that complete a continuation.
@@ -228,7 +228,7 @@ def search_beams(
         def process(log_probs: Tensor, tokens: Tensor) -> Tensor:
             return sampling.process(log_probs, decoder.tokens, decoder.ends, decoder.prompts, chosen)
 
-        return beam.search(
+        return beam_search.search(
             decoder, len(idx), max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens,
             num_return_sequences, process,
         )  # fmt: skip

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.generation import decoding, sampling
-from gptfast.generation.cache import KVCache, selected
-from gptfast.generation.inference import for_decoding
+from gptfast.cuda_graphs import Replayed
+from gptfast.generation import decoder, sampling
+from gptfast.generation.autoregressive import log_softmax_of
+from gptfast.generation.kv_cache import KVCache, selected
 from gptfast.generation.sampling import Sampling
-from gptfast.generation.steps import log_softmax_of
 from gptfast.generation.verification import leading, race, verify
-from gptfast.graphs import Replayed
+from gptfast.quantization import for_decoding
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
@@ -54,8 +54,8 @@ class _Reader:
         self._model = for_decoding(model, new_tokens)
         self.logits = self._model.logits
         self._cache = KVCache(model.config.n_layer, min(model.config.block_size, capacity))
-        for first in range(0, prompts.shape[1], decoding.CHUNK):
-            self._model.transformer(prompts[:, first : first + decoding.CHUNK], self._cache)
+        for first in range(0, prompts.shape[1], decoder.CHUNK):
+            self._model.transformer(prompts[:, first : first + decoder.CHUNK], self._cache)
         self._cache.part(torch.zeros(len(prompts), dtype=torch.int64, device=prompts.device))
 
     def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from gptfast.generation import autoregressive as plain
 from gptfast.generation import sampling
-from gptfast.generation import steps as plain
+from gptfast.generation.autoregressive import Step, check, evaluating
 from gptfast.generation.rounds import Rounds, Told
 from gptfast.generation.sampling import Sampling
-from gptfast.generation.steps import Step, check, evaluating
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
@@ -70,7 +70,7 @@ def steps(
     generator: torch.Generator | None = None,
     log_probs: bool = True,
 ) -> Iterator[Step]:
-    """The tokens of `gptfast.generation.steps.steps`, from the same distribution, some sequences ahead of others.
+    """The tokens of `gptfast.generation.autoregressive.steps`, from the same distribution, in uneven rounds.
 
     With temperature 0 they are the same tokens, but for logits so close to the largest that rounding decides: a model
     that reads several tokens adds up in another order than one that reads them singly.

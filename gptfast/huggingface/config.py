@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from gptfast.checkpoint.atomic_files import read_json
 from gptfast.config import GPTConfig
-from gptfast.files import read_json
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _THEIR_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}

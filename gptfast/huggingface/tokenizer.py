@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast import tokenizers
-from gptfast.files import read_json
+from gptfast.checkpoint.atomic_files import read_json
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 from gptfast.tokenizers.word import UNKNOWN

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptfast.checkpoint.atomic_files import read_json, read_tensors, require_fit
 from gptfast.config import GPTConfig
-from gptfast.files import read_json, read_tensors, require_fit
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from gptfast import run
+from gptfast import lora
+from gptfast.checkpoint import run_folder
 from gptfast.config import GPTConfig
+from gptfast.huggingface.read import with_tokenizer
 from gptfast.model import GPT
-from gptfast.pretrained import with_tokenizer
 from gptfast.tokenizers import Tokenizer
-from gptfast.training import lora
+from gptfast.training.config import TrainConfig
 from gptfast.training.freeze import freeze
-from gptfast.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def initial(source: str, wanted: GPTConfig) -> Initial:
     """
     path = Path(source).expanduser()
     tokenizer: Tokenizer | None
-    if run.is_run(path):
-        found, tokenizer = run.load(path, torch.device("cpu"), "eager")
+    if run_folder.is_run(path):
+        found, tokenizer = run_folder.load(path, torch.device("cpu"), "eager")
     else:
         found, tokenizer = with_tokenizer(source if not path.is_dir() else str(path), "eager")
     if wanted.block_size > found.config.block_size:

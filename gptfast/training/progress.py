@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gptfast.run import RunFolder, read_log
+from gptfast.checkpoint.run_folder import RunFolder, read_log
 
 
 class Progress:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from gptfast.config import GPTConfig
-from gptfast.training.settings import TrainConfig
+from gptfast.training.config import TrainConfig
 
 # the two character models of nanoGPT's README
 _CHAR_GPU = TrainConfig(

@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast import devices, flops, peaks
+from gptfast import devices, flops, hardware, optim
 from gptfast.backend import parse
+from gptfast.checkpoint.manager import Checkpoint, Checkpoints
+from gptfast.checkpoint.run_folder import RunFolder
 from gptfast.data import batches
-from gptfast.evaluation import measures
-from gptfast.evaluation.sequences import Sequences
-from gptfast.generation.streaming import TextStream
-from gptfast.run import RunFolder
-from gptfast.training import optimizers, progress, schedules
-from gptfast.training.checkpoint import Checkpoint, Checkpoints
-from gptfast.training.distributed import World
-from gptfast.training.interrupts import Interrupts
+from gptfast.distributed import World
+from gptfast.evaluation import metrics
+from gptfast.generation.detokenizer import TextStream
+from gptfast.training import progress, schedules
+from gptfast.training.config import TrainConfig
 from gptfast.training.progress import Progress, percent
-from gptfast.training.settings import TrainConfig
-from gptfast.training.start import Start
-from gptfast.training.state import TrainState
-from gptfast.training.step import StepResult, TrainStep
+from gptfast.training.setup import Start
+from gptfast.training.signals import Interrupts
+from gptfast.training.train_state import TrainState
+from gptfast.training.train_step import StepResult, TrainStep
+from gptfast.training.validation import Sequences
 
 _DIVERGED = "lower --learning-rate or --grad-clip"
 # float16's scale finds its level by overflowing; below this it never will
@@ -38,7 +38,7 @@ _LEAST_SCALE = 2.0**-6
 
 
 def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[str, Any]:
-    """Train as configured and write a run folder (see `gptfast.run`).
+    """Train as configured and write a run folder (see `gptfast.checkpoint.run_folder`).
 
     Everything that can be wrong with the settings or the data is found before the folder is made, and a run that fails
     in its first step (out of memory, mostly) leaves none. An interrupt (Ctrl-C, or SIGTERM) ends training after the
@@ -78,7 +78,7 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
     if config.tensorboard:
         progress.require_tensorboard()
     start = Start(config, device, parse(config.backend))
-    peak = peaks.peak_flops(device, dtype)
+    peak = hardware.peak_flops(device, dtype)
     folder: RunFolder | None = None
 
     def open_folder() -> str:
@@ -150,9 +150,7 @@ class _Training:
             TrainState.load_weights(model, saved)
         wrapped = self.world.wrap(model, config.parallel, config.compile)
         betas = (config.beta1, config.beta2)
-        built = optimizers.build(
-            config.optimizer, model, config.weight_decay, config.learning_rate, betas, self.device.type
-        )
+        built = optim.build(config.optimizer, model, config.weight_decay, config.learning_rate, betas, self.device.type)
         compiled = config.compile and self.world.alone
         self.step = TrainStep(wrapped, built, config.accumulation, config.grad_clip, self.dtype, compiled)
         trained = TrainState(model, self.step)
@@ -182,7 +180,7 @@ class _Training:
         if headline:
             _say(headline)
         if self.peak is None:
-            _say(f"no peak for {str(self.dtype)[6:]}, so no MFU: {peaks.describe(self.device)}")
+            _say(f"no peak for {str(self.dtype)[6:]}, so no MFU: {hardware.describe(self.device)}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = self.model.get_num_params(non_embedding=False)
         part = f", {trained:,} of them trained" if trained < total else ""
@@ -331,12 +329,12 @@ class _Training:
         for name, value in (("validation", losses["val_loss"]), ("train", losses["train_loss"])):
             if not math.isfinite(value):
                 raise RuntimeError(f"the {name} loss is {value} after step {step}; {_DIVERGED}")
-        val_loss, perplexity = losses["val_loss"], measures.perplexity(losses["val_loss"])
+        val_loss, perplexity = losses["val_loss"], metrics.perplexity(losses["val_loss"])
         ratio = self.bytes_per_token
         entry = {
             **losses,
             "val_perplexity": perplexity if math.isfinite(perplexity) else None,
-            "val_bits_per_byte": None if ratio is None else measures.bits_per_byte(val_loss, ratio),
+            "val_bits_per_byte": None if ratio is None else metrics.bits_per_byte(val_loss, ratio),
         }
         self.progress.evaluation({"step": step, **entry}, self._sample() if self.config.sample_tokens else None)
         if self.best["val_loss"] is None or val_loss < self.best["val_loss"]:

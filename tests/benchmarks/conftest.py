@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measuring.recipe_runs import FILES
-from nanogpt import TEXT, TRAIN
+from benchmarks.vs_nanogpt.runs import FILES
+from tests.support.nanogpt import TEXT, TRAIN
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks import accuracy
-from benchmarks.measuring import comparison, peers, shapes
+from benchmarks.measuring import operator_bench, operator_cases, operator_providers
 from benchmarks.reporting import results
 from kernels import reference, runtime
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
-CASE = shapes.layer_norm(4, 16, torch.float32)
+CASE = operator_cases.layer_norm(4, 16, torch.float32)
 
 
 def errors(case=CASE) -> dict[str, dict]:
@@ -24,15 +24,15 @@ def test_results_and_gradients_each_have_errors():
     for row in found.values():
         assert 0 < row["kernel"] < 1e-6
         assert 0 < row["eager"] < 1e-6
-    assert list(errors(shapes.add_layer_norm(4, 16, torch.float32)))[:2] == ["result", "result 1"]
-    assert list(errors(shapes.decode_attention(1, 1, 16, 16, torch.float32))) == ["result"]
+    assert list(errors(operator_cases.add_layer_norm(4, 16, torch.float32)))[:2] == ["result", "result 1"]
+    assert list(errors(operator_cases.decode_attention(1, 1, 16, 16, torch.float32))) == ["result"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_eager_beside_itself_is_as_far_from_the_truth(monkeypatch, dtype):
-    eager = comparison.Provider("triton", lambda case: case.reference)
-    monkeypatch.setitem(peers.PROVIDERS["layer_norm"], "triton", eager)
-    for row in errors(shapes.layer_norm(4, 16, dtype)).values():
+    eager = operator_bench.Provider("triton", lambda case: case.reference)
+    monkeypatch.setitem(operator_providers.PROVIDERS["layer_norm"], "triton", eager)
+    for row in errors(operator_cases.layer_norm(4, 16, dtype)).values():
         assert row["kernel"] == row["eager"] < torch.finfo(dtype).eps
 
 
@@ -45,7 +45,9 @@ def test_eager_beside_itself_is_as_far_from_the_truth(monkeypatch, dtype):
     ],
 )
 def test_what_is_wrong_is_far_off(monkeypatch, wrong, which):
-    monkeypatch.setitem(peers.PROVIDERS["layer_norm"], "triton", comparison.Provider("triton", lambda case: wrong))
+    monkeypatch.setitem(
+        operator_providers.PROVIDERS["layer_norm"], "triton", operator_bench.Provider("triton", lambda case: wrong)
+    )
     found = errors()
     assert found[which]["kernel"] > 5e-3
     assert found[which]["eager"] < 1e-6
@@ -54,11 +56,11 @@ def test_what_is_wrong_is_far_off(monkeypatch, wrong, which):
 def test_every_operator_with_a_suite_is_measured():
     operators = {case.suite for case in accuracy.cases(torch.float32, interpreted=True)}
     assert operators == {case.suite for case in accuracy.cases(torch.float32, interpreted=False)}
-    assert operators == set(peers.PROVIDERS) - {"ffn_up"}  # a part of an operator
+    assert operators == set(operator_providers.PROVIDERS) - {"ffn_up"}  # a part of an operator
 
 
 def test_the_worst_of_each_kind_is_shown(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(accuracy, "cases", lambda dtype, interpreted: [shapes.layer_norm(4, 16, dtype)])
+    monkeypatch.setattr(accuracy, "cases", lambda dtype, interpreted: [operator_cases.layer_norm(4, 16, dtype)])
     monkeypatch.setattr(
         accuracy.machine, "measure_limits", lambda device: {"copy_bytes_per_second": 1.0, "matrix_flops_per_second": {}}
     )

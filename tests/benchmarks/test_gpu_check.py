@@ -11,7 +11,7 @@ import tyro
 import kernels
 from benchmarks import gpu_check, profiling
 from benchmarks.gpu_check import Options, run_stage, stages
-from benchmarks.measuring import models
+from benchmarks.measuring import model_providers
 
 
 def python(code: str) -> list[str]:
@@ -123,7 +123,7 @@ def test_the_commands_are_pytests_own(budget):
             assert command[1:3] == ["-m", "benchmarks.profiling"]
             options = tyro.cli(profiling.Options, args=command[3:])
             assert options.suite in profiling.MODELS
-            assert options.provider is None or options.provider in models.providers(nanogpt=None)
+            assert options.provider is None or options.provider in model_providers.providers(nanogpt=None)
         elif stage not in ("tests", "large-tests", "tuning", "accuracy", "report"):
             done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=gpu_check.ROOT)
             assert done.returncode == 0, done.stdout + done.stderr

@@ -5,9 +5,9 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import profiling
-from benchmarks.measuring import shapes
-from benchmarks.measuring.comparison import Provider, WrongResultError
-from benchmarks.measuring.peers import PROVIDERS
+from benchmarks.measuring import operator_cases
+from benchmarks.measuring.operator_bench import Provider, WrongResultError
+from benchmarks.measuring.operator_providers import PROVIDERS
 from benchmarks.measuring.timing import Call
 from benchmarks.profiling import Options, Row
 from gptfast import GPTConfig
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 def small(monkeypatch):
     """Suites and presets of a size for tests, on a CPU."""
     monkeypatch.setattr(profiling, "default_device", lambda: CPU)
-    cases = [shapes.layer_norm(rows, 48, torch.float32) for rows in (40, 80)]
-    monkeypatch.setitem(shapes.SUITES, "layer_norm", cases)
+    cases = [operator_cases.layer_norm(rows, 48, torch.float32) for rows in (40, 80)]
+    monkeypatch.setitem(operator_cases.SUITES, "layer_norm", cases)
     settings = {"n_layer": 1, "n_head": 2, "n_embd": 16}
     monkeypatch.setattr(GPTConfig, "preset", lambda name, **sizes: GPTConfig(**(sizes | settings | {"vocab_size": 64})))
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig, flops, peaks
-from oracle import DEVICE, assert_equal_to_oracle
+from gptfast import GPT, GPTConfig, flops, hardware
+from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
 SMALL = {"block_size": 16, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -391,10 +391,10 @@ def test_frozen_parameters_get_no_optimizer_state():
 
 def test_estimate_mfu_is_flops_over_peak(monkeypatch):
     model = build()
-    monkeypatch.setattr(peaks, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e12)
     expected = flops.training_flops_per_token(model.config) * 5 * 16 / 0.5 / 1e12
     assert model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5) == pytest.approx(expected)
-    monkeypatch.setattr(peaks, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: None)
     assert math.isnan(model.estimate_mfu(5, 0.5))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gptfast import GPT, GPTConfig
-from nanogpt import TEXT
+from tests.support.nanogpt import TEXT
 
 pytestmark = pytest.mark.slow
 

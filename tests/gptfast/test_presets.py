@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig
 from gptfast.config import PRESETS
-from oracle import DEVICE, assert_equal_to_oracle
+from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
 VOCABULARY = 1003
 WIDE = [name for name in PRESETS if name not in ("gpt2", "gpt2-medium")]

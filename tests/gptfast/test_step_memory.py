@@ -9,8 +9,8 @@ import torch
 
 import kernels
 from gptfast import GPT, GPTConfig
-from memory import peak_bytes
-from oracle import DEVICE
+from tests.support.memory import peak_bytes
+from tests.support.oracle import DEVICE
 
 # vocabulary and width as 50,304 and 768, tokens times layers in proportion to them
 CONFIG = GPTConfig(block_size=64, vocab_size=2096, n_layer=12, n_head=2, n_embd=32)

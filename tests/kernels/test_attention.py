@@ -9,9 +9,9 @@ import torch
 
 import kernels
 from kernels import reference
-from operators import attention, packed
-from oracle import DEVICE, assert_equal_to_oracle
-from running import assert_equal_to_reference, call, leaves
+from tests.support.operators import attention, packed
+from tests.support.oracle import DEVICE, assert_equal_to_oracle
+from tests.support.running import assert_equal_to_reference, call, leaves
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ import torch
 
 import kernels
 from kernels import reference
-from operators import OPERATORS
-from oracle import DEVICE
+from tests.support.operators import OPERATORS
+from tests.support.oracle import DEVICE
 
 
 def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptfast import costs
+from benchmarks.cost_model import operators
 from kernels import codegen as codegen_module
 from kernels.targets import TARGETS as KERNEL_TARGETS
 from kernels.targets import Compiled
@@ -324,7 +324,7 @@ def test_norms_move_no_more_bytes_than_they_must(operator, dtype):
     rows = {row["kernel"]: row for row in compiled("sm_90") if (row["case"], row["dtype"], row.get("BM")) == case}
     forward, backward = rows["_layer_norm_forward_kernel"], rows["_layer_norm_backward_kernel"]
     assert forward["BN"] == backward["BN"] == width
-    expected = getattr(costs, operator)(1, width, ITEMSIZE[dtype])
+    expected = getattr(operators, operator)(1, width, ITEMSIZE[dtype])
     assert forward["loaded_bytes"] + forward["stored_bytes"] == expected.forward.bytes
     in_float32 = 2 * width * (4 - ITEMSIZE[dtype])
     assert backward["loaded_bytes"] + backward["stored_bytes"] == expected.backward.bytes + in_float32

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case
-from operators import DROPOUT, OPERATORS, SMALL
-from oracle import DEVICE
-from running import Outcome, assert_equal_to_reference, assert_same_bits, call, leaves, run
+from tests.support.cases import Case
+from tests.support.operators import DROPOUT, OPERATORS, SMALL
+from tests.support.oracle import DEVICE
+from tests.support.running import Outcome, assert_equal_to_reference, assert_same_bits, call, leaves, run
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 FLOAT32 = torch.float32

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Case
-from operators import DROPOUT, OPERATORS
-from oracle import DEVICE
-from running import assert_equal_to_reference, assert_same_bits, call, run
+from tests.support.cases import Case
+from tests.support.operators import DROPOUT, OPERATORS
+from tests.support.oracle import DEVICE
+from tests.support.running import assert_equal_to_reference, assert_same_bits, call, run
 
 FLOAT32 = torch.float32
 # enough elements for a share, and several blocks in each direction

@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
 from kernels import ffn_launch, tile, tuning
-from kernels.descriptors import describable
-from oracle import DEVICE
+from kernels.tma import describable
+from tests.support.oracle import DEVICE
 
 CPU = torch.device("cpu")
 HALF, FLOAT32 = torch.bfloat16, torch.float32

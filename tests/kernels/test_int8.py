@@ -11,9 +11,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import cpu, int8_launch, reference, runtime, tuning
-from memory import peak_bytes
-from oracle import DEVICE, assert_equal_to_oracle
+from kernels import int8_launch, reference, reference_cpu, runtime, tuning
+from tests.support.memory import peak_bytes
+from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def test_on_a_cpu(rows: tuple[int, ...], width: int, outputs: int, dtype: torch.
     """Widths that PyTorch's product takes and others; more rows than it is used for."""
     x, weight, scale, bias = problem(rows, width, outputs, dtype, CPU)
     for b in (bias, bias.float(), None):
-        y = cpu.int8_linear(x, weight, scale, b)
+        y = reference_cpu.int8_linear(x, weight, scale, b)
         assert y.is_contiguous()
         same_dtype = reference.int8_linear(x, weight, scale, b)
         assert_equal_to_oracle("y", y, same_dtype, by_definition(x, weight, scale, b))
@@ -153,21 +153,21 @@ def test_on_a_cpu(rows: tuple[int, ...], width: int, outputs: int, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_cpu_strides_do_not_matter(dtype: torch.dtype):
     x, weight, scale, bias = problem((3, 5), 128, 40, dtype, CPU)
-    expected = cpu.int8_linear(x, weight, scale, bias)
+    expected = reference_cpu.int8_linear(x, weight, scale, bias)
     spread = torch.full((5, 3, 256), float("nan"), dtype=dtype)
     other = spread[:, :, ::2].transpose(0, 1).copy_(x)
     transposed = weight.t().contiguous().t()
     twice = torch.stack((scale, scale), 1)[:, 0]
-    assert torch.equal(cpu.int8_linear(other, transposed, twice, bias), expected)
+    assert torch.equal(reference_cpu.int8_linear(other, transposed, twice, bias), expected)
 
 
 @pytest.mark.parametrize("weight_bytes", [1, 4 * 64 * 3, 2**21])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_cpu_in_parts_of_any_size(monkeypatch, dtype: torch.dtype, weight_bytes: int):
-    monkeypatch.setattr(cpu, "_WEIGHT_BYTES", weight_bytes)
+    monkeypatch.setattr(reference_cpu, "_WEIGHT_BYTES", weight_bytes)
     x, weight, scale, bias = problem((17,), 64, 20, dtype, CPU)
     same_dtype = reference.int8_linear(x, weight, scale, bias)
-    y = cpu.int8_linear(x, weight, scale, bias)
+    y = reference_cpu.int8_linear(x, weight, scale, bias)
     assert_equal_to_oracle("y", y, same_dtype, by_definition(x, weight, scale, bias))
 
 
@@ -175,14 +175,14 @@ def test_on_a_cpu_in_parts_of_any_size(monkeypatch, dtype: torch.dtype, weight_b
 def test_on_a_cpu_no_more_than_a_part_is_made_floating_numbers(dtype: torch.dtype):
     for rows in (1, 17):
         x, weight, scale, _ = problem((rows,), 256, 20_000, dtype, CPU)
-        peak = peak_bytes(lambda x=x, weight=weight, scale=scale: cpu.int8_linear(x, weight, scale), CPU)
+        peak = peak_bytes(lambda x=x, weight=weight, scale=scale: reference_cpu.int8_linear(x, weight, scale), CPU)
         assert peak < 2**22 + 3 * rows * 20_000 * 4 < weight.numel() * 2
     assert peak_bytes(lambda: reference.int8_linear(x, weight, scale), CPU) > weight.numel() * 4
 
 
 def test_on_a_cpu_pytorchs_product_is_called_where_it_is_fast_and_safe():
     """It reads past the end of rows that are no multiple of its vectors."""
-    assert cpu._has_int8_product()  # of every version that is supported
+    assert reference_cpu._has_int8_product()  # of every version that is supported
     called = []
 
     def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -194,30 +194,30 @@ def test_on_a_cpu_pytorchs_product_is_called_where_it_is_fast_and_safe():
             (1, 128, torch.bfloat16), (16, 64, torch.bfloat16), (17, 64, torch.bfloat16), (1, 96, torch.bfloat16),
             (1, 33, torch.bfloat16), (1, 128, torch.float32), (1, 128, torch.float16),
         ):  # fmt: skip
-            cpu.int8_linear(*problem((rows,), width, 5, dtype, CPU)[:3])
+            reference_cpu.int8_linear(*problem((rows,), width, 5, dtype, CPU)[:3])
         with torch.autocast("cpu", torch.bfloat16):
-            cpu.int8_linear(*problem((2,), 128, 5, torch.float32, CPU)[:3])
+            reference_cpu.int8_linear(*problem((2,), 128, 5, torch.float32, CPU)[:3])
     assert called == [(1, 128), (16, 64), (2, 128)]
 
 
 @pytest.mark.parametrize("product", [None, lambda x, w, s: x @ w.to(x.dtype).T, lambda x, w, s: x.missing])
 def test_on_a_cpu_a_product_that_is_not_as_it_was_is_not_called(monkeypatch, product):
-    cpu._has_int8_product.cache_clear()
+    reference_cpu._has_int8_product.cache_clear()
     try:
         if product is None:
             monkeypatch.delattr(torch, "_weight_int8pack_mm")
         else:
             monkeypatch.setattr(torch, "_weight_int8pack_mm", product)
-        assert not cpu._has_int8_product()
+        assert not reference_cpu._has_int8_product()
         x, weight, scale, bias = problem((1,), 64, 20, torch.bfloat16, CPU)
         same_dtype = reference.int8_linear(x, weight, scale, bias)
-        y = cpu.int8_linear(x, weight, scale, bias)
+        y = reference_cpu.int8_linear(x, weight, scale, bias)
         assert_equal_to_oracle("y", y, same_dtype, by_definition(x, weight, scale, bias))
     finally:
-        cpu._has_int8_product.cache_clear()
+        reference_cpu._has_int8_product.cache_clear()
 
 
-@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, cpu.int8_linear])
+@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, reference_cpu.int8_linear])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [2, 40, 70])
 def test_autocast_is_the_product_of_its_dtype(function, dtype: torch.dtype, rows: int):
@@ -231,11 +231,11 @@ def test_autocast_is_the_product_of_its_dtype(function, dtype: torch.dtype, rows
 @pytest.mark.parametrize("rows", [2, 40])
 def test_on_a_cpu_compiling_changes_nothing(rows: int):
     x, weight, scale, bias = problem((rows,), 64, 20, torch.float32, CPU)
-    compiled = torch.compile(cpu.int8_linear, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight, scale, bias), cpu.int8_linear(x, weight, scale, bias))
+    compiled = torch.compile(reference_cpu.int8_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, scale, bias), reference_cpu.int8_linear(x, weight, scale, bias))
 
 
-@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, cpu.int8_linear])
+@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, reference_cpu.int8_linear])
 def test_without_gradients_parameters_are_taken(function):
     x, weight, scale, bias = problem((2,), 64, 8, torch.float32)
     expected = function(x, weight, scale, bias)
@@ -262,7 +262,7 @@ def test_integers_are_multiplied_exactly(dtype: torch.dtype):
             assert torch.equal(kernels.int8_linear(x, weight, scale), expected.to(dtype).expand(rows, 3))
 
 
-@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, cpu.int8_linear])
+@pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, reference_cpu.int8_linear])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_what_the_scale_makes_small_overflows_before_in_no_dtype(function, rows: int):
     x = torch.full((rows, 64), 1000.0, device=DEVICE, dtype=torch.float16)

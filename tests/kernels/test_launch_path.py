@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import attention_launch, checks, ffn_launch, int8_launch, norm_launch, runtime
-from kernels.descriptors import describable
+from kernels.tma import describable
 from kernels.tuning import Tunable
 
 CPU = torch.device("cpu")

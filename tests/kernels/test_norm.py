@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels import norm, reference
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 
 def test_autocast_treats_half_precision_input_as_pytorch_does():

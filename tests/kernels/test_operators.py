@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cases import DTYPES, Case
 from kernels import tuning
-from layouts import LAYOUTS, Layout, layouts
-from operators import CASES, DIFFERENTIABLE, OPERATORS, SMALL
-from oracle import DEVICE
-from running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
+from tests.support.cases import DTYPES, Case
+from tests.support.layouts import LAYOUTS, Layout, layouts
+from tests.support.operators import CASES, DIFFERENTIABLE, OPERATORS, SMALL
+from tests.support.oracle import DEVICE
+from tests.support.running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
 
 LARGE = [case for operator in OPERATORS.values() for case in operator.large]
 FLOAT32 = torch.float32

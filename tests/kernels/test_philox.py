@@ -13,7 +13,7 @@ import triton.language as tl
 
 import kernels
 from kernels import philox
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 # Random123, tests/kat_vectors, Philox4x32 with seven rounds: counter, key, words
 KNOWN = [

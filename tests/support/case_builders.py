@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import Case
+from tests.support.cases import Case
 
 
 def layer_norm(*rows: int, width: int, weight: bool = True, bias: bool = True, in_float32=(), **options: Any) -> Case:

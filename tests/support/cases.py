@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from kernels import reference
 from kernels.tuning import Options
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS: dict[str, Operator] = {}  # by name; the table is in operators.py

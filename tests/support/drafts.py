@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig
 from gptfast.generation import speculative
+from gptfast.generation.autoregressive import Step, steps
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.steps import Step, steps
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gptfast.graphs
-from oracle import DEVICE
+import gptfast.cuda_graphs
+from tests.support.oracle import DEVICE
 
 
 class _Places(TorchDispatchMode):
@@ -55,14 +55,14 @@ def replayed(function: Callable[[], None]) -> Callable[[], None]:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Generator | None]:
     """Have graphs be what `replayed` makes, but on a GPU, where they are real; the generator of each capture."""
     made: list[torch.Generator | None] = []
-    capture = gptfast.graphs.capture
+    capture = gptfast.cuda_graphs.capture
 
     def noted(function, pool, stream, generator=None):
         made.append(generator)
         return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else replayed(function)
 
-    monkeypatch.setattr(gptfast.graphs, "capture", noted)
+    monkeypatch.setattr(gptfast.cuda_graphs, "capture", noted)
     if DEVICE.type != "cuda":
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(gptfast.graphs, "capture_stream", lambda device: None)
+        monkeypatch.setattr(gptfast.cuda_graphs, "capture_stream", lambda device: None)
     return made

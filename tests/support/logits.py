@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, currently_in_test_context
 
 from gptfast.generation.sampling import Sampling
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 INF = math.inf
 NAN = math.nan

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) -> int:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from case_builders import (
+from kernels import reference, runtime
+from kernels.tuning import Options
+from tests.support.case_builders import (
     add_layer_norm,
     attention,
     decode,
@@ -17,10 +19,8 @@ from case_builders import (
     linear_cross_entropy,
     packed,
 )
-from cases import OPERATORS, Case, Dropout, Operator
-from kernels import reference, runtime
-from kernels.tuning import Options
-from oracle import DEVICE
+from tests.support.cases import OPERATORS, Case, Dropout, Operator
+from tests.support.oracle import DEVICE
 
 
 def _loss_shape(case: Case) -> tuple[int, ...]:

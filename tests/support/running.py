@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import Case
-from oracle import assert_equal_to_oracle
+from tests.support.cases import Case
+from tests.support.oracle import assert_equal_to_oracle
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gptfast import GPTConfig
-from gptfast.training.settings import TrainConfig
+from gptfast.training.config import TrainConfig
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 

@@ -11,9 +11,9 @@ import tiktoken
 import torch
 import transformers
 
-from gptfast import GPT, GPTConfig, cli, loading
-from gptfast.evaluation import choices
-from gptfast.huggingface import export
+from gptfast import GPT, GPTConfig, cli, load_model
+from gptfast.evaluation import multiple_choice
+from gptfast.huggingface import save
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 
 WORDS = ["the", "cat", "to", "be", "Zürich", "東京", "that's", "."]
@@ -56,7 +56,7 @@ def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     shape = {"block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.5}
-    export.save(GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager"), "out", tokens)
+    save.save(GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager"), "out", tokens)
     generator = np.random.default_rng(5)
 
     def text(longest: int) -> str:
@@ -68,11 +68,11 @@ def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens
 
     harness, right = Harness(tmp_path / "out"), {"acc": [], "acc_norm": []}
     assert (harness.max_length, harness.tokenizer.model_max_length) == (40, 40)
-    model, own = loading.load("out", torch.device("cpu"))
+    model, own = load_model.load("out", torch.device("cpu"))
     for question in questions:
         sums = np.array([harness.log_likelihood(question["ctx"], f" {ending}") for ending in question["endings"]])
-        rows = [choices.encode(own, question["ctx"], ending, 40) for ending in question["endings"]]
-        assert choices.log_likelihoods(model, rows, torch.float32, 3) == pytest.approx(sums, rel=1e-5)
+        rows = [multiple_choice.encode(own, question["ctx"], ending, 40) for ending in question["endings"]]
+        assert multiple_choice.log_likelihoods(model, rows, torch.float32, 3) == pytest.approx(sums, rel=1e-5)
         lengths = np.array([len(ending) for ending in question["endings"]])
         for name, by in (("acc", sums), ("acc_norm", sums / lengths)):
             right[name].append(np.argmax(by) == question["label"])

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gptfast import GPT, Sampling
 from gptfast.config import PRESETS
-from gptfast.generation.decoding import CachedDecoder, Logits
+from gptfast.generation.decoder import CachedDecoder, Logits
 from gptfast.generation.generate import continuations
 from gptfast.training.recipes import RECIPES
-from oracle import DEVICE, assert_equal_to_oracle
+from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
 MODELS = {**PRESETS, **{name: recipe.model for name, recipe in RECIPES.items()}}
 PROMPTS = {"one": [5], "even": [4, 4, 4], "ragged": [1, 6, 3]}

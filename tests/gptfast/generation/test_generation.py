@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 
-from benchmarks.measuring import models
+from benchmarks.measuring import model_providers
 from gptfast import GPT, GPTConfig
 from gptfast.generation import generate
-from gptfast.generation.decoding import CachedDecoder
+from gptfast.generation.autoregressive import steps
+from gptfast.generation.decoder import CachedDecoder
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.steps import steps
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 CONFIG = {"block_size": 8, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.3}
 
@@ -150,7 +150,9 @@ def test_sequences_that_have_ended_cost_nothing(model, monkeypatch):
         type(model.transformer), "forward", lambda self, idx, *a: sizes.append(len(idx)) or forward(self, idx, *a)
     )
     # on a GPU steps begin before the last one is read, and graphs are kept while most sequences go on
-    monkeypatch.setattr("gptfast.generation.steps.CachedDecoder", functools.partial(CachedDecoder, graph=False))
+    monkeypatch.setattr(
+        "gptfast.generation.autoregressive.CachedDecoder", functools.partial(CachedDecoder, graph=False)
+    )
     for stops, expected in ((first[:1], [3, 2]), (first, [3])):
         sizes.clear()
         ends = lambda row, token, stops=stops: token in stops  # noqa: E731
@@ -227,7 +229,7 @@ def test_logits_that_are_no_numbers(model):
 
 def test_greedy_is_hugging_faces(model):
     """Token for token, and beams too."""
-    theirs = models.providers(None)["Hugging Face"].build(model.eval())
+    theirs = model_providers.providers(None)["Hugging Face"].build(model.eval())
     idx = prompt(3, 3)
     expected = theirs.generate(
         idx, attention_mask=torch.ones_like(idx), max_new_tokens=5, do_sample=False, pad_token_id=0
@@ -242,7 +244,7 @@ def test_greedy_is_hugging_faces(model):
 
 def test_beams_of_generate_are_hugging_faces(model):
     """With penalties too, which change log-probabilities."""
-    theirs = models.providers(None)["Hugging Face"].build(model.eval())
+    theirs = model_providers.providers(None)["Hugging Face"].build(model.eval())
     idx = prompt(3, 3)
     arguments = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}

@@ -7,14 +7,14 @@ import functools
 import pytest
 import torch
 
-from drafts import DRAFTS, GREEDY, assert_as_plain, generator, gpt, merged, perturbed, ragged
 from gptfast import GPT
 from gptfast.generation import speculative
+from gptfast.generation.autoregressive import steps
 from gptfast.generation.rounds import Rounds
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.steps import steps
-from graphs import stand_in
+from tests.support.drafts import DRAFTS, GREEDY, assert_as_plain, generator, gpt, merged, perturbed, ragged
+from tests.support.graphs import stand_in
 
 EVERYTHING = Sampling(
     temperature=0.9, top_k=15, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, no_repeat_ngram_size=3

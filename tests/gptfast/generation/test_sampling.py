@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptfast.generation import sampling
 from gptfast.generation.sampling import Sampling, draw, filtered
-from logits import (
+from tests.support.logits import (
     EVERYTHING,
     INF,
     NAN,
@@ -25,7 +25,7 @@ from logits import (
     random_logits,
     softmax,
 )
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from transformers.generation import logits_process as hugging_face
 
 from gptfast.generation import sampling
 from gptfast.generation.sampling import Sampling, draw, filtered
-from logits import (
+from tests.support.logits import (
     INF,
     kept,
     numpy_min_p,
@@ -17,7 +17,7 @@ from logits import (
     on_device,
     random_logits,
 )
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 FILTERS = {
     "top_k": (sampling.keep_top_k, numpy_top_k, st.integers(1, 15)),

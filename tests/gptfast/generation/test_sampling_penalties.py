@@ -5,8 +5,8 @@ from transformers.generation import logits_process as hugging_face
 
 from gptfast.generation import sampling
 from gptfast.generation.sampling import Sampling
-from logits import EVERYTHING, INF, on_device, ragged, random_logits
-from oracle import DEVICE
+from tests.support.logits import EVERYTHING, INF, on_device, ragged, random_logits
+from tests.support.oracle import DEVICE
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafts import DRAFTS, GREEDY, assert_as_plain, contrary, generator, gpt, merged, perturbed, ragged
 from gptfast import GPT
-from gptfast.generation import decoding, rounds, speculative
-from gptfast.generation.cache import KVCache
+from gptfast.generation import decoder, rounds, speculative
+from gptfast.generation.autoregressive import Step, steps
+from gptfast.generation.kv_cache import KVCache
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.generation.steps import Step, steps
-from oracle import DEVICE
+from tests.support.drafts import DRAFTS, GREEDY, assert_as_plain, contrary, generator, gpt, merged, perturbed, ragged
+from tests.support.oracle import DEVICE
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_likeliest_of_one_is_greedy(make):
 @pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
 def test_penalties_and_ngrams_see_what_was_proposed(monkeypatch, make, chunk):
     """In the draft's distribution too: the model as its own draft is always right. Prompts are read piece by piece."""
-    monkeypatch.setattr(decoding, "CHUNK", chunk)
+    monkeypatch.setattr(decoder, "CHUNK", chunk)
     model, lengths = gpt(), [6, 9, 2]
     for settings in (
         Sampling(temperature=0.0, repetition_penalty=1.5, no_repeat_ngram_size=2),

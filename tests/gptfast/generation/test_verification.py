@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafts import generator, gpt, merged, ragged
 from gptfast import GPT
 from gptfast.generation import sampling, speculative
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
 from gptfast.generation.verification import verify
-from oracle import DEVICE
+from tests.support.drafts import generator, gpt, merged, ragged
+from tests.support.oracle import DEVICE
 
 
 def processed(model: GPT, sequences: Tensor, prompt: int, settings: Sampling) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import transformers
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from gptfast import GPT, GPTConfig, loading
-from gptfast.huggingface import export
+from gptfast import GPT, GPTConfig, load_model
+from gptfast.huggingface import save
 from gptfast.tokenizers import CharTokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,9 +91,9 @@ def test_a_tokenizer_of_ours_comes_along(cache, tmp_path):
     """Of a model that was exported and put on the hub."""
     tokens = CharTokenizer("abc")
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4), "eager")
-    export.save(model, tmp_path / "out", tokens)
+    save.save(model, tmp_path / "out", tokens)
     store(cache, "some-one/model", tmp_path / "out")
-    _, found = loading.load("some-one/model", torch.device("cpu"))
+    _, found = load_model.load("some-one/model", torch.device("cpu"))
     assert found.to_json() == tokens.to_json()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from gptfast import GPT, GPTConfig
-from gptfast.huggingface import export, tokenizer
+from gptfast.huggingface import save, tokenizer
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 
@@ -82,7 +82,7 @@ def theirs(tmp_path_factory) -> dict[str, transformers.PreTrainedTokenizerFast]:
     for name, tokens in OURS.items():
         folder = tmp_path_factory.mktemp("exported") / "out"
         model = GPT(GPTConfig(block_size=64, vocab_size=tokens.vocab_size, n_layer=1, n_head=1, n_embd=4))
-        export.save(model, folder, tokens)
+        save.save(model, folder, tokens)
         found[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return found
 

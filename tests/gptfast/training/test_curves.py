@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainStep, tokenizers
 from gptfast.data import batches, corpus
-from oracle import DEVICE
+from tests.support.oracle import DEVICE
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gptfast.run import RunFolder, read_log
+from gptfast.checkpoint.run_folder import RunFolder, read_log
 from gptfast.training import progress
 from gptfast.training.progress import Progress
 

@@ -13,19 +13,21 @@ import tiktoken
 import torch
 from torch import Tensor
 
-import gpt2_files
-from gptfast import GPT, GPTConfig, Sampling, cli, costs, generate_text, run
+from benchmarks.cost_model import operators
+from gptfast import GPT, GPTConfig, Sampling, cli, generate_text
+from gptfast.checkpoint import run_folder
 from gptfast.config import PRESETS
 from gptfast.data import batches
 from gptfast.data.texts import TEXTS
-from gptfast.evaluation.sequences import Sequences
-from gptfast.generation import texts
+from gptfast.distributed import World
+from gptfast.generation import text as texts
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
 from gptfast.training import recipes, trainer
-from gptfast.training.distributed import World
 from gptfast.training.recipes import RECIPES
-from gptfast.training.start import Start
+from gptfast.training.setup import Start
+from gptfast.training.validation import Sequences
+from tests.support import gpt2_files
 
 CPU = torch.device("cpu")
 CHATBOT, CLINIC, SENTENCES = (TEXTS[name].rstrip() for name in ("chatbot", "clinic", "sentences"))
@@ -52,10 +54,10 @@ def test_every_recipe_trains_and_writes_at_a_reduced_size(name: str, tmp_path, c
     seen = {"eval_interval": 80, "checkpoint_interval": 0, "sample_tokens": 3, "out": str(tmp_path / "run")}
     config = dataclasses.replace(recipe, model=small(recipe.model), device="cpu", **batch, **rates, **seen)
     summary = trainer.train(config)
-    losses = [entry["loss"] for entry in run.read_log(tmp_path / "run") if "loss" in entry]
+    losses = [entry["loss"] for entry in run_folder.read_log(tmp_path / "run") if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(257), abs=0.3)  # that of a guess
     assert summary["val_loss"] < 2.5  # frequencies of bytes alone have 3.0
-    assert summary["params"] == costs.parameters(config.model)
+    assert summary["params"] == operators.parameters(config.model)
     # past the window of 16
     written = generated(capsys, tmp_path / "run", "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "30")
     assert written.startswith("Hello")
@@ -121,7 +123,7 @@ def marks_apart(text: str) -> list[str]:
 
 def test_word_gpt_knows_its_sentences_by_heart(word_gpt, capsys):
     """Greedily and by beams; its causal mask keeps it from going in circles."""
-    evaluations = [entry for entry in run.read_log(word_gpt) if "val_loss" in entry]
+    evaluations = [entry for entry in run_folder.read_log(word_gpt) if "val_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [50, 100]
     assert evaluations[-1]["val_loss"] < 0.05
     assert evaluations[-1]["sample"].startswith("The quick brown fox jumps over the lazy dog. This")
@@ -155,7 +157,7 @@ def simple_gpt(tmp_path_factory) -> Path:
 
 def test_simple_gpt_knows_its_text_by_heart(simple_gpt, capsys):
     """Greedily, and among the likeliest tokens."""
-    evaluations = [entry for entry in run.read_log(simple_gpt) if "val_loss" in entry]
+    evaluations = [entry for entry in run_folder.read_log(simple_gpt) if "val_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [50, 100]
     assert evaluations[-1]["val_loss"] < 0.05
     asked = ("--prompt", "Hello,", "--max-new-tokens", str(len(CHATBOT) - len("Hello,")))
@@ -183,12 +185,12 @@ def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
     with gpt2_files.accepted():
         cli.main([*train, "--out", str(tmp_path / "run")])
     assert "13,266,432 parameters, 2 layers of width 128, context 32; " in capsys.readouterr().out
-    losses = [entry["loss"] for entry in run.read_log(tmp_path / "run") if "loss" in entry]
+    losses = [entry["loss"] for entry in run_folder.read_log(tmp_path / "run") if "loss" in entry]
     assert losses[0] == pytest.approx(10.825, abs=0.2)
     assert losses[-1] < losses[0] - 1.0
     shutil.rmtree(vocabulary)  # the run has its own
     assert generated(capsys, tmp_path / "run", "--prompt", "Hello,", "--max-new-tokens", "5").startswith("Hello,")
-    model, tokenizer = run.load(tmp_path / "run", CPU)
+    model, tokenizer = run_folder.load(tmp_path / "run", CPU)
     assert (model.config.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     shape = model.config
     assert (shape.n_embd, shape.n_layer, shape.n_head, shape.position) == (128, 2, 4, "learned")
@@ -199,11 +201,11 @@ def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--data", "clinic", "--init-from", str(simple_gpt), "--block-size", "145", "--sample-prompt", "The"]
     cli.main(["train", "simple-gpt", *options, "--device", "cpu", "--out", str(out)])
-    tokenizer = run.load(out, CPU)[1]
-    assert tokenizer.to_json() == run.load(simple_gpt, CPU)[1].to_json()
+    tokenizer = run_folder.load(out, CPU)[1]
+    assert tokenizer.to_json() == run_folder.load(simple_gpt, CPU)[1].to_json()
     whole = batches.split(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
     losses = [
-        Sequences(whole, 1, 1).mean_loss(run.load(folder, CPU)[0], torch.float32, World.of_environment())
+        Sequences(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.of_environment())
         for folder in (simple_gpt, out)
     ]
     assert losses[0] > 3.0
@@ -245,7 +247,7 @@ def test_gpt2s_sizes(name: str):
     assert recipe.model == dataclasses.replace(PRESETS[name], pad_vocab_size_to=128)
     with torch.device("meta"):
         model = GPT(recipe.model, "eager")
-    assert model.get_num_params(non_embedding=False) == costs.parameters(recipe.model) == SIZES[name]
+    assert model.get_num_params(non_embedding=False) == operators.parameters(recipe.model) == SIZES[name]
     assert (recipe.optimizer, recipe.weight_decay, recipe.tokenizer) == ("adamw", 0.1, "gpt2")
     assert recipe.batch_size * recipe.model.block_size == 491_520
     assert recipe.min_learning_rate == pytest.approx(recipe.learning_rate / 10)
@@ -277,7 +279,7 @@ def test_the_book_s_124m():
             GPT(GPTConfig.from_dict(recipes.GPT_CONFIG_124M, tie_weights=tie), "eager") for tie in (False, True)
         )
     assert recipe.model == dataclasses.replace(untied.config, pad_vocab_size_to=128)
-    assert untied.get_num_params(non_embedding=False) == costs.parameters(recipe.model) == 163_009_536
+    assert untied.get_num_params(non_embedding=False) == operators.parameters(recipe.model) == 163_009_536
     assert tied.get_num_params(non_embedding=False) == 124_412_160
     assert SIZES["gpt2"] - 124_412_160 == 12 * 3 * 768  # the biases of queries, keys and values
     assert tied.transformer.h[0].attn.c_attn.bias is None

@@ -16,10 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from gptfast import GPTConfig, run
+from gptfast import GPTConfig
+from gptfast.checkpoint import run_folder
 from gptfast.training import trainer
-from gptfast.training.settings import TrainConfig
-from tiny_runs import TEXT, tiny_run
+from gptfast.training.config import TrainConfig
+from tests.support.tiny_runs import TEXT, tiny_run
 
 CHANGES_FROM_RUN_TO_RUN = ("tokens_per_second", "mfu", "memory_bytes", "data_seconds")
 
@@ -38,7 +39,7 @@ def outcome(path: Path) -> tuple[dict, dict, list]:
         for name, tensor in safetensors.torch.load_file(file).items()
     }
     states = {file.parent.name: json.loads(file.read_text()) for file in path.rglob("state.json")}
-    log = [{k: v for k, v in entry.items() if k not in CHANGES_FROM_RUN_TO_RUN} for entry in run.read_log(path)]
+    log = [{k: v for k, v in entry.items() if k not in CHANGES_FROM_RUN_TO_RUN} for entry in run_folder.read_log(path)]
     return tensors, states, log
 
 
@@ -190,13 +191,13 @@ def test_the_log_of_steps_that_are_taken_again_is_dropped(config, tmp_path):
     train_until(config, 11)
     with open(tmp_path / "run/log.jsonl", "a") as log:
         log.write('{"step": 11, "lo')
-    assert [entry["step"] for entry in run.read_log(tmp_path / "run")] == [1, 5, 8, 8, 10]
+    assert [entry["step"] for entry in run_folder.read_log(tmp_path / "run")] == [1, 5, 8, 8, 10]
     train_until(dataclasses.replace(config, resume=True), 9)
-    assert [entry["step"] for entry in run.read_log(tmp_path / "run")] == [1, 5, 8, 8]
+    assert [entry["step"] for entry in run_folder.read_log(tmp_path / "run")] == [1, 5, 8, 8]
 
 
 def test_two_trainers_on_one_folder(config, tmp_path):
-    with run.RunFolder(tmp_path / "run"):
+    with run_folder.RunFolder(tmp_path / "run"):
         for resume in (False, True):
             with pytest.raises(ValueError, match=r"another process trains in the run folder .*run; wait for it"):
                 trainer.train(dataclasses.replace(config, resume=resume))
@@ -292,7 +293,7 @@ def test_fifty_kills_at_random_moments(config, tmp_path):
         before = newest(tmp_path / "run")
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    done = run.read_log(tmp_path / "run")[-1]["step"]
+    done = run_folder.read_log(tmp_path / "run")[-1]["step"]
     assert done > 25 * 20
     ends = dataclasses.replace(config, steps=done + 50)
     trainer.train(dataclasses.replace(ends, resume=True))

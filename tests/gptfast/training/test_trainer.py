@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from gptfast import GPT, peaks, run, tokenizers
+from gptfast import GPT, hardware, tokenizers
+from gptfast.checkpoint import run_folder
 from gptfast.data import batches
 from gptfast.training import recipes, schedules, trainer
-from gptfast.training.settings import TrainConfig
-from gptfast.training.step import StepResult, TrainStep
-from tiny_runs import TEXT, tiny_run
+from gptfast.training.config import TrainConfig
+from gptfast.training.train_step import StepResult, TrainStep
+from tests.support.tiny_runs import TEXT, tiny_run
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_run_folder(config, tmp_path):
     ]
     assert json.loads((path / "summary.json").read_text()) | {"run": str(path)} == summary
     assert summary["steps"] == 20
-    assert summary["params"] == run.load(path, torch.device("cpu"))[0].get_num_params(non_embedding=False)
+    assert summary["params"] == run_folder.load(path, torch.device("cpu"))[0].get_num_params(non_embedding=False)
     assert summary["device"] == "cpu"
     assert summary["backend"] == dict.fromkeys(("layer_norm", "ffn", "attention", "loss"), "eager")
     assert summary["interrupted"] is False
@@ -75,7 +76,7 @@ def test_nothing_held_out(config, tmp_path, capsys):
     assert "; 1,720 training tokens, on which validation is too, vocabulary 17; " in capsys.readouterr().out
     assert summary["validation_text"] == json.loads((tmp_path / "run/summary.json").read_text())["validation_text"]
     assert summary["validation_text"] == "training"
-    model, tokenizer = run.load(tmp_path / "run", torch.device("cpu"))
+    model, tokenizer = run_folder.load(tmp_path / "run", torch.device("cpu"))
     whole = batches.split(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
     idx, targets = (torch.cat(parts) for parts in zip(*whole.even_batches(2, 4), strict=True))
     with torch.no_grad():
@@ -206,8 +207,8 @@ def test_float16_may_overflow_while_its_scale_finds_its_level(config, monkeypatc
 
 
 def test_without_a_peak_there_is_no_mfu(config, monkeypatch, capsys):
-    monkeypatch.setattr(peaks, "peak_flops", lambda device, dtype: None)
-    monkeypatch.setattr(peaks, "describe", lambda device: f"unknown GPU {device}")
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(hardware, "describe", lambda device: f"unknown GPU {device}")
     assert trainer.train(config)["mfu"] is None
     assert ", so no MFU: unknown GPU cpu\n" in capsys.readouterr().out
 

@@ -1,0 +1,224 @@
+"""Whole models with the same weights from several providers, for the suites of training and generation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gptfast
+from benchmarks.measuring.operator_bench import UnavailableError
+from gptfast import GPT, GPTConfig
+from gptfast.quantization import quantize
+from kernels import runtime
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model's shape and its batch.
+
+    Args:
+        suite: "training" or "generation".
+        model: the shape's name.
+        config: the shape, without dropout: it draws other numbers in every implementation.
+        batch: sequences.
+        length: tokens of each; of the prompt, when generating.
+        new_tokens: tokens to generate.
+        providers: names in `PROVIDERS` that are measured; compiling large models takes minutes.
+        dtype: of the weights on a CPU, when generating.
+    """
+
+    suite: str
+    model: str
+    config: GPTConfig
+    batch: int
+    length: int
+    new_tokens: int = 0
+    providers: tuple[str, ...] = field(default=("triton", "eager"))
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def dims(self) -> dict[str, str | int]:
+        dims: dict[str, str | int] = {"model": self.model, "B": self.batch, "T": self.length}
+        return dims | ({"new": self.new_tokens} if self.new_tokens else {})
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" if name != "model" else str(value) for name, value in self.dims.items()]
+        # what differs in nothing else is another case too
+        return " ".join(words if self.dtype == torch.float32 else [*words, str(self.dtype).removeprefix("torch.")])
+
+
+@dataclass(frozen=True)
+class ModelProvider:
+    """An implementation of GPT: `build(reference)` gives a model with the weights of `reference`.
+
+    `loss(model, idx, targets)` and `logits(model, idx)` speak its language. With `captured` it trains by
+    `gptfast.TrainStep` in CUDA graphs, else by a plain loop; with `int8` its products have weights of 8 bits. A result
+    may differ from the truth by `tolerance`, where that is more than what its dtype may have.
+    """
+
+    name: str
+    build: Callable[[GPT], nn.Module]
+    loss: Callable[[Any, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
+    logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
+    generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
+    captured: bool = False
+    int8: bool = False
+    tolerance: float = 0.0
+
+
+def twin(reference: GPT, backend: str) -> GPT:
+    """A model with another backend on the very same parameters: weights, gradients and optimizer are shared."""
+    with torch.device("meta"):
+        model = GPT(reference.config)
+    # not its `state_dict`, which would be copies where the vocabulary is padded
+    model.load_state_dict(dict(reference.named_parameters(remove_duplicate=False)), assign=True)
+    model.set_backend(backend)
+    return model.train(reference.training)
+
+
+def _eager(reference: GPT) -> GPT:
+    return twin(reference, "eager")
+
+
+def _triton(reference: GPT) -> GPT:
+    device = reference.lm_head.weight.device
+    if device.type != "cuda":
+        raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
+    reason = runtime.why_not(device)
+    if reason is not None:
+        raise UnavailableError(reason)
+    return twin(reference, "triton")
+
+
+def _int8(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
+    return lambda reference: quantize(build(reference))
+
+
+def _compiled(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
+    def compiled(reference: GPT) -> nn.Module:
+        model = build(reference)
+        model.compile()
+        return model
+
+    return compiled
+
+
+def _by_compiled_steps(model: GPT, idx: Tensor, count: int) -> Tensor:
+    return model.generate(idx, count, temperature=0, compiled=True)
+
+
+def _hugging_face(reference: GPT) -> nn.Module:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise UnavailableError(f"transformers cannot be imported: {error}") from error
+    config = reference.config
+    if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
+        raise UnavailableError("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        # the fused form: GPT-2's own "gelu_new" is the same function in five passes over memory
+        "activation_function": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    weight = reference.lm_head.weight
+    with torch.device(weight.device):
+        model: Any = GPT2LMHeadModel(GPT2Config(**settings))
+    model.to(weight.dtype)
+    ours = reference.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # its projections hold their matrices as [in, out]
+            transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            parameter.copy_(ours[name].t() if transposed else ours[name])
+    return model.train(reference.training)
+
+
+def _nanogpt(checkout: str | None) -> Callable[[GPT], nn.Module]:
+    def build(reference: GPT) -> nn.Module:
+        if checkout is None:
+            raise UnavailableError("nanoGPT is no package: give the folder of a checkout with --nanogpt")
+        path = Path(checkout, "model.py")
+        if not path.is_file():
+            raise UnavailableError(f"{checkout} has no model.py; --nanogpt takes a checkout of nanoGPT")
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+        if spec is None or spec.loader is None:
+            raise UnavailableError(f"{path} cannot be imported")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = reference.config
+        if config.activation == "relu":  # its GELU is by erf; by tanh it differs in the fourth digit
+            raise UnavailableError("nanoGPT's activation is GELU")
+        settings = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
+        with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
+            model = module.GPT(module.GPTConfig(**settings))
+        model.load_state_dict(reference.state_dict(), strict=False)  # without the mask that old PyTorch needs
+        weight = reference.lm_head.weight
+        return model.to(weight.device, weight.dtype).train(reference.training)
+
+    return build
+
+
+def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
+    """All providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
+    built = [
+        ModelProvider("triton", _triton),
+        ModelProvider("triton captured", _triton, captured=True),
+        ModelProvider("triton compiled", _compiled(_triton), generate=_by_compiled_steps),
+        ModelProvider("triton compiled captured", _compiled(_triton), captured=True),
+        ModelProvider("eager", _eager),
+        ModelProvider("eager compiled", _compiled(_eager), generate=_by_compiled_steps),
+        *(
+            # weights that are rounded to 8 bits change logits by a percent
+            ModelProvider(f"{name} int8", _int8(build), int8=True, tolerance=0.05)
+            for name, build in (("triton", _triton), ("eager", _eager))
+        ),
+        ModelProvider(
+            "Hugging Face",
+            _hugging_face,
+            loss=lambda model, idx, targets: nn.functional.cross_entropy(
+                model(idx, use_cache=False).logits.view(-1, model.config.vocab_size), targets.view(-1)
+            ),
+            logits=lambda model, idx: model(idx).logits,
+            generate=lambda model, idx, count: model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=count, do_sample=False
+            ),
+        ),
+        ModelProvider(
+            "nanoGPT",
+            _nanogpt(nanogpt),
+            generate=lambda model, idx, count: model.generate(idx, count, top_k=1),  # it has no greedy mode
+        ),
+    ]
+    return {provider.name: provider for provider in built}
+
+
+def reference_model(case: ModelCase, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Random weights, the same on every run."""
+    torch.manual_seed(0)
+    with device:
+        return gptfast.GPT(case.config, backend="eager").to(dtype)
+
+
+def tokens(case: ModelCase, device: torch.device) -> Tensor:
+    """Random ids [B, T + 1]: inputs and, one later, targets."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.batch, case.length + 1)
+    return torch.randint(case.config.vocab_size, shape, generator=generator, device=device)

@@ -1,0 +1,1 @@
+"""Training races against nanoGPT scripts, and learning curves."""

@@ -1,0 +1,1 @@
+"""Everything on disk: atomic files, run folders, training checkpoints, checkpoints of nanoGPT."""

@@ -1,0 +1,183 @@
+"""A run folder: what training writes and generation reads.
+
+    config.json           the settings of the run
+    tokenizer.json        the tokenizer
+    model.safetensors     the weights with the lowest validation loss so far
+    adapters.safetensors  of a run with adapters, these alone
+    checkpoints/          the last ones, see `gptfast.checkpoint.manager`
+    log.jsonl             one JSON object per line: losses, learning rate, speed, samples
+    summary.json, loss.png    the outcome; there when training has ended
+    failed-step.json, failed-batch.safetensors    what a run has ended with whose loss was no number
+
+Files other than the log appear whole or not at all: they are written beside their place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import tokenizers
+from gptfast.backend import Request
+from gptfast.checkpoint.atomic_files import read_json, read_tensors, write_json, write_tensors
+from gptfast.config import GPTConfig
+from gptfast.huggingface.config import is_model
+from gptfast.model import GPT
+
+
+class RunFolder:
+    """Writes a run folder, alone: no other process may. As a context manager it removes a new run that logged nothing.
+
+    Args:
+        path: of the folder, which must not exist yet or be empty.
+        resume: continue the run that is there, if there is one.
+
+    Raises:
+        ValueError: the path is taken, in use, or cannot be written.
+    """
+
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.resumed = resume and is_run(path)
+            if not self.resumed:
+                _require_unused(path, resume)
+            self._lock = _lock(path / ".lock")
+        except OSError as error:
+            raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from error
+        if not self.resumed:
+            try:
+                _require_unused(path, resume)  # since, another may have trained there
+            except ValueError:
+                self.close()
+                raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if error is not None and not self.resumed and not (self.path / "log.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
+
+    def close(self) -> None:
+        """Let others write."""
+        os.close(self._lock)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, replacing an older one."""
+        write_json(self.path / name, content)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file, replacing an older one."""
+        write_tensors(self.path / name, tensors)
+
+    def append_log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the log."""
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(line)
+
+    def forget_log_after(self, step: int) -> None:
+        """Drop what the log tells of later steps, which will be taken again."""
+        path = self.path / "log.jsonl"
+        if path.exists():
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(partial, path)
+
+
+def _require_unused(path: Path, resume: bool) -> None:
+    # what a process left that was killed before it had begun is nothing
+    if any(file.name != ".lock" and file.suffix != ".partial" for file in path.iterdir()):
+        how = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
+        raise ValueError(f"the run folder {path} is not empty; {how}")
+
+
+def _lock(path: Path) -> int:
+    """A descriptor whose owner alone may write, as long as it is open: it ends with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"another process trains in the run folder {path.parent}; wait for it, or give another"
+        ) from error
+    return descriptor
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run. Folders in Hugging Face's layout have files of the same names."""
+    return all((path / name).is_file() for name in ("config.json", "tokenizer.json")) and not is_model(path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log; a last line that a killed process left unfinished is not one."""
+    entries = []
+    for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], GPTConfig]:
+    """The settings of a run, and those of its model.
+
+    Raises:
+        ValueError: they are missing or damaged.
+    """
+    settings = read_json(path / "config.json")
+    try:
+        return settings, GPTConfig(**settings.get("model", {}))
+    except TypeError as error:
+        raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
+
+
+def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
+    """The model and the tokenizer of a run folder.
+
+    Raises:
+        ValueError: not a run folder, a file that is missing or damaged, or weights that do not fit the settings.
+    """
+    if is_model(path):
+        raise ValueError(f"{path} is not a run folder: its config.json is that of a model in Hugging Face's layout")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
+    tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
+    _, config = read_config(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "
+            f"the model {config.vocab_size}"
+        )
+    model = GPT(config, backend="eager")
+    weights = read_tensors(path / "model.safetensors")
+    if config.tie_weights and "transformer.wte.weight" in weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path / 'model.safetensors'} does not fit config.json: {_one_line(error)}") from error
+    model.to(device).set_backend(backend)
+    return model, tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The commands of `gptfast`, one module each. The engines are in the packages below."""

@@ -1,0 +1,404 @@
+"""Checkpoints come back bit for bit or not at all, whatever happens to the disk and the process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from gptfast.checkpoint.atomic_files import checksum, read_json, read_tensors, write_json, write_tensors
+from gptfast.checkpoint.manager import Checkpoint, Checkpoints
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
+        step,
+        {"wte.weight": torch.arange(6.0).view(2, 3) + step, "ln.bias": torch.tensor([0.5, math.pi])},
+        {"wte.weight/exp_avg": torch.full((2, 3), step / 7), "wte.weight/step": torch.tensor(float(step))},
+        {"best": {"val_loss": 1.25, "train_loss": None}, "data": {"train": "9 tokens, é"}},
+    )
+
+
+def save(folder: Path, *steps: int, keep: int = 2) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(checkpoint(step))
+    checkpoints.close()
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    return Checkpoints(folder, 2).latest()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return checksum(ours) == checksum(theirs)
+
+
+def same(ours: Checkpoint, theirs: Checkpoint) -> bool:
+    tensors = same_tensors(ours.model, theirs.model) and same_tensors(ours.optimizer, theirs.optimizer)
+    return tensors and (ours.step, ours.state) == (theirs.step, theirs.state)
+
+
+TENSORS = {
+    "float32": torch.tensor([[0.1, -0.0], [math.inf, math.nan]]),
+    "bfloat16": torch.arange(5, dtype=torch.bfloat16) / 3,
+    "float16": torch.tensor([6e-8], dtype=torch.float16),
+    "float64": torch.tensor([math.pi], dtype=torch.float64),
+    "int32": torch.tensor([[[-(2**31)]]], dtype=torch.int32),
+    "int64": torch.tensor([2**62, -1]),
+    "bool": torch.tensor([True, False, True]),
+    "no dimensions": torch.tensor(3.5),
+    "no elements": torch.empty(0, 5),
+    "transposed": torch.arange(6.0).view(2, 3).t(),
+    "every other": torch.arange(10.0)[::2],
+    "a name/with. é": torch.zeros(1),
+}
+
+
+def test_tensors_come_back(tmp_path):
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, TENSORS)
+    found = read_tensors(path)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert same_tensors(found, TENSORS)  # the sign of zero as well
+    write_tensors(path, {})
+    assert read_tensors(path) == {}
+    assert names(tmp_path) == ["some.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.tensor([1.0, 2.5])},
+        {"b": torch.tensor([1.0, 2.0])},
+        {"a": torch.tensor([[1.0, 2.0]])},
+        {"a": torch.tensor([1.0, 2.0]).view(torch.int32)},
+        {"a": torch.tensor([1.0, 2.0]), "b": torch.empty(0)},
+        {},
+    ],
+    ids=["value", "name", "shape", "dtype", "one more", "none"],
+)
+def test_other_tensors_have_another_checksum(other):
+    assert checksum(other) != checksum({"a": torch.tensor([1.0, 2.0])})
+
+
+def test_files_of_others_have_no_checksum_and_are_read(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata)
+        assert read_tensors(path)["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 40, b"\xff" * 40])
+def test_what_is_no_safetensors_file(tmp_path, content):
+    path = tmp_path / "some.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.safetensors is damaged: "):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": \xff}', b"[1]", b"null"])
+def test_what_is_no_json_object(tmp_path, content):
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.json is damaged: "):
+        read_json(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
+def test_what_json_has_not_leaves_the_older_file(tmp_path, value):
+    path = tmp_path / "some.json"
+    write_json(path, {"a": 1})
+    with pytest.raises((ValueError, TypeError), match="JSON"):
+        write_json(path, {"a": [value]})
+    assert read_json(path) == {"a": 1}
+    assert names(tmp_path) == ["some.json"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    write_json(tmp_path / "some.json", {"a": 1})
+    write_tensors(tmp_path / "some.safetensors", {"a": torch.ones(1)})
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match=r"cannot write .*some\.json: .*No space left on device"):
+        write_json(tmp_path / "some.json", {"a": 2})
+    with pytest.raises(OSError, match=r"cannot write .*some\.safetensors: .*No space left on device"):
+        write_tensors(tmp_path / "some.safetensors", {"a": torch.zeros(1)})
+    assert read_json(tmp_path / "some.json") == {"a": 1}
+    assert read_tensors(tmp_path / "some.safetensors")["a"].tolist() == [1.0]
+    assert names(tmp_path) == ["some.json", "some.safetensors"]
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    save(tmp_path / "not/yet/there", 3)
+    found, wrong = latest(tmp_path / "not/yet/there")
+    assert same(found, checkpoint(3))
+    assert found.state.keys() == {"best", "data"}
+    assert wrong == []
+    assert names(tmp_path / "not/yet/there/step-00000003") == sorted(FILES)
+
+
+def test_all_dtypes_and_shapes(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(Checkpoint(0, TENSORS, {}, {}))
+    checkpoints.close()
+    found = latest(tmp_path)[0]
+    assert (found.step, found.optimizer, found.state) == (0, {}, {})
+    assert same_tensors(found.model, TENSORS)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept(tmp_path, keep: int):
+    # by number: one of them is longer than the others
+    save(tmp_path, 7, 250, 99_999_999, 100_000_000, keep=keep)
+    assert names(tmp_path) == sorted(
+        ["step-00000250", "step-99999999", "step-100000000"][-keep:],
+    )
+    assert latest(tmp_path)[0].step == 100_000_000
+
+
+def test_fewer_are_kept_from_now_on(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=3)
+    save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_where_nothing_is_saved_nothing_is_found(tmp_path):
+    assert latest(tmp_path / "missing") == (None, [])
+    for name in ("step-1", "step-0000000x", "other", "step-00000001.old"):
+        (tmp_path / name).mkdir()
+    assert latest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_flipped_bit_goes_unnoticed(tmp_path, file: str):
+    """Of any byte of a file; but for the header's own name of the checksum, where no value is lost."""
+    save(tmp_path, 1, 2)
+    path = tmp_path / "step-00000002" / file
+    whole, found_out = path.read_bytes(), 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        found, wrong = latest(tmp_path)
+        assert same(found, checkpoint(found.step)), place
+        assert found.step == 2 - len(wrong)
+        if wrong:
+            assert f"{path} is damaged: " in wrong[0]
+            found_out += 1
+    assert found_out > 0.9 * len(whole)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"}")
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, longer, Path.unlink, a_folder])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, file: str, damage):
+    save(tmp_path, 1, 2, 3, keep=3)
+    damage(tmp_path / "step-00000003" / file)
+    found, wrong = latest(tmp_path)
+    assert same(found, checkpoint(2))
+    assert len(wrong) == 1
+    assert str(tmp_path / "step-00000003" / file) in wrong[0]
+    damage(tmp_path / "step-00000002" / file)
+    found, wrong = latest(tmp_path)
+    assert same(found, checkpoint(1))
+    assert ["step-00000003" in wrong[0], "step-00000002" in wrong[1]] == [True, True]
+    damage(tmp_path / "step-00000001" / file)
+    with pytest.raises(ValueError, match=r"^no checkpoint can be read: .*step-00000003.*; .*02.*; .*01") as raised:
+        latest(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_without_the_checksum_of_its_state(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "step-00000001/state.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"state.json is damaged: its checksum is another"):
+        latest(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_replaced(tmp_path):
+    save(tmp_path, 1, 2)
+    truncated(tmp_path / "step-00000002/model.safetensors")
+    (tmp_path / "step-00000002/more").touch()
+    save(tmp_path, 2)
+    found, wrong = latest(tmp_path)
+    assert same(found, checkpoint(2))
+    assert wrong == []
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert names(tmp_path / "step-00000002") == sorted(FILES)
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def no_space_for_safetensors(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def after(calls: int, function, failing):
+    """A function that works so often."""
+    counted = iter(range(calls))
+
+    def call(*arguments, **options):
+        return failing() if next(counted, None) is None else function(*arguments, **options)
+
+    return call
+
+
+FAILURES = {
+    "the first file": (os, "fsync", no_space, 0),
+    "the second file": (os, "fsync", no_space, 1),
+    "the third file": (os, "fsync", no_space, 2),
+    "the folder": (os, "fsync", no_space, 3),
+    "the name": (os, "rename", no_space, 0),
+    "tensors": (safetensors.torch, "save_file", no_space_for_safetensors, 0),
+    "more tensors": (safetensors.torch, "save_file", no_space_for_safetensors, 1),
+}
+
+
+def write_more(checkpoints: Checkpoints) -> None:
+    for _ in range(3):  # at the latest when two are waiting
+        checkpoints.write(lambda: None)
+
+
+@pytest.mark.parametrize(("module", "name", "failing", "calls"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("later", [write_more, Checkpoints.close])
+@pytest.mark.parametrize("older", [(), (1, 2)], ids=["", "older ones"])
+def test_a_failed_write_comes_up_later_and_costs_nothing(
+    tmp_path, monkeypatch, module, name, failing, calls, later, older
+):
+    save(tmp_path, *older)
+    checkpoints = Checkpoints(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, after(calls, getattr(module, name), failing))
+        checkpoints.save(checkpoint(3))
+        last = "the last one is of step 2" if older else "there is none"
+        expected = rf"^cannot write the checkpoint {re.escape(str(tmp_path))}/step-00000003: .*No space left.*; {last}$"
+        with pytest.raises(OSError, match=expected) as raised:
+            later(checkpoints)
+    assert "\n" not in str(raised.value)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in older]
+    if older:
+        assert same(latest(tmp_path)[0], checkpoint(2))
+    if later is write_more:  # an error is told once, and there may be space again
+        checkpoints.save(checkpoint(4))
+        checkpoints.close()
+        assert same(latest(tmp_path)[0], checkpoint(4))
+
+
+def test_a_failed_write_leaves_a_damaged_one_in_place_or_removes_it(tmp_path, monkeypatch):
+    """What is to be replaced is out of sight or as it was, never in parts."""
+    for calls in (0, 1):
+        save(tmp_path, 1, 2)
+        truncated(tmp_path / "step-00000002/model.safetensors")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", after(calls, os.rename, no_space))
+            with pytest.raises(OSError, match=r"cannot write .*No space left.*; the last one is of step"):
+                save(tmp_path, 2)
+        assert names(tmp_path) == ["step-00000001", "step-00000002"][: 2 - calls]
+        assert same(latest(tmp_path)[0], checkpoint(1))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_of_later_steps_are_not_kept_in_the_place_of_whole_ones(tmp_path, keep: int):
+    save(tmp_path, 10, 20, 30, keep=3)
+    for step in (20, 30):
+        truncated(tmp_path / f"step-000000{step}/model.safetensors")
+    save(tmp_path, 15, keep=keep)
+    assert names(tmp_path) == ["step-00000010", "step-00000015"][-keep:]
+    assert same(latest(tmp_path)[0], checkpoint(15))
+
+
+def test_what_a_killed_process_left_is_never_read(tmp_path):
+    save(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / ".step-00000003.partial")  # all but renamed
+    (tmp_path / ".step-00000004.partial").mkdir()
+    (tmp_path / ".step-00000004.partial/model.safetensors.partial").write_bytes(b"\x10")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000000.removed")
+    (tmp_path / ".step-00000000.removed/state.json").unlink()
+    found, wrong = latest(tmp_path)
+    assert same(found, checkpoint(2))
+    assert wrong == []
+    Checkpoints(tmp_path, 2).clean()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    Checkpoints(tmp_path / "missing", 2).clean()
+
+
+def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
+    for name in (".step-00000001.partial", ".step-00000001.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "other").write_bytes(b"\x10")
+    for _ in range(2):  # in the place of nothing, and of another
+        save(tmp_path, 1)
+        assert names(tmp_path / "step-00000001") == sorted(FILES)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_nobody_waits_for_the_disk_until_two_are_waiting(tmp_path):
+    checkpoints, disk, written = Checkpoints(tmp_path, 3), threading.Event(), []
+
+    def slowly():
+        assert disk.wait(10)
+        written.append("first")
+
+    checkpoints.write(slowly)
+    checkpoints.save(checkpoint(2))
+    assert written == []  # and yet this line is reached
+    third = threading.Thread(target=checkpoints.write, args=[lambda: written.append(latest(tmp_path)[0].step)])
+    third.start()
+    third.join(0.05)
+    assert third.is_alive()
+    assert not (tmp_path / "step-00000002").exists()
+    disk.set()
+    third.join(10)
+    checkpoints.save(checkpoint(4))
+    checkpoints.close()
+    assert written == ["first", 2]
+    assert latest(tmp_path)[0].step == 4
+
+
+def test_writing_is_done_by_one_thread_of_its_own(tmp_path):
+    checkpoints, threads = Checkpoints(tmp_path, 2), []
+    for _ in range(4):
+        checkpoints.write(lambda: threads.append(threading.current_thread()))
+    checkpoints.close()
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+    assert not threads[0].is_alive()

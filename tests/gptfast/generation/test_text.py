@@ -1,0 +1,114 @@
+"""Texts are continued together as each alone, in pieces that add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptfast import GPT, GPTConfig
+from gptfast.generation import text as texts
+from gptfast.generation.sampling import Sampling
+from gptfast.generation.text import Text
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
+from tests.support.oracle import DEVICE
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
+def text_model(tokenizer) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.3}
+    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)).to(DEVICE)
+
+
+def test_text_comes_in_pieces_that_add_up():
+    tokenizer = ByteTokenizer()
+    model = text_model(tokenizer)
+    pieces = [piece for _, piece in texts.stream(model, tokenizer, [Text("Zürich")], 60, generator=seeded())]
+    text = texts.generate_text(model, tokenizer, "Zürich", 60, generator=seeded())
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    ids = tokenizer.encode("Zürich")[None]
+    written = model.generate(torch.from_numpy(ids).to(DEVICE), 60, stop_tokens=[256], generator=seeded())[
+        0, len(ids[0]) :
+    ]
+    kept = [token for token in written.tolist() if token != 256]
+    assert text == tokenizer.decode(kept)
+
+
+def test_text_ends_before_a_stop_string():
+    tokenizer = CharTokenizer("abcde")
+    model = text_model(tokenizer)
+    free = texts.generate_text(model, tokenizer, "a", 40, generator=seeded())
+    stop = free[10:12]
+    text = texts.generate_text(model, tokenizer, "a", 40, stop=[stop], generator=seeded())
+    assert text == free[: free.index(stop)]
+
+
+def test_a_prompt_without_tokens():
+    model = text_model(CharTokenizer("abc"))
+    with pytest.raises(ValueError, match="the prompt '' has no tokens; give at least one character"):
+        texts.generate_text(model, CharTokenizer("abc"), "", 5)
+    tokenizer = ByteTokenizer()  # it has one for the end of a document, after which anything may come
+    assert texts.generate_text(text_model(tokenizer), tokenizer, "", 5, generator=seeded()) is not None
+    words = WordTokenizer(["a", "b", "."])  # among words space is as good as nothing
+    model, greedy = text_model(words), Sampling(temperature=0)
+    assert texts.generate_text(model, words, "\n ", 5, greedy) == texts.generate_text(model, words, "", 5, greedy)
+
+
+def test_prompts_of_any_lengths_together():
+    tokenizer = CharTokenizer("abcde")
+    model = text_model(tokenizer)
+    greedy = Sampling(temperature=0)
+    together = [Text("a"), Text("bcd"), Text("ce")]
+    pieces = list(texts.stream(model, tokenizer, together, 12, greedy, stop=["aa", "ebe"]))
+    for row, text in enumerate(together):
+        alone = Text(text.prompt)
+        list(texts.stream(model, tokenizer, [alone], 12, greedy, stop=["aa", "ebe"]))
+        assert (text.text, text.tokens, text.finished) == (alone.text, alone.tokens, alone.finished)
+        assert "".join(piece for number, piece in pieces if number == row) == text.text
+        assert len(text.log_probs) == len(text.tokens)
+
+
+def test_words_have_a_space_between_them():
+    """Between the prompt and its continuation too."""
+    tokenizer = WordTokenizer(["the", "quick", "brown", "fox", "."])
+    model = text_model(tokenizer)
+    text = Text("the quick")
+    list(texts.stream(model, tokenizer, [text], 8, Sampling(temperature=0)))
+    ids = tokenizer.encode("the quick").tolist()
+    kept = [token for token in text.tokens if token != tokenizer.end_of_text]
+    assert "the quick" + text.text == tokenizer.decode(ids + kept)
+    assert text.text[0] in " ."
+
+
+def test_a_document_ends():
+    """With a token that has no text."""
+    tokenizer = ByteTokenizer()
+    model = text_model(tokenizer)
+    found = [Text("a") for _ in range(20)]
+    list(texts.stream(model, tokenizer, found, 200, generator=seeded()))
+    assert 0 < sum(text.finished for text in found) < 20
+    for text in found:
+        assert text.finished is (256 in text.tokens)
+        assert 256 not in text.tokens[:-1]
+        assert text.text == tokenizer.decode([token for token in text.tokens if token != 256])
+
+
+def test_texts_are_searched_by_beams():
+    tokenizer = ByteTokenizer()
+    model = text_model(tokenizer)
+    found = texts.search(model, tokenizer, ["Zürich", "a"], 12, num_beams=3, num_samples=2)
+    assert [text.prompt for text in found] == ["Zürich", "Zürich", "a", "a"]
+    for text in found:
+        kept = [token for token in text.tokens if token != tokenizer.end_of_text]
+        assert text.text == tokenizer.decode(kept)
+        assert text.finished == (text.tokens[-1] == tokenizer.end_of_text)
+    assert found[0].score >= found[1].score
+    idx = torch.from_numpy(tokenizer.encode("a")[None]).to(DEVICE)
+    ids = model.generate(idx, 12, num_beams=3, stop_tokens=[tokenizer.end_of_text])[0, 1:].tolist()
+    assert found[2].tokens == ids[: len(found[2].tokens)]
+    penalized = texts.search(model, tokenizer, ["a"], 12, num_beams=3, settings=Sampling(no_repeat_ngram_size=1))
+    assert len(set(penalized[0].tokens)) == len(penalized[0].tokens) > 1

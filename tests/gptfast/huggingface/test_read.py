@@ -1,0 +1,303 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiktoken
+import torch
+import transformers
+
+from gptfast import GPT, GPTConfig, load_model
+from gptfast.huggingface import tokenizer
+from gptfast.huggingface.read import with_tokenizer
+from gptfast.tokenizers import TiktokenTokenizer
+from tests.support import gpt2_files
+from tests.support.oracle import DEVICE
+
+WEIGHT = "transformer.h.0.attn.c_attn.weight"
+
+
+def edit(folder: Path, **settings) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Have a function change the dict of tensors in the file."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def refused(source: Path | str) -> str:
+    """The error, which is one line."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        GPT.from_pretrained(str(source))
+    return str(caught.value)
+
+
+def assert_same_logits(model: GPT, theirs: transformers.PreTrainedModel) -> None:
+    idx = torch.randint(model.config.vocab_size, (3, model.config.block_size)).to(model.lm_head.weight.device)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(idx, idx)[0], theirs.eval()(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_logits_are_those_of_transformers(folder, backend):
+    model = GPT.from_pretrained(str(folder), backend=backend).to(DEVICE)
+    assert model.config.init_std == 0.3
+    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder).to(DEVICE))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"tie_word_embeddings": False},
+        {"n_inner": 128},
+        {"n_embd": 64, "n_head": 1, "n_layer": 3},
+    ],
+    ids=str,
+)
+def test_variants_that_transformers_has(tmp_path, settings):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**{**sizes, **settings}, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    )
+    theirs.save_pretrained(tmp_path)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+
+
+def test_weights_in_several_files(folder, tmp_path):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    files = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert_same_logits(GPT.from_pretrained(str(tmp_path / "sharded")), theirs)
+
+    index = tmp_path / "sharded/model.safetensors.index.json"
+    whole = index.read_text()
+    places = json.loads(whole)["weight_map"]
+    moved = places | {WEIGHT: next(file.name for file in files if file.name != places[WEIGHT])}
+    index.write_text(json.dumps({"weight_map": moved}))
+    assert f"{moved[WEIGHT]} lacks tensor {WEIGHT}, which model.safetensors.index.json places" in refused(index.parent)
+    for content in ({"weight_map": ["a"]}, {}, {"weight_map": {"wte.weight": 3}}):
+        index.write_text(json.dumps(content))
+        assert refused(index.parent).endswith("is damaged: it has no weight_map from tensors to files")
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../model/model.safetensors"}}))
+    assert refused(index.parent).endswith("'../model/model.safetensors' is no name of a file beside it")
+    index.write_text(whole)
+    files[1].unlink()
+    assert refused(index.parent).endswith(f"has no {files[1].name}, which model.safetensors.index.json names")
+
+
+def test_files_of_the_bare_transformer_with_mask_buffers(folder):
+    """The layout of the original GPT-2 upload: no prefix, and the causal mask as a buffer of every layer."""
+    whole = GPT.from_pretrained(str(folder)).state_dict()
+    path = folder / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in safetensors.torch.load_file(path).items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    bare["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    safetensors.torch.save_file(bare, path)
+    again = GPT.from_pretrained(str(folder)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("kept", [["lm_head.weight"], ["lm_head.weight", "transformer.wte.weight"]], ids=str)
+def test_tied_weights_under_either_name_or_both(folder, kept):
+    """Of two names for one tensor safetensors' own functions keep the first, that of the head."""
+
+    def rename(tensors):
+        embedding = tensors.pop("transformer.wte.weight")
+        tensors.update({name: embedding.clone() for name in kept})
+
+    whole = GPT.from_pretrained(str(folder)).state_dict()
+    edit_weights(folder, rename)
+    model = GPT.from_pretrained(str(folder))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
+    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    "head", [torch.ones(61, 32), torch.ones(64, 32), torch.zeros(61, 32, dtype=torch.bfloat16)], ids=lambda t: t.shape
+)
+def test_a_head_of_its_own_where_the_config_ties_it(folder, head):
+    """transformers 5 keeps both, older versions drop the head: the config has to say it."""
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert refused(folder) == (
+        f"{folder} does not fit its config.json, which has tie_word_embeddings=true: lm_head.weight and "
+        "transformer.wte.weight are different; tie_word_embeddings=false keeps both"
+    )
+    if head.shape[0] == 61:
+        edit(folder, tie_word_embeddings=False)
+        model = GPT.from_pretrained(str(folder))
+        assert torch.equal(model.lm_head.weight, head.float())
+        assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_into_float32(folder, dtype):
+    whole = GPT.from_pretrained(str(folder)).state_dict()
+    edit_weights(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
+    for name, tensor in GPT.from_pretrained(str(folder)).state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, whole[name].to(dtype).float()), name
+
+
+def test_what_can_be_overridden(folder):
+    assert GPT.from_pretrained(str(folder)).config.dropout == 0.0
+    model = GPT.from_pretrained(str(folder), {"dropout": 0.1, "pad_vocab_size_to": 64})
+    assert (model.config.dropout, model.lm_head.weight.shape) == (0.1, (64, 32))
+    assert not model.lm_head.weight[61:].any()
+    assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder))
+    for overrides, message in (
+        ({"n_layer": 3}, "override_args accepts dropout and pad_vocab_size_to, got n_layer"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=rf"\A{message}\Z"):
+            GPT.from_pretrained(folder, overrides)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "llama"}, "is no GPT-2 config: it has model_type='llama', only 'gpt2' is read"),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon=1e-06, only 1e-05 is supported"),
+        ({"scale_attn_weights": False}, "has scale_attn_weights=False, only True is supported"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "has scale_attn_by_inverse_layer_idx=True, only False is supported",
+        ),
+        ({"reorder_and_upcast_attn": True}, "has reorder_and_upcast_attn=True, only False is supported"),
+        ({"add_cross_attention": True}, "has add_cross_attention=True, only False is supported"),
+        ({"is_encoder_decoder": True}, "has is_encoder_decoder=True, only False is supported"),
+        ({"quantization_config": {"bits": 4}}, "has quantization_config={'bits': 4}, only None is supported"),
+        ({"n_inner": 7}, "has n_inner=7, only 4 * n_embd = 128 is supported"),
+        ({"activation_function": "silu"}, "has activation_function='silu'; accepted: gelu_new"),
+        ({"activation_function": []}, "has activation_function=[]; accepted: gelu_new"),
+        ({"tie_word_embeddings": "yes"}, "has tie_word_embeddings='yes'; accepted: true, false"),
+        ({"n_embd": None}, "is no GPT-2 config: n_embd must be an integer of at least 1, got None"),
+        ({"n_head": 5}, "is no GPT-2 config: n_embd must be divisible by n_head"),
+        ({"hidden_size": 64}, "tensor transformer.wte.weight is [61, 32], [61, 64] is expected"),
+        ({"n_layer": 3}, "does not fit its config.json: it lacks tensor transformer.h.2.ln_1.weight [32]"),
+        (
+            {"n_layer": 1},
+            "does not fit its config.json: tensor transformer.h.1.attn.c_attn.bias is none of the model's",
+        ),
+        ({"vocab_size": 62}, "tensor transformer.wte.weight is [61, 32], [62, 32] is expected"),
+        ({"n_positions": 12}, "tensor transformer.wpe.weight is [24, 32], [12, 32] is expected"),
+        ({"tie_word_embeddings": False}, "it lacks tensor lm_head.weight [61, 32]"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_do(folder, settings, message):
+    edit(folder, **settings)
+    assert message in refused(folder)
+    assert refused(folder).startswith(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "config.json is damaged: Expecting property name"),
+        (b"\xff{}", "config.json is damaged: 'utf-8' codec can't decode"),
+        (b"[1]", "config.json is damaged: a JSON object is needed"),
+        (b'{"model": {"n_embd": 32}}', "config.json is no GPT-2 config: it has model_type=None, only 'gpt2' is read"),
+        (b'{"model_type": "gpt2", "n_embd": 32}', "config.json is no GPT-2 config: it has no vocab_size"),
+    ],
+)
+def test_a_config_that_is_none(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    assert message in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1, 32, 96), f"tensor {WEIGHT} is [1, 32, 96], [32, 96] is expected"),
+        (torch.zeros(96, 32), f"tensor {WEIGHT} is [96, 32], [32, 96] is expected"),
+        (
+            torch.zeros(32, 96, dtype=torch.int8),
+            f"tensor {WEIGHT} is of dtype int8; accepted: float32, float16, bfloat16",
+        ),
+        (torch.zeros(32, 96, dtype=torch.float64), "is of dtype float64; accepted: float32, float16, bfloat16"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit(folder, tensor, message):
+    edit_weights(folder, lambda tensors: tensors.update({WEIGHT: tensor}))
+    assert message in refused(folder)
+
+
+def test_a_tensor_too_many(folder):
+    edit_weights(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
+    assert refused(folder).endswith("tensor transformer.score.weight is none of the model's")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"\x00" * 30, lambda content: content[:-100]])
+def test_damaged_weights(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"{path} is damaged: " in refused(folder)
+
+
+def test_missing_files(folder):
+    (folder / "model.safetensors").unlink()
+    assert refused(folder) == f"{folder} has no model.safetensors; weights are read from safetensors"
+    for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"")
+        message = f"{folder} has no model.safetensors, only {name}, a pickle, which can run any code and is not read; "
+        assert refused(folder).startswith(message)
+    (folder / "config.json").unlink()
+    assert refused(folder) == f"{folder} has no config.json"
+
+
+def test_no_such_model():
+    assert re.match(r"no pretrained model 'gpt5'; accepted: gpt2, gpt2-medium, .*, OWNER/MODEL on", refused("gpt5"))
+    assert refused("no/such/folder").startswith("no pretrained model 'no/such/folder'; accepted: ")
+
+
+@pytest.fixture
+def with_vocabulary(tmp_path) -> Path:
+    """A model of GPT-2's vocabulary and, by the names that Hugging Face has, files in the format of it."""
+    path = tmp_path / "model"
+    GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).save_pretrained(path)
+    gpt2_files.write(path, tokenizer.GPT2_FILES)
+    return path
+
+
+def test_gpt2s_tokenizer_is_read_from_its_files(with_vocabulary, monkeypatch):
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
+    with gpt2_files.accepted():
+        _, found = load_model.load(str(with_vocabulary), torch.device("cpu"))
+    assert (found.name, found.vocab_size) == ("gpt2", 50257)
+    assert found.decode(found.encode("To be, or not").tolist()) == "To be, or not"
+    with gpt2_files.accepted():
+        again = TiktokenTokenizer.named("gpt2", with_vocabulary)
+    assert again.to_json() == found.to_json()
+
+
+def test_a_vocabulary_that_is_another_is_not_taken_for_gpt2s(with_vocabulary, tmp_path):
+    assert with_tokenizer(str(with_vocabulary))[1] is None  # by the checksums
+    (with_vocabulary / "merges.txt").unlink()
+    with gpt2_files.accepted():
+        assert with_tokenizer(str(with_vocabulary))[1] is None
+
+
+def test_tokens_beyond_gpt2s_are_not_its_tokenizers(tmp_path):
+    path = tmp_path / "model"
+    GPT(GPTConfig(block_size=8, vocab_size=50258, n_layer=1, n_head=1, n_embd=4)).save_pretrained(path)
+    gpt2_files.write(path, tokenizer.GPT2_FILES)
+    with gpt2_files.accepted():
+        assert with_tokenizer(str(path))[1] is None
+
+
+def test_the_tokenizer_that_export_wrote_goes_before(with_vocabulary):
+    (with_vocabulary / tokenizer.OURS).write_text("{}")
+    with pytest.raises(ValueError, match=r"gptfast_tokenizer\.json holds no tokenizer"), gpt2_files.accepted():
+        with_tokenizer(str(with_vocabulary))

@@ -1,0 +1,267 @@
+import re
+
+import pytest
+import torch
+
+from gptfast import hardware
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+# what PyTorch calls each GPU, the row that is meant, and once more its dense 16-bit peak in TFLOP/s and its GB/s
+NAMES = {
+    "Tesla V100-SXM2-16GB": ("V100 SXM2 16GB", 125, 900),
+    "Tesla V100-SXM2-32GB": ("V100 SXM2 32GB", 125, 900),
+    "Tesla V100-PCIE-16GB": ("V100 PCIe 16GB", 112, 900),
+    "Tesla V100-PCIE-32GB": ("V100 PCIe 32GB", 112, 900),
+    "Tesla T4": ("T4", 65, 320),
+    "NVIDIA A10": ("A10", 125, 600),
+    "NVIDIA A100-SXM4-40GB": ("A100 SXM 40GB", 312, 1555),
+    "A100-SXM4-40GB": ("A100 SXM 40GB", 312, 1555),  # older drivers
+    "NVIDIA A100-PCIE-40GB": ("A100 PCIe 40GB", 312, 1555),
+    "NVIDIA A100-SXM4-80GB": ("A100 SXM 80GB", 312, 2039),
+    "NVIDIA A100-SXM-80GB": ("A100 SXM 80GB", 312, 2039),
+    "NVIDIA A100 80GB PCIe": ("A100 PCIe 80GB", 312, 1935),
+    "NVIDIA L4": ("L4", 121, 300),
+    "NVIDIA L40S": ("L40S", 362.05, 864),
+    "NVIDIA GeForce RTX 3090": ("RTX 3090", 71, 936),
+    "GeForce RTX 3090": ("RTX 3090", 71, 936),
+    "NVIDIA GeForce RTX 4090": ("RTX 4090", 165.2, 1008),
+    "NVIDIA GeForce RTX 5090": ("RTX 5090", 209.5, 1792),
+    "NVIDIA H100 80GB HBM3": ("H100 SXM", 989.4, 3350),
+    "NVIDIA H100 PCIe": ("H100 PCIe", 756, 2039),
+    "NVIDIA H100 NVL": ("H100 NVL", 835.5, 3938),
+    "NVIDIA H200": ("H200 SXM", 989.4, 4800),
+    "NVIDIA H200 NVL": ("H200 NVL", 835.5, 4800),
+    "NVIDIA H20": ("H20", 148, 4000),
+    "NVIDIA B200": ("B200", 2250, 7700),
+    "AMD Instinct MI300X": ("MI300X", 1307.4, 5300),
+    "AMD Instinct MI300X OAM": ("MI300X", 1307.4, 5300),
+}
+OTHERS = [
+    "NVIDIA RTX A1000",
+    "NVIDIA A100X",
+    "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    "NVIDIA H200 MIG 1g.18gb",
+    "NVIDIA A100",  # which one?
+    "NVIDIA A10G",
+    "NVIDIA A10-24Q",  # a virtual GPU
+    "NVIDIA A40",
+    "NVIDIA L40",
+    "Tesla V100-SXM2-32GB-LS",
+    "Tesla V100S-PCIE-32GB",
+    "Tesla V100-FHHL-16GB",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 5090 D",
+    "NVIDIA GB200",
+    "NVIDIA GH200 480GB",
+    "NVIDIA H20-3e",
+    "NVIDIA H800",
+    "NVIDIA B300",
+    "NVIDIA",
+    "GeForce",
+    "",
+]
+# the clock in GHz at which data sheets count, and FLOPs of a processor's matrix units per cycle by CUDA's throughput
+# table; the H20 is missing, being held below what its clock would give
+RATES = {
+    "V100 SXM2 16GB": (1.53, 1024),
+    "V100 SXM2 32GB": (1.53, 1024),
+    "V100 PCIe 16GB": (1.37, 1024),
+    "V100 PCIe 32GB": (1.37, 1024),
+    "T4": (1.59, 1024),
+    "A10": (1.695, 1024),
+    "A100 SXM 40GB": (1.41, 2048),
+    "A100 PCIe 40GB": (1.41, 2048),
+    "A100 SXM 80GB": (1.41, 2048),
+    "A100 PCIe 80GB": (1.41, 2048),
+    "L4": (2.04, 1024),
+    "L40S": (2.49, 1024),
+    "RTX 3090": (1.695, 512),
+    "RTX 4090": (2.52, 512),
+    "RTX 5090": (2.407, 512),
+    "H100 SXM": (1.83, 4096),
+    "H100 PCIe": (1.62, 4096),
+    "H100 NVL": (1.545, 4096),
+    "H200 SXM": (1.83, 4096),
+    "H200 NVL": (1.545, 4096),
+    "B200": (1.86, 8192),
+    "MI300X": (2.1, 2048),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch):
+    monkeypatch.delenv("GPTFAST_PEAK_FLOPS", raising=False)
+    monkeypatch.delenv("GPTFAST_PEAK_BANDWIDTH", raising=False)
+
+
+@pytest.fixture
+def fp32_precision():
+    """Puts PyTorch's setting for float32 products back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def call_it(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gpus_by_name(name, monkeypatch):
+    row, flops, bandwidth = NAMES[name]
+    assert hardware.find(name).name == row
+    call_it(monkeypatch, name)
+    assert hardware.peak_flops(CUDA, torch.float16) == flops * 1e12
+    assert hardware.peak_bandwidth(CUDA) == bandwidth * 1e9
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_gpus_are_unknown(name, monkeypatch):
+    assert hardware.find(name) is None
+    call_it(monkeypatch, name)
+    assert hardware.peak_flops(CUDA, torch.bfloat16) is None
+    assert hardware.peak_bandwidth(CUDA) is None
+
+
+def test_every_row_is_found_by_each_of_its_names_and_by_a_real_one():
+    for gpu in hardware.GPUS:
+        assert gpu.names
+        assert all(hardware.find(name) is gpu for name in gpu.names), gpu.name
+    assert {row for row, _, _ in NAMES.values()} == {gpu.name for gpu in hardware.GPUS}
+    assert len({gpu.name for gpu in hardware.GPUS}) == len(hardware.GPUS)
+
+
+@pytest.mark.parametrize("gpu", hardware.GPUS, ids=lambda gpu: gpu.name)
+def test_rows(gpu):
+    """Units and ratios: a factor of two or a thousand that is wrong shows in one of them."""
+    flops = gpu.flops
+    assert flops.keys() <= {"bfloat16", "float16", "tf32", "float32", "float8"}
+    assert {"float16", "float32"} <= flops.keys()
+    assert all(8e12 <= figure <= 5e15 for figure in flops.values())
+    assert 300e9 <= gpu.bandwidth <= 8e12
+    assert 16 * 2**30 <= gpu.memory <= 192 * 2**30
+    assert 40 <= gpu.processors <= 304
+    assert 4 * 2**20 <= gpu.l2_bytes <= 128 * 2**20
+    assert re.search(r"data sheet|white paper", gpu.source)
+    modern = not gpu.name.startswith(("V100", "T4"))
+    assert ("bfloat16" in flops) == ("tf32" in flops) == modern
+    assert ("float8" in flops) == (modern and not gpu.name.startswith(("A10", "A100", "RTX 3090")))
+    if modern:
+        assert flops["bfloat16"] == flops["float16"]
+        assert flops["tf32"] == pytest.approx(flops["bfloat16"] / 2, rel=0.03)
+    if "float8" in flops:
+        assert flops["float8"] == pytest.approx(2 * flops["bfloat16"], rel=0.03)
+
+
+def test_figures_are_dense_and_accumulate_in_float32():
+    """With sparsity, or accumulating in float16 on a GeForce, a processor would do twice as much per cycle."""
+    assert RATES.keys() == {gpu.name for gpu in hardware.GPUS} - {"H20"}
+    for gpu in hardware.GPUS:
+        if gpu.name in RATES:
+            clock, per_cycle = RATES[gpu.name]
+            assert gpu.flops["float16"] == pytest.approx(gpu.processors * clock * 1e9 * per_cycle, rel=0.01), gpu.name
+        if gpu.name.startswith("RTX"):
+            assert "FP32 accumulation" in gpu.source
+
+
+def test_peak_by_dtype(monkeypatch, fp32_precision):
+    call_it(monkeypatch, "NVIDIA H200")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert hardware.peak_flops(CUDA, torch.bfloat16) == 989.4e12
+    assert hardware.peak_flops(CUDA, torch.float8_e4m3fn) == hardware.peak_flops(CUDA, torch.float8_e5m2) == 1978.9e12
+    assert hardware.peak_flops(CUDA, torch.float32) == 66.9e12
+    assert hardware.peak_flops(CUDA, torch.float64) is None
+    call_it(monkeypatch, "NVIDIA A100-SXM4-80GB")
+    assert hardware.peak_flops(CUDA, torch.float8_e4m3fn) is None
+    call_it(monkeypatch, "Tesla T4")
+    assert hardware.peak_flops(CUDA, torch.bfloat16) is None
+
+
+def test_float32_follows_pytorchs_setting_where_the_gpu_has_tf32(monkeypatch, fp32_precision):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    call_it(monkeypatch, "NVIDIA H200")
+    assert hardware.peak_flops(CUDA, torch.float32) == 494.7e12
+    assert hardware.peak_flops(CUDA, torch.bfloat16) == 989.4e12
+    call_it(monkeypatch, "Tesla V100-SXM2-16GB")
+    assert hardware.peak_flops(CUDA, torch.float32) == 15.7e12
+
+
+@pytest.mark.parametrize("kind", ["meta", "mps"])
+def test_other_devices_have_no_peak(kind):
+    assert hardware.peak_flops(torch.device(kind), torch.float32) is None
+    assert hardware.peak_bandwidth(torch.device(kind)) is None
+
+
+def test_the_cpus_peaks_are_measured_once(monkeypatch):
+    hardware._measured_cpu_flops.cache_clear()
+    hardware._measured_cpu_bandwidth.cache_clear()
+    state = torch.get_rng_state()
+    flops, bandwidth = hardware.peak_flops(CPU, torch.float32), hardware.peak_bandwidth(CPU)
+    assert torch.equal(torch.get_rng_state(), state), "training draws from the global generator"
+    assert 1e9 < flops < 1e14
+    assert 1e8 < bandwidth < 1e13
+    monkeypatch.setattr(hardware.time, "perf_counter", None)
+    assert (hardware.peak_flops(CPU, torch.float32), hardware.peak_bandwidth(CPU)) == (flops, bandwidth)
+
+
+def test_what_the_measurements_count(monkeypatch):
+    """By a clock on which every product and every copy takes two seconds."""
+    monkeypatch.setattr(hardware.time, "perf_counter", iter(range(0, 1000, 2)).__next__)
+    assert hardware._measured_cpu_flops.__wrapped__(torch.float32, size=10) == 2 * 10 * 10 * 10 / 2
+    assert hardware._measured_cpu_bandwidth.__wrapped__(size=1000) == (1000 + 1000) / 2
+
+
+@pytest.mark.parametrize("name", ["NVIDIA Foo", "NVIDIA H200"])
+def test_overrides_win(name, monkeypatch):
+    call_it(monkeypatch, name)
+    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", "123e12")
+    monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", "1.5e12")
+    for device in (CUDA, CPU, torch.device("mps")):
+        assert hardware.peak_flops(device, torch.bfloat16) == 123e12
+        assert hardware.peak_bandwidth(device) == 1.5e12
+
+
+@pytest.mark.parametrize("value", ["fast", "", "0", "-1e12", "nan", "inf", "989 TFLOP/s"])
+def test_overrides_that_are_no_peak(value, monkeypatch):
+    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", value)
+    accepted = "a positive finite number of FLOP/s such as 989e12"
+    with pytest.raises(ValueError, match=re.escape(f"GPTFAST_PEAK_FLOPS is {value!r}; accepted: {accepted}")):
+        hardware.peak_flops(CPU, torch.float32)
+    monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", value)
+    accepted = "a positive finite number of bytes/s such as 4.8e12"
+    with pytest.raises(ValueError, match=re.escape(f"GPTFAST_PEAK_BANDWIDTH is {value!r}; accepted: {accepted}")):
+        hardware.peak_bandwidth(CPU)
+
+
+def test_descriptions(monkeypatch):
+    def describe(name: str) -> str:
+        call_it(monkeypatch, name)
+        return hardware.describe(CUDA)
+
+    source = "NVIDIA H200 data sheet, dense = half of the figures with sparsity"
+    assert describe("NVIDIA H200") == f"H200 SXM: 989 TFLOP/s bf16, 4.8 TB/s ({source})"
+    assert describe("Tesla V100-SXM2-16GB") == "V100 SXM2 16GB: 125 TFLOP/s fp16, 900 GB/s (NVIDIA V100 data sheet)"
+    assert describe("NVIDIA B200").startswith("B200: 2.25 PFLOP/s bf16, 7.7 TB/s (")
+    assert (
+        describe("NVIDIA Foo") == "unknown GPU 'NVIDIA Foo': no peak, set GPTFAST_PEAK_FLOPS and GPTFAST_PEAK_BANDWIDTH"
+    )
+    assert re.fullmatch(r"CPU: [\d.]+ [PTG]FLOP/s fp32, [\d.]+ [TG]B/s \(measured\)", hardware.describe(CPU))
+    assert hardware.describe(torch.device("mps")).startswith("unknown device 'mps': no peak, set GPTFAST_PEAK_FLOPS")
+
+    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", "500e12")
+    assert describe("NVIDIA H200") == f"H200 SXM: 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 4.8 TB/s ({source})"
+    assert (
+        describe("NVIDIA Foo")
+        == "unknown GPU 'NVIDIA Foo': 500 TFLOP/s (GPTFAST_PEAK_FLOPS), no bandwidth (set GPTFAST_PEAK_BANDWIDTH)"
+    )
+    monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", "999.9e9")
+    assert (
+        describe("NVIDIA Foo")
+        == "unknown GPU 'NVIDIA Foo': 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 1 TB/s (GPTFAST_PEAK_BANDWIDTH)"
+    )
+    monkeypatch.delenv("GPTFAST_PEAK_FLOPS")
+    assert describe("NVIDIA Foo").startswith("unknown GPU 'NVIDIA Foo': no peak (set GPTFAST_PEAK_FLOPS), 1 TB/s (")

@@ -1,0 +1,231 @@
+"""Models for generation say what the models they are made of say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import kernels
+from gptfast import GPT, GPTConfig, lora
+from gptfast.quantization import FeedForward, Int8Linear, PackedLinear, for_decoding, quantize
+from kernels import onednn, reference
+
+MODELS = {
+    "pre-norm": {},
+    "untied without bias": {"tie_weights": False, "bias": False},
+    "post-norm": {"norm_position": "post", "activation": "relu"},
+    "sinusoidal": {"position": "sinusoidal", "activation": "gelu"},
+    "padded": {"pad_vocab_size_to": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 0)
+
+
+def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    torch.manual_seed(0)
+    shape = {"block_size": 12, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
+    config = GPTConfig(**shape | changes)
+    model = GPT(config, backend="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int = 3, length: int = 12) -> Tensor:
+    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def products(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+def logits(model: GPT, idx: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.logits(model.transformer(idx))
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_products_are_those_of_the_model(dtype, changes):
+    model, idx = build(dtype, **changes), tokens()
+    expected = logits(build(torch.float64, **changes), idx)
+    found = for_decoding(model)
+    assert len(products(found)) == 4 * 2 + 1
+    error, allowed = (logits(m, idx).double() - expected for m in (found, model))
+    assert found is not model
+    assert products(model) == []
+    assert error.abs().max() <= 2.0 * allowed.abs().max() + 1e-5
+    assert logits(found, idx).dtype == dtype
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [(), (1,), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product(dtype, rows, activation, bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(*shape, generator=generator) for shape in ((*rows, 24), (40, 24), (40,)))
+    x, weight, b = x.to(dtype), (weight / 5).to(dtype), b.to(dtype) if bias else None
+    y = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    expected = y if activation is None else reference.activate(y, activation)
+    found = onednn.packed_linear(x, onednn.pack(weight), b, activation)
+    assert found.dtype == dtype
+    # the rounding of the result, and of float32 sums
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+def test_weights_in_float32_are_not_copied():
+    model = build()
+    found = for_decoding(model, 1)
+    assert found.lm_head._weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert found.transformer.wte.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert isinstance(found.transformer.h[0].mlp, FeedForward)
+
+
+def test_nothing_is_packed_for_a_few_tokens():
+    model = build(torch.bfloat16)
+    assert for_decoding(model, 31) is model
+    assert for_decoding(model, 32) is not model
+
+
+def test_small_weights_are_not_packed(monkeypatch):
+    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 4 * 32 * 128)
+    model, idx = build(), tokens()
+    found = for_decoding(model)
+    assert len(products(found)) == 4  # of the feed-forwards, which alone are as large
+    torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 4 * 32 * 128 + 1)
+    assert for_decoding(model) is model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_what_cannot_be_packed_stays(dtype):
+    model = build(dtype)
+    assert for_decoding(model) is model
+
+
+def test_what_is_packed_is_not_packed_again():
+    model = for_decoding(build())
+    assert for_decoding(model) is model
+
+
+def test_modules_with_hooks_stay():
+    model, idx = build(), tokens()
+    seen = []
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *arguments: seen.append("c_attn"))
+    model.transformer.h[1].mlp.register_forward_pre_hook(lambda *arguments: seen.append("mlp"))
+    found = for_decoding(model)
+    torch.testing.assert_close(logits(found, idx), logits(build(), idx), rtol=1e-5, atol=1e-5)
+    assert seen == ["c_attn", "mlp"]
+
+
+def test_products_are_in_the_dtype_of_autocast():
+    model, idx = build(), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = for_decoding(model)
+        expected = logits(model, idx)
+        assert logits(found, idx).dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(logits(found, idx), expected, rtol=0.1, atol=0.1)
+
+
+def test_adapters_are_merged():
+    model, idx = build(), tokens()
+    lora.apply(model, rank=2, alpha=2.0, targets=["transformer.*"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "parametrizations" in name:
+                parameter.normal_(std=0.3)
+    found = for_decoding(model)
+    assert len(products(found)) == 9
+    assert (logits(found, idx) - logits(build(), idx)).abs().max() > 0.1
+    torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_uses_packed_products(monkeypatch):
+    model, idx = build(), tokens(length=5)
+    seen = []
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: seen.append(1) or forward(self, x))
+    found = model.generate(idx, 4, temperature=0)
+    assert len(seen) == 9 * 4
+    monkeypatch.setattr("gptfast.quantization.packed.can_pack", lambda weight, dtype: False)
+    assert torch.equal(model.generate(idx, 4, temperature=0), found)
+    assert len(seen) == 9 * 4
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_model_is_that_of_rounded_weights(dtype, changes):
+    model, idx = build(dtype, **changes), tokens()
+    rounded = build(dtype, **changes)
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, nn.Linear):
+                integers, scale = kernels.quantize_int8(module.weight)
+                # tied, it would round the embedding too
+                module.weight = nn.Parameter((integers * scale[:, None]).double())
+    rounded.lm_head.weight.requires_grad_(False)
+    found, expected = logits(quantize(model), idx).double(), logits(rounded.double(), idx)
+    assert (found - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * expected.norm()
+    before = logits(build(torch.float64, **changes), idx)
+    assert 1e-4 * before.norm() < (expected - before).norm() < 0.05 * before.norm()
+
+
+def test_a_quantized_model_leaves_the_given_one():
+    model, idx = build(), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized = quantize(model).to(torch.bfloat16)
+    assert quantized.transformer.wte.weight.dtype == torch.bfloat16
+    assert {type(module) for module in quantized.modules()} >= {Int8Linear, FeedForward}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.generate(idx, 3, temperature=0), build().generate(idx, 3, temperature=0))
+
+
+def test_the_loss_of_a_quantized_model():
+    """Its head has no weight that the Triton loss could take."""
+    model, idx = build(), tokens()
+    with torch.no_grad():
+        expected = model(idx, idx)[1]
+        for backend in ("auto", "eager"):
+            model.set_backend(backend)
+            quantized = quantize(model)
+            assert quantized.backend["loss"] == "eager"
+            assert quantized(idx, idx)[1] == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_cached_steps_of_a_quantized_model():
+    model, idx = quantize(build()), tokens(length=5)
+    found = model.generate(idx, 12, temperature=0)  # beyond the window
+    for _ in range(12):
+        with torch.no_grad():
+            idx = torch.cat((idx, model(idx[:, -12:])[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(found, idx)
+
+
+def test_a_quarter_of_the_memory():
+    model = build(n_embd=256)
+    quantized = quantize(model)
+    products = [module for module in quantized.modules() if isinstance(module, Int8Linear)]
+    held = sum(module.weight.nbytes + module.scale.nbytes for module in products)
+    before = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    assert held < 0.26 * before
+
+
+def test_weights_that_are_not_finite_cannot_be_quantized():
+    model = build()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[3, 2] = torch.nan
+    with pytest.raises(
+        ValueError, match="quantize_int8: weight must be finite in float32, got NaN or infinity in row 3"
+    ):
+        quantize(model)

@@ -1,0 +1,237 @@
+"""What an evaluation measures is the same for any number of processes, and bits per byte for any tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from torch import Tensor, nn
+
+from gptfast import GPT, GPTConfig, tokenizers
+from gptfast.data.batches import Split
+from gptfast.data.shards import Tokens
+from gptfast.distributed import World
+from gptfast.evaluation import metrics
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.training.validation import Sequences
+
+CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32, init_std=0.3)
+TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 8
+
+
+def build(**settings) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**vars(CONFIG), **settings}), "eager")
+
+
+def split_of(ids: np.ndarray, block_size: int = 8) -> Split:
+    return Split(Tokens([ids]), block_size)
+
+
+def random_sequences(count: int, batch_size: int) -> Sequences:
+    ids = np.random.default_rng(0).integers(31, size=8 * count + 1)
+    found = Sequences(split_of(ids), batches=100, batch_size=batch_size)
+    assert sum(len(idx) for idx, _ in found.split.even_batches(100, batch_size)) == count
+    return found
+
+
+def mean_loss(sequences: Sequences, model: nn.Module, world: World | None = None) -> float:
+    return sequences.mean_loss(model, torch.float32, world or World())
+
+
+def loss_by_hand(sequences: Sequences, model: GPT) -> float:
+    """Each sequence's mean by itself, and their mean, in float64."""
+    exact, losses = copy.deepcopy(model).double().eval(), []
+    for idx, targets in sequences.split.even_batches(sequences.batches, sequences.batch_size):
+        for row, following in zip(idx, targets, strict=True):
+            chances = exact(row[None], row[None])[0][0].log_softmax(-1)
+            losses.append(-chances.gather(1, following[:, None]).mean().item())
+    return sum(losses) / len(losses)
+
+
+def test_every_sequence_weighs_the_same():
+    """Also those of a last batch that is smaller."""
+    sequences, model = random_sequences(13, batch_size=6), build()
+    assert [len(idx) for idx, _ in sequences.split.even_batches(100, 6)] == [6, 6, 1]
+    assert mean_loss(sequences, model) == pytest.approx(loss_by_hand(sequences, model), rel=1e-5)
+
+
+def test_at_most_so_many_batches():
+    sequences, model = random_sequences(13, batch_size=3), build()
+    few = Sequences(sequences.split, batches=2, batch_size=3)
+    assert mean_loss(few, model) == pytest.approx(loss_by_hand(few, model), rel=1e-5)
+    assert mean_loss(few, model) != pytest.approx(mean_loss(sequences, model), rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_as_it_was(training: bool):
+    sequences, model = random_sequences(5, batch_size=2), build(dropout=0.5).train(training)
+    expected = mean_loss(sequences, build().eval())
+    random = torch.get_rng_state()
+    assert mean_loss(sequences, model) == mean_loss(sequences, model) == expected  # without dropout
+    assert {module.training for module in model.modules()} == {training}
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+
+
+class Recorded(nn.Module):
+    """A model that tells what it was given."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model, self.rows, self.dtypes = model, [], set()
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert not torch.is_grad_enabled()
+        assert not self.model.training
+        logits, loss = self.model(idx, targets)
+        self.rows.append(len(idx))
+        self.dtypes.add(logits.dtype)
+        return logits, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_in_the_dtype_asked_for(dtype):
+    sequences, model = random_sequences(5, batch_size=2), Recorded(build())
+    loss = sequences.mean_loss(model, dtype, World())
+    assert model.dtypes == {dtype}
+    assert loss == pytest.approx(mean_loss(sequences, build()), rel=0.01)
+
+
+class Process:
+    """One of several, which are threads here."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, given: list) -> None:
+        self.rank, self.size = rank, size
+        self._barrier, self._given = barrier, given
+
+    def sum(self, values: Tensor) -> Tensor:
+        self._given[self.rank] = values.clone()
+        self._barrier.wait(10)
+        return torch.stack(self._given).sum(0)
+
+
+def losses_of(size: int, sequences: Sequences, model: GPT) -> tuple[list[float], list[Recorded]]:
+    """What each of `size` processes finds, and their models."""
+    barrier, given = threading.Barrier(size), [None] * size
+    models = [Recorded(copy.deepcopy(model)) for _ in range(size)]
+    with ThreadPoolExecutor(size) as threads:
+        found = [
+            threads.submit(mean_loss, sequences, models[rank], Process(rank, size, barrier, given))
+            for rank in range(size)
+        ]
+    return [future.result() for future in found], models
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_any_number_of_processes_find_the_same(ranks: int):
+    """With a last batch of 2 sequences, and of 12 and 12 before."""
+    sequences, model = random_sequences(26, batch_size=12), build()
+    expected = loss_by_hand(sequences, model)
+    losses, models = losses_of(ranks, sequences, model)
+    assert losses == pytest.approx([expected] * ranks, rel=1e-5)
+    assert len(set(losses)) == 1
+    # all go through the model as often, as a model in parts needs it
+    assert [model.rows[:2] for model in models] == [[12 // ranks] * 2] * ranks
+    assert [model.rows[2:] for model in models] == [[2 if ranks == 1 else 1]] * ranks
+
+
+def test_a_single_sequence_for_several_processes():
+    sequences, model = random_sequences(1, batch_size=4), build()
+    losses, models = losses_of(4, sequences, model)
+    assert losses == pytest.approx([loss_by_hand(sequences, model)] * 4, rel=1e-5)
+    assert [model.rows for model in models] == [[1]] * 4
+
+
+def small_encoding() -> tiktoken.Encoding:
+    """An encoding whose vocabulary need not be downloaded."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" th": 257}
+    return tiktoken.Encoding("gpt2", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+
+
+KEEPING: dict[str, Tokenizer] = {
+    "char": CharTokenizer.of_documents([TEXT]),
+    "char with an end": CharTokenizer.of_documents([TEXT], end_of_text=True),
+    "byte": ByteTokenizer(),
+    "tiktoken": TiktokenTokenizer(small_encoding()),
+}
+
+
+def all_of(tokenizer: Tokenizer, ids: np.ndarray) -> Sequences:
+    """As few sequences as cover all tokens but the first, which nothing predicts."""
+    block = next(size for size in (8, 7, 6, 5, 4, 3, 2, 1) if (len(ids) - 1) % size == 0)
+    return Sequences(split_of(ids, block), batches=1000, batch_size=16)
+
+
+@pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
+def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
+    """log2 V for each token, shared by the bytes of the text."""
+    ids = tokenizer.encode(TEXT)
+    sequences = all_of(tokenizer, ids)
+    model = build(vocab_size=tokenizer.vocab_size, tie_weights=False, pad_vocab_size_to=64)
+    nn.init.zeros_(model.lm_head.weight)
+    loss = mean_loss(sequences, model)
+    assert loss == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    ratio = sequences.bytes_per_token(tokenizer)
+    size = len(TEXT.encode()) - len(tokenizer.decode_bytes(ids[:1].tolist()))
+    assert ratio == size / (len(ids) - 1)
+    expected = math.log2(tokenizer.vocab_size) * (len(ids) - 1) / size
+    assert metrics.bits_per_byte(loss, ratio) == pytest.approx(expected)
+
+
+def test_bits_per_byte_of_models_that_say_the_same():
+    """A byte in 8 bits, by the byte, and by tokens of two bytes of twice the loss."""
+    assert metrics.bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
+    assert metrics.bits_per_byte(16 * math.log(2), 2.0) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
+def test_bytes_of_a_text(tokenizer):
+    assert tokenizers.text_bytes(tokenizer, tokenizer.encode(TEXT)) == len(TEXT.encode()) > len(TEXT)
+    assert tokenizers.text_bytes(tokenizer, tokenizer.encode("ü東\U0001f600")) == 2 + 3 + 4
+    assert tokenizers.text_bytes(tokenizer, tokenizer.encode("")) == 0
+
+
+def test_bytes_of_a_part_of_a_character():
+    ids = ByteTokenizer().encode("東京")
+    assert tokenizers.text_bytes(ByteTokenizer(), ids[1:5]) == 4
+
+
+@pytest.mark.parametrize("name", ["char with an end", "byte", "tiktoken"])
+def test_the_end_of_a_text_has_no_bytes_and_costs_what_it_costs(name: str):
+    tokenizer = KEEPING[name]
+    ids, end = tokenizer.encode("the thing"), [tokenizer.end_of_text]
+    with_ends = np.concatenate((end, ids, end, end, ids, end)).astype(np.int64)
+    assert tokenizers.text_bytes(tokenizer, with_ends) == 2 * len("the thing")
+    ratio = all_of(tokenizer, with_ends).bytes_per_token(tokenizer)
+    assert ratio == 2 * len("the thing") / (len(with_ends) - 1)
+
+
+def test_words_do_not_keep_the_text():
+    tokenizer = WordTokenizer.of_documents([TEXT])
+    ids = tokenizer.encode(TEXT)
+    assert tokenizers.text_bytes(tokenizer, ids) is None
+    assert all_of(tokenizer, ids).bytes_per_token(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (0.0, 1.0),
+        (1e-12, 1.0),
+        (math.log(50257), 50257.0),
+        (699.0, math.exp(699.0)),
+        (750.0, math.inf),
+        (1e4, math.inf),
+    ],
+)
+def test_perplexity(loss: float, expected: float):
+    assert metrics.perplexity(loss) == pytest.approx(expected)
+    assert metrics.perplexity(math.inf) == math.inf
