@@ -6,6 +6,9 @@ that owns queries, so that every gradient is summed in one place and in one orde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -13,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import checks, reference, runtime, tile
 from kernels.attention_launch import launch_backward, launch_forward
 from kernels.heads import require_heads, scale_or_default, unit_stride
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 def _empty_like_heads(x: Tensor) -> Tensor:
@@ -229,3 +233,32 @@ def causal_attention_qkvpacked(
     forward = _packed_compute if runtime.unobserved(qkv) else _packed_forward
     o, _ = forward(qkv, scale_or_default(scale, qkv.shape[4]), float(dropout_p), seed)
     return o
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """Each padded width of a head, and one that is not a power of two, with dropout and without."""
+    for head_size in (64, 80, 128, 256):
+        q = torch.empty(1, 2, 256, head_size, dtype=dtype)
+        lse = torch.empty(1, 2, 256, dtype=torch.float32)
+        for seed in (None, torch.zeros(1, dtype=torch.int64)):
+            case = f"causal_attention D={head_size}" + ("" if seed is None else " dropout")
+            yield case, _forward, (q, q, q, 0.1, 0.1, seed)
+            yield case, _backward, (q, q, q, q, q, lse, 0.1, 0.1, seed)
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """Sequences that attend to themselves; in the decode stage, chunks of prompts that attend to a KV cache."""
+    batch, heads, size, dtype = workload.batch_size, workload.model.n_head, workload.head_size, workload.matmul_dtype
+
+    def qkv(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        return _heads_of(workload.tensor(batch, min(length, workload.length), 3, heads, size, dtype=dtype))
+
+    if workload.stage != "decode":
+        yield partial(causal_attention, *qkv(workload.length), dropout_p=workload.dropout_p)
+        return
+    cache = workload.tensor(batch, heads, workload.length, size, dtype=dtype)
+    for chunk in (16, 17):
+        q, _, _ = qkv(chunk)
+        for seen in (chunk, 32, 33, workload.length):
+            keys = cache[:, :, : max(q.shape[2], min(seen, workload.length))]
+            yield partial(causal_attention, q, keys, keys)

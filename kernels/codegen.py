@@ -22,8 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, cross_entropy, decode, ffn, int8, norm, tile, tuning
-from kernels.checks import ACTIVATIONS
+from kernels import operators, tile, tuning
 from kernels.targets import TARGETS, Compiled, Target
 
 CANDIDATES = 4  # of a launch at most
@@ -65,51 +64,13 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
 
 
 def operator_launches(dtype: torch.dtype) -> list[Launch]:
-    """Every kernel of every operator at GPT-2's shapes, forward and backward, in `dtype`."""
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    launches: list[Launch] = []
-    for width in (768, 4096, 8192, 65_536):
-        case, x, w = f"layer_norm C={width}", tensor(64, width), tensor(width)
-        statistics = tensor(64, dtype=torch.float32)
-        launches += record(case, norm._forward, x, w, w, 1e-5, dtype)
-        launches += record(case, norm._backward, x, x, w, statistics, statistics, True, True)
-        for seed in (None, torch.zeros(1, dtype=torch.int64)):
-            case = f"add_layer_norm C={width}" + ("" if seed is None else " dropout")
-            both = (statistics, statistics, seed, 0.1, dtype, dtype, True, True)
-            launches += record(case, norm._add_forward, x, x, w, w, seed, 1e-5, 0.1, dtype)
-            launches += record(case, norm._add_backward, x, x, x, w, *both)
-    x, w_up, w_down, z = tensor(128, 768), tensor(3072, 768), tensor(768, 3072), tensor(128, 3072)
-    needed = [False, False, True, True, False]  # what is computed beside products of PyTorch's
-    for activation in ACTIVATIONS:
-        case = f"gelu_ffn {activation}"
-        launches += record(case, ffn._forward, x, w_up, tensor(3072), w_down, None, activation, True, "auto")
-        launches += record(case, ffn._backward, x, x, w_up, w_down, z, activation, needed, "auto")
-    for classes in (128, 50_257):
-        x, w, targets = tensor(64, 64), tensor(classes, 64), torch.zeros(64, dtype=torch.int64)
-        for smoothing in (0.0, 0.1):
-            case = f"linear_cross_entropy V={classes}" + (" smoothed" if smoothing else "")
-            options = (-100, "mean", classes, smoothing, 1e-4, 2**29)
-            launches += record(case, cross_entropy._compute, x, w, targets, *options, [True, True])
-            launches += record(f"{case} inference", cross_entropy._compute, x, w, targets, *options, [False, False])
-    for outputs, width in ((768, 3072), (6400, 1600), (50_257, 768)):
-        weight, scale = tensor(outputs, width, dtype=torch.int8), tensor(outputs, dtype=torch.float32)
-        for rows in (1, 16, 32, 64):
-            case = f"int8_linear N={outputs} K={width} M={rows}"
-            launches += record(case, int8._compute, tensor(rows, width), weight, scale, tensor(outputs))
-    for head_size in (64, 80, 128, 256):
-        q, lse = tensor(1, 2, 256, head_size), tensor(1, 2, 256, dtype=torch.float32)
-        for seed in (None, torch.zeros(1, dtype=torch.int64)):
-            case = f"causal_attention D={head_size}" + ("" if seed is None else " dropout")
-            launches += record(case, attention._forward, q, q, q, 0.1, 0.1, seed)
-            launches += record(case, attention._backward, q, q, q, q, q, lse, 0.1, 0.1, seed)
-        cache, lengths = tensor(1, 2, 4096, head_size), torch.zeros(1, dtype=torch.int64)
-        for queries in (1, 5):
-            case = f"decode_attention D={head_size} T={queries}"
-            launches += record(case, decode._compute, q[:, :, :queries], cache, cache, lengths, 0.1)
-    return launches
+    """Record the launches in `dtype` that the operators declare as `codegen_cases`."""
+    return [
+        launch
+        for module in operators.modules()
+        for case, function, arguments in module.codegen_cases(dtype)
+        for launch in record(case, function, *arguments)
+    ]
 
 
 def compile_for(launch: Launch, target: Target) -> Compiled:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 from kernels.loss_launch import launch
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 def _compute(
@@ -168,3 +172,26 @@ def linear_cross_entropy(
         x, weight, targets, ignore_index, reduction, classes, float(label_smoothing), float(z_loss), workspace_bytes,
         needed,
     )[0]  # fmt: skip
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """An even and an odd number of classes, with label smoothing and without, with gradients and without."""
+    for classes in (128, 50_257):
+        x, w = torch.empty(64, 64, dtype=dtype), torch.empty(classes, 64, dtype=dtype)
+        targets = torch.zeros(64, dtype=torch.int64)
+        for smoothing in (0.0, 0.1):
+            case = f"linear_cross_entropy V={classes}" + (" smoothed" if smoothing else "")
+            arguments = (x, w, targets, -100, "mean", classes, smoothing, 1e-4, 2**29)
+            yield case, _compute, (*arguments, [True, True])
+            yield f"{case} inference", _compute, (*arguments, [False, False])
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """The loss of a model."""
+    if workload.stage == "decode":
+        return
+    model, batch, length = workload.model, workload.batch_size, workload.length
+    x = workload.tensor(batch, length, model.n_embd, dtype=workload.matmul_dtype)
+    weight = workload.tensor(model.padded_vocab_size, model.n_embd)
+    targets = torch.zeros(batch, length, dtype=torch.int64, device=workload.device)
+    yield partial(linear_cross_entropy, x, weight, targets, -1, vocab_size=model.vocab_size)

@@ -8,6 +8,9 @@ Each query has programs of its own; those of one head run side by side, and all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import checks, reference, runtime, tile
 from kernels.heads import LOG2_E, padded, require_heads, scale_or_default, unit_stride
 from kernels.tuning import Options, Tunable
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 @triton.jit
@@ -190,3 +194,25 @@ def decode_attention(
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
     forward = _compute if runtime.unobserved(q, k_cache, v_cache) else _forward
     return forward(q, k_cache, v_cache, lengths, scale_or_default(scale, q.shape[3]))
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """One query of each sequence, and those of speculative decoding."""
+    for head_size in (64, 80, 128, 256):
+        cache = torch.empty(1, 2, 4096, head_size, dtype=dtype)
+        lengths = torch.zeros(1, dtype=torch.int64)
+        for queries in (1, 5):
+            q = torch.empty(1, 2, queries, head_size, dtype=dtype)
+            yield f"decode_attention D={head_size} T={queries}", _compute, (q, cache, cache, lengths, 0.1)
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """One token of each sequence; two and five, which the draft and the model of speculative decoding read at once."""
+    if workload.stage != "decode":
+        return
+    batch, heads, size, dtype = workload.batch_size, workload.model.n_head, workload.head_size, workload.matmul_dtype
+    cache = workload.tensor(batch, heads, workload.length, size, dtype=dtype)
+    lengths = torch.full((batch,), workload.length, dtype=torch.int32, device=workload.device)
+    for queries in (1, 2, 5):
+        qkv = workload.tensor(batch, min(queries, workload.length), 3, heads, size, dtype=dtype)
+        yield partial(decode_attention, qkv[:, :, 0].transpose(1, 2), cache, cache, lengths)

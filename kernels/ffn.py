@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 from kernels.ffn_launch import launch_down_backward, launch_up
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 def _compute(
@@ -157,3 +161,27 @@ def gelu_ffn(
     forward = _compute if runtime.unobserved(*tensors) else _forward
     y, _ = forward(x, w_up, b_up, w_down, b_down, activation, save_z, implementation)
     return y
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """GPT-2's shape with each activation."""
+    x, z = torch.empty(128, 768, dtype=dtype), torch.empty(128, 3072, dtype=dtype)
+    w_up, w_down = torch.empty(3072, 768, dtype=dtype), torch.empty(768, 3072, dtype=dtype)
+    b_up = torch.empty(3072, dtype=dtype)
+    needed = [False, False, True, True, False]  # the gradients that Triton computes
+    for activation in checks.ACTIVATIONS:
+        case = f"gelu_ffn {activation}"
+        yield case, _forward, (x, w_up, b_up, w_down, None, activation, True, "auto")
+        yield case, _backward, (x, x, w_up, w_down, z, activation, needed, "auto")
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """The MLP of a block."""
+    if workload.stage == "decode":  # a prefill of one token
+        return
+    model = workload.model
+    width, hidden = model.n_embd, 4 * model.n_embd
+    x = workload.tensor(workload.batch_size, workload.length, width, dtype=workload.matmul_dtype)
+    b_up, b_down = (workload.tensor(hidden), workload.tensor(width)) if model.bias else (None, None)
+    w_up, w_down = workload.tensor(hidden, width), workload.tensor(width, hidden)
+    yield partial(gelu_ffn, x, w_up, b_up, w_down, b_down, activation=model.activation)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 from kernels.int8_launch import launch
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 def _compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,3 +68,32 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         x = x.to(dtype)
     forward = _compute if runtime.unobserved(x, weight, scale, bias) else _forward
     return forward(x, weight, scale, bias)
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """Layers of GPT-2 and GPT-2 XL and the output layer, for one row and for each tile of rows."""
+    for outputs, width in ((768, 3072), (6400, 1600), (50_257, 768)):
+        weight, scale = torch.empty(outputs, width, dtype=torch.int8), torch.empty(outputs, dtype=torch.float32)
+        for rows in (1, 16, 32, 64):
+            x, bias = torch.empty(rows, width, dtype=dtype), torch.empty(outputs, dtype=dtype)
+            yield f"int8_linear N={outputs} K={width} M={rows}", _compute, (x, weight, scale, bias)
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """Every linear layer, for as many rows as the kernels take."""
+    if workload.stage != "decode" or not workload.int8:
+        return
+    model, width = workload.model, workload.model.n_embd
+    layers = (  # outputs, inputs, has a bias
+        (3 * width, width, model.has_qkv_bias),
+        (width, width, model.bias),
+        (4 * width, width, model.bias),
+        (width, 4 * width, model.bias),
+        (model.padded_vocab_size, width, False),
+    )
+    for outputs, inputs, has_bias in layers:
+        weight, scale = reference.quantize_int8(workload.tensor(outputs, inputs).detach())
+        bias = workload.tensor(outputs).detach() if has_bias else None
+        # a tile holds 16, 32 or 64 rows; Triton compiles for multiples of 16, for others, and for 1
+        for rows in (1, 2, 16, 17, 32, 33, 64):
+            yield partial(int8_linear, workload.tensor(rows, inputs, dtype=workload.matmul_dtype), weight, scale, bias)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kernels import checks, reference, runtime, tile
 from kernels.norm_launch import launch_backward, launch_forward
+from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,3 +238,33 @@ def add_layer_norm(
     dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
     y, h, _, _ = forward(x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype)
     return y, h
+
+
+def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:
+    """GPT-2's width, and widths up to those that are read in chunks."""
+    for width in (768, 4096, 8192, 65_536):
+        case, x, w = f"layer_norm C={width}", torch.empty(64, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        mean = rstd = torch.empty(64, dtype=torch.float32)
+        yield case, _forward, (x, w, w, 1e-5, dtype)
+        yield case, _backward, (x, x, w, mean, rstd, True, True)
+        for seed in (None, torch.zeros(1, dtype=torch.int64)):
+            case = f"add_layer_norm C={width}" + ("" if seed is None else " dropout")
+            yield case, _add_forward, (x, x, w, w, seed, 1e-5, 0.1, dtype)
+            yield case, _add_backward, (x, x, x, w, mean, rstd, seed, 0.1, dtype, dtype, True, True)
+
+
+def warmup_cases(workload: Workload) -> Iterator[WarmupCase]:
+    """The norms of a block, and the last one of a model."""
+    if workload.stage == "decode":  # a prefill of one token
+        return
+    model, matmul_dtype = workload.model, workload.matmul_dtype
+    shape = (workload.batch_size, workload.length, model.n_embd)
+    residual = workload.tensor(*shape, dtype=workload.residual_dtype)
+    x = workload.tensor(*shape, dtype=matmul_dtype)
+    parameters = (workload.tensor(model.n_embd), workload.tensor(model.n_embd) if model.bias else None)
+    # norms before a matmul return its dtype
+    dtype = matmul_dtype if model.norm_position == "pre" else None
+    add = partial(add_layer_norm, x, residual, *parameters, dropout_p=workload.dropout_p, dtype=dtype)
+    yield partial(layer_norm, residual, *parameters, dtype=dtype)
+    yield add
+    yield lambda: add()[0]  # no layer reads the last sum

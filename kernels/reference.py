@@ -15,6 +15,18 @@ from torch import Tensor
 from kernels import checks, runtime
 from kernels.int8_weights import quantize_int8 as quantize_int8
 
+# every operator, and the module of `kernels` with its Triton kernels
+OPERATORS = {
+    "add_layer_norm": "norm",
+    "causal_attention": "attention",
+    "causal_attention_qkvpacked": "attention",
+    "decode_attention": "decode",
+    "gelu_ffn": "ffn",
+    "int8_linear": "int8",
+    "layer_norm": "norm",
+    "linear_cross_entropy": "cross_entropy",
+}
+
 
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None

@@ -19,7 +19,7 @@ def run(code: str, *path: Path) -> str:
 def test_names_of_both(tmp_path):
     code = f"""
 import kernels, sys
-from kernels import norm, loss
+from kernels import norm, reference_cpu
 kernels.layer_norm
 assert "kernels._hugging_face" not in sys.modules, "theirs runs when it is asked for"
 from kernels import {", ".join(NAMES)}, layer_norm, use_kernel_forward_from_hub
