@@ -19,6 +19,7 @@ from kernels.ffn_kernels import (
     _ffn_down_backward_kernel,
     _ffn_up_kernel,
 )
+from kernels.pytorch_internals import addmm_activation
 from kernels.tma import describable, describe, on_chip
 from kernels.tuning import Options, Tunable
 
@@ -167,7 +168,7 @@ def launch_up(
 
 def _up_unfused(x: Tensor, w: Tensor, b: Tensor | None, activation: str, save_z: bool) -> tuple[Tensor, Tensor]:
     if not save_z and b is not None and _has_own_epilogue(activation):
-        return torch._addmm_activation(b, x, w.t(), use_gelu=activation == "gelu_tanh"), x.new_empty(0, w.shape[0])
+        return addmm_activation(b, x, w.t(), use_gelu=activation == "gelu_tanh"), x.new_empty(0, w.shape[0])
     z = torch.nn.functional.linear(x, w, b)  # [M, F]
     h = torch.empty_like(z) if save_z else z
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.pytorch_internals import onednn_linear, onednn_reorder_weight, onednn_supports_bfloat16
+
 # activation -> oneDNN's name and algorithm
 _POST = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
@@ -18,7 +20,7 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
     if type(weight.detach()) is not Tensor or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return onednn_supports_bfloat16()
     return dtype == torch.float32
 
 
@@ -28,7 +30,7 @@ def pack(weight: Tensor) -> Tensor:
     The copy is opaque: only `packed_linear` takes it.
     """
     weight = weight.detach()
-    return weight.contiguous() if weight.dtype == torch.float32 else torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return weight.contiguous() if weight.dtype == torch.float32 else onednn_reorder_weight(weight, 1)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
@@ -44,4 +46,4 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
         [..., N].
     """
     name, algorithm = _POST[activation]
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], algorithm)
+    return onednn_linear(x, weight, bias, name, [], algorithm)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import checks, reference, runtime
+from kernels import checks, pytorch_internals, reference, runtime
 from kernels.reference import causal_attention, gelu_ffn, layer_norm, linear_cross_entropy
 
 __all__ = [
@@ -127,7 +127,7 @@ class _Attention(torch.autograd.Function):
             else:
                 dp.mul_(kept[heads])
                 torch.bmm((p[heads] * kept[heads]).mT, do[heads], out=dv[heads])
-            ds = torch._softmax_backward_data(dp, p[heads], -1, p.dtype).mul_(ctx.scale)
+            ds = pytorch_internals.softmax_backward(dp, p[heads], -1, p.dtype).mul_(ctx.scale)
             torch.bmm(ds, k[heads], out=dq[heads])
             torch.bmm(ds.mT, q[heads], out=dk[heads])
         return gradients.view(3, B, BH // B, T, D).permute(1, 3, 0, 2, 4).contiguous(), None, None
@@ -176,23 +176,12 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     with nullcontext() if autocast is None else torch.autocast("cpu", enabled=False):
         # the private product reads vectors whole, and past the end of rows that are no multiple of one
         packed = rows.dtype == torch.bfloat16 and len(rows) <= _FEW_ROWS and rows.shape[1] % 64 == 0
-        if packed and _has_int8_product():
-            y = torch._weight_int8pack_mm(rows.contiguous(), weight.contiguous(), scale.to(rows.dtype))  # [M, N]
+        if packed and pytorch_internals.has_int8pack_mm():
+            y = pytorch_internals.int8pack_mm(rows.contiguous(), weight.contiguous(), scale.to(rows.dtype))  # [M, N]
             y = y if bias is None else y + bias
         else:
             y = _int8_by_parts(rows, weight, scale, bias)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
-
-
-@functools.cache
-def _has_int8_product() -> bool:
-    """Whether this PyTorch has the product with int8 weights, a private function, as it is called here."""
-    x, weight = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.int8)
-    try:
-        y = torch._weight_int8pack_mm(x, weight, torch.tensor([1.0, 2.0], dtype=x.dtype))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return y.tolist() == [[64.0, 128.0]]
 
 
 def _int8_by_parts(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.compiler.config
-from torch.utils._python_dispatch import _get_current_dispatch_mode as get_current_dispatch_mode
+
+from kernels.pytorch_internals import current_dispatch_mode, current_functorch_level
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256  # of attention, a tile holds whole heads
@@ -104,7 +105,7 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
 
     That is where nothing differentiates, compiles, traces, counts or fakes what is computed: plain inference.
     """
-    if torch.compiler.is_compiling() or get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or current_dispatch_mode() is not None:
         return False
     differentiated = torch.is_grad_enabled()
     for tensor in tensors:
@@ -115,7 +116,7 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
             return False
         if differentiated and tensor.requires_grad:
             return False
-    return torch._C._functorch.maybe_current_level() is None
+    return current_functorch_level() is None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -14,6 +14,7 @@ import kernels
 from benchmarks.measuring.operator_bench import Case, Operator, Provider, UnavailableError
 from benchmarks.measuring.operator_cases import full_lengths, scattered_targets
 from kernels import runtime
+from kernels.pytorch_internals import addmm_activation, int8pack_mm
 
 
 def eager(case: Case) -> Operator:
@@ -64,7 +65,7 @@ def _addmm_activation(case: Case) -> Operator:
         raise UnavailableError("torch._addmm_activation computes GELU by tanh on CUDA alone")
 
     def ffn(x: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
-        hidden = torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True)
+        hidden = addmm_activation(b_up, x, w_up.t(), use_gelu=True)
         return torch.addmm(b_down, hidden, w_down.t())
 
     return ffn
@@ -89,7 +90,7 @@ def _triton_up(case: Case) -> Operator:
 
 def _addmm_relu(case: Case) -> Operator:
     """CuBLASLt's product with its own ReLU epilogue."""
-    return lambda x, w_up, b_up: torch._addmm_activation(b_up, x, w_up.t(), use_gelu=False)
+    return lambda x, w_up, b_up: addmm_activation(b_up, x, w_up.t(), use_gelu=False)
 
 
 def _loss(case: Case) -> Operator:
@@ -136,7 +137,7 @@ def _int8_pytorch(case: Case) -> Operator:
     """PyTorch's own, for bfloat16 alone; its scales are in the dtype of x."""
     if case.dtype != torch.bfloat16:
         raise UnavailableError("torch._weight_int8pack_mm takes bfloat16 alone")
-    return _int8(lambda x, q, scale: torch._weight_int8pack_mm(x, q, scale.to(x.dtype)))
+    return _int8(lambda x, q, scale: int8pack_mm(x, q, scale.to(x.dtype)))
 
 
 def _sdpa_default(case: Case) -> Operator:

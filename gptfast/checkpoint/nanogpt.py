@@ -20,12 +20,12 @@ from torch import Tensor
 from gptfast.backend import Request
 from gptfast.checkpoint.atomic_files import require_fit
 from gptfast.config import Activation, GPTConfig
+from kernels.pytorch_internals import COMPILED_PREFIX, state_dict_metadata
 
 if TYPE_CHECKING:
     from gptfast.model import GPT
 
 _KEY = "gptfast.activation"
-_PREFIX = "_orig_mod."  # of the names in a model that torch.compile has wrapped
 # causal masks, buffers of nanoGPT where PyTorch has no attention of its own
 _MASKS = (".attn.bias", ".attn.masked_bias")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -56,7 +56,9 @@ def load(path: str | Path, override_args: Mapping[str, Any] | None = None, backe
         raise ValueError(f"{accepted}, got {', '.join(overrides)}")
     path = Path(path).expanduser()
     arguments, state = _read(path)
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
+    weights = {
+        name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items() if not name.endswith(_MASKS)
+    }
     head, embedding = weights.get(_HEAD), weights.get(_EMBEDDING)
     tied = head is None or embedding is None or torch.equal(head, embedding)
     try:
@@ -102,11 +104,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def activation_of(state: Mapping[str, Any]) -> Activation | None:
     """The activation that a `state_dict` was trained with, None where it does not tell."""
-    metadata = getattr(state, "_metadata", None) or {}
+    metadata = state_dict_metadata(state)
     for entry in metadata.values():
         if entry.get(_KEY) in get_args(Activation):
             return entry[_KEY]
-    modules = [name.removeprefix(_PREFIX) for name in metadata]
+    modules = [name.removeprefix(COMPILED_PREFIX) for name in metadata]
     if "transformer.h.0.mlp.gelu" in modules:
         return "gelu"
     # of nanoGPT's attention, which has had modules of dropout from the beginning

@@ -19,6 +19,7 @@ import kernels
 from gptfast import backend, devices, hardware
 from gptfast.checkpoint.atomic_files import read_json
 from kernels import hf_kernels, runtime
+from kernels.pytorch_internals import inductor_cache_dir
 
 _OTHERS = ("transformers", "liger-kernel", "flash-attn", "huggingface-hub", "tiktoken", "safetensors", "numpy")
 _DRIVER, _DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
@@ -212,14 +213,12 @@ def _measured_launches(path: Path, report: Report) -> int:
 
 
 def _folders(report: Report) -> Iterator[tuple[str, str]]:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that other commands do not need
-
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast")
     found = {
         "gptfast": (home, "XDG_CACHE_HOME"),
         "measured launches": (Path(os.environ.get("GPTFAST_CACHE") or home, "launches"), "GPTFAST_CACHE"),
         "torch.compile": (
-            Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()),
+            Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir()),
             "TORCHINDUCTOR_CACHE_DIR",
         ),
     }

@@ -14,6 +14,12 @@ from torch.nn.utils import get_total_norm
 
 from gptfast import cuda_graphs, devices
 from gptfast.training.parts import is_part, local, whole
+from kernels.pytorch_internals import (
+    foreach_div_,
+    silence_capturable_warning,
+    supports_grad_scale,
+    update_grad_scale_,
+)
 
 _WARMUP = 2  # steps before a capture: compilation, memory and the optimizer's state settle in them
 
@@ -169,7 +175,7 @@ class TrainStep:
     def _capture_on(self, device: torch.device) -> None:
         self.graph, self._stream = True, cuda_graphs.capture_stream(device)
         # an optimizer that does not skip gradients itself has the host look at float16's, which no graph can
-        waits = self._grown is not None and not all(map(_divides, self.optimizers))
+        waits = self._grown is not None and not all(map(supports_grad_scale, self.optimizers))
         self._captures_update = not waits and all("capturable" in group for group in self._groups)
 
     def _run(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -222,13 +228,13 @@ class TrainStep:
         for optimizer in self.optimizers:
             self._step(optimizer, divisor * scale, not_finite)
         if self._grown is not None:
-            torch._amp_update_scale_(self._scale, self._grown, not_finite, 2.0, 0.5, _GROWTH_INTERVAL)
+            update_grad_scale_(self._scale, self._grown, not_finite, 2.0, 0.5, _GROWTH_INTERVAL)
         return torch.stack([loss, norm, scale])
 
     def _step(self, optimizer: Any, divisor: Tensor, not_finite: Tensor) -> None:
         """Step with gradients that are divided first."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if _divides(optimizer) and not any(map(is_part, parameters)):
+        if supports_grad_scale(optimizer) and not any(map(is_part, parameters)):
             optimizer.grad_scale, optimizer.found_inf = divisor, not_finite
             try:
                 optimizer.step()
@@ -239,7 +245,7 @@ class TrainStep:
             return
         if self._grown is not None or self.grad_clip > 0.0:
             gradients = [local(p.grad) for p in parameters]
-            torch._foreach_div_(gradients, divisor)
+            foreach_div_(gradients, divisor)
         optimizer.step()
 
     def _replay(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -272,7 +278,7 @@ class TrainStep:
                     if isinstance(state.get("step"), Tensor):
                         state["step"] = state["step"].to(self.device)
                 # what PyTorch would warn of is what the first steps are for
-                optimizer._warned_capturable_if_run_uncaptured = True
+                silence_capturable_warning(optimizer)
         for group, rate in zip(groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
@@ -359,11 +365,6 @@ def _gradients_stay(model: Any, wait: bool) -> Iterator[None]:
         yield
     else:
         yield
-
-
-def _divides(optimizer: Any) -> bool:
-    """Whether a step divides gradients itself, and skips those that are not finite: what `GradScaler` asks too."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _settings(group: dict) -> tuple:

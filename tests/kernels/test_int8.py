@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import int8_launch, reference, reference_cpu, runtime, tuning
+from kernels import int8_launch, pytorch_internals, reference, reference_cpu, runtime, tuning
 from tests.support.memory import peak_bytes
 from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
@@ -182,14 +182,13 @@ def test_on_a_cpu_no_more_than_a_part_is_made_floating_numbers(dtype: torch.dtyp
 
 def test_on_a_cpu_pytorchs_product_is_called_where_it_is_fast_and_safe():
     """It reads past the end of rows that are no multiple of its vectors."""
-    assert reference_cpu._has_int8_product()  # of every version that is supported
     called = []
 
     def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         called.append(tuple(x.shape))
         return torch.zeros(len(x), len(weight), dtype=x.dtype)
 
-    with patch.object(torch, "_weight_int8pack_mm", product):
+    with patch.object(pytorch_internals, "int8pack_mm", product):
         for rows, width, dtype in (
             (1, 128, torch.bfloat16), (16, 64, torch.bfloat16), (17, 64, torch.bfloat16), (1, 96, torch.bfloat16),
             (1, 33, torch.bfloat16), (1, 128, torch.float32), (1, 128, torch.float16),
@@ -200,21 +199,12 @@ def test_on_a_cpu_pytorchs_product_is_called_where_it_is_fast_and_safe():
     assert called == [(1, 128), (16, 64), (2, 128)]
 
 
-@pytest.mark.parametrize("product", [None, lambda x, w, s: x @ w.to(x.dtype).T, lambda x, w, s: x.missing])
-def test_on_a_cpu_a_product_that_is_not_as_it_was_is_not_called(monkeypatch, product):
-    reference_cpu._has_int8_product.cache_clear()
-    try:
-        if product is None:
-            monkeypatch.delattr(torch, "_weight_int8pack_mm")
-        else:
-            monkeypatch.setattr(torch, "_weight_int8pack_mm", product)
-        assert not reference_cpu._has_int8_product()
-        x, weight, scale, bias = problem((1,), 64, 20, torch.bfloat16, CPU)
-        same_dtype = reference.int8_linear(x, weight, scale, bias)
-        y = reference_cpu.int8_linear(x, weight, scale, bias)
-        assert_equal_to_oracle("y", y, same_dtype, by_definition(x, weight, scale, bias))
-    finally:
-        reference_cpu._has_int8_product.cache_clear()
+def test_int8_linear_on_a_cpu_does_without_pytorchs_product(monkeypatch):
+    monkeypatch.setattr(pytorch_internals, "has_int8pack_mm", lambda: False)
+    x, weight, scale, bias = problem((1,), 64, 20, torch.bfloat16, CPU)
+    same_dtype = reference.int8_linear(x, weight, scale, bias)
+    y = reference_cpu.int8_linear(x, weight, scale, bias)
+    assert_equal_to_oracle("y", y, same_dtype, by_definition(x, weight, scale, bias))
 
 
 @pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, reference_cpu.int8_linear])
