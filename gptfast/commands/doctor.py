@@ -56,6 +56,16 @@ class DoctorConfig:
     """Show what is installed, what runs where and why, and what is broken."""
 
 
+def run(config: DoctorConfig) -> None:
+    """Print the report; exit with status 1 if something is broken."""
+    report = examine()
+    print(report)
+    for problem in report.problems:
+        print(f"gptfast: {problem}", file=sys.stderr)
+    if report.problems:
+        sys.exit(1)
+
+
 def examine() -> Report:
     """Look at everything that decides how fast things go here, or whether they do. Leaves everything as it is."""
     report = Report()

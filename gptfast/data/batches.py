@@ -1,4 +1,4 @@
-"""Batches of token ids, each a pure function of the seed and the step."""
+"""Batches of token ids: pure functions of the seed and the step, so resuming needs no data state."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gptfast.data.shards import Tokens
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a tokenized text, from which sequences of `block_size` tokens and their successors are cut.
+    """Training or validation part of a tokenized text, cut into sequences of `block_size` tokens.
 
     Args:
-        tokens: at least block_size + 1.
-        block_size: tokens per sequence.
+        tokens: at least block_size + 1 token ids.
+        block_size: tokens per sequence T.
     """
 
     tokens: Tokens
@@ -33,26 +33,26 @@ class Split:
     def random_batch(
         self, batch_size: int, seed: int, step: int, rank: int = 0, ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Sequences [B, T] int64 in random order, and the tokens that follow.
+        """Draw the batch of a step: token ids and their successors, each [B, T] int64.
 
-        A pure function of its arguments: it needs no state to resume. An epoch visits every block of the split once, in
-        an order and from an offset of its own, and the next one begins where it ends, in the midst of a batch.
+        An epoch visits every block of the split once, in a random order and from a random offset. The next epoch starts
+        where it ends, in the middle of a batch if need be. The batch does not depend on the number of ranks.
 
         Args:
-            batch_size: sequences of a step, all ranks together.
-            seed: of the order.
-            step: which batch.
-            rank: which of `ranks` equal parts of the batch this process takes.
-            ranks: how many parts there are. Together they are the same batch, whatever their number.
+            batch_size: sequences per step, summed over all ranks.
+            seed: seed of the order.
+            step: index of the batch.
+            rank: rank of this process, which takes rows rank * B to (rank + 1) * B of the batch.
+            ranks: number of processes; B = batch_size // ranks.
         """
         share = batch_size // ranks
         first = step * batch_size + rank * share
         return self._cut(self._places(np.arange(first, first + share), seed))
 
     def _places(self, numbers: np.ndarray, seed: int) -> np.ndarray:
-        """Where the sequences of these numbers, counted from the first step on, begin."""
-        spare = len(self.tokens) - 1  # the last token follows the last sequence
-        blocks = max(1, spare // self.block_size - 1)  # one less than fits, so that they can begin anywhere
+        """Start offsets of sequences, which are numbered from the first step on."""
+        spare = len(self.tokens) - 1  # the last token is a target only
+        blocks = max(1, spare // self.block_size - 1)  # one less than fits leaves room for the random offset
         epochs, order = np.divmod(numbers, blocks)
         places = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -61,22 +61,22 @@ class Split:
             places[chosen] = _permutation(seed, epoch, blocks)[order[chosen]] * self.block_size + offset
         return places
 
-    def even_batches(self, batches: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """At most `batches` batches of sequences spread evenly over the split: what evaluation measures every time."""
+    def eval_batches(self, batches: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return at most `batches` batches of sequences, evenly spaced over the split and always the same."""
         sequences = min(batches * batch_size, (len(self.tokens) - 1) // self.block_size)
         starts = np.linspace(0, len(self.tokens) - self.block_size - 1, num=sequences).astype(np.int64)
         return [self._cut(starts[i : i + batch_size]) for i in range(0, sequences, batch_size)]
 
-    def some(self) -> np.ndarray:
-        """Token ids from places spread evenly over the split, [64, at most 1024]."""
+    def probe(self) -> np.ndarray:
+        """Sample token ids evenly over the split, [64, at most 1024]."""
         length = min(1024, len(self.tokens))
         starts = np.linspace(0, len(self.tokens) - length, num=64).astype(np.int64)
         return self.tokens.windows(starts, length)
 
     def fingerprint(self) -> str:
-        """A short text that another split would hardly have: of the number of tokens, and some of them throughout."""
+        """Number of tokens and a hash of `probe`, to recognise the split when a run resumes."""
         digest = hashlib.sha256(str(len(self.tokens)).encode())
-        digest.update(self.some().astype("<i8").tobytes())
+        digest.update(self.probe().astype("<i8").tobytes())
         return f"{len(self.tokens)} tokens, {digest.hexdigest()[:16]}"
 
     def _cut(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -84,16 +84,16 @@ class Split:
         return windows[:, :-1], windows[:, 1:]
 
 
-class Ahead:
-    """Batches one after the other, each of which a thread computes while the one before is trained on.
+class Prefetcher:
+    """Prefetch the next batch in a thread.
 
     Args:
-        batch: gives that of a step.
-        first: step.
-        end: the step before which they end.
+        batch: computes the batch of a step.
+        first: first step.
+        end: one past the last step.
 
     Attributes:
-        waited: seconds, in all, that `next` had to wait.
+        waited: total seconds that `next` has blocked.
     """
 
     def __init__(self, batch: Callable[[int], tuple[Tensor, Tensor]], first: int, end: int) -> None:
@@ -103,17 +103,17 @@ class Ahead:
         self.waited = 0.0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """That of the next step."""
+        """Return the batch of the next step."""
         started = time.perf_counter()
-        found = self._next.result()
+        batch = self._next.result()
         self.waited += time.perf_counter() - started
         self._step += 1
         if self._step < self._end:
             self._next = self._thread.submit(self._batch, self._step)
-        return found
+        return batch
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)
 
 
@@ -123,27 +123,27 @@ def _permutation(seed: int, epoch: int, blocks: int) -> np.ndarray:
 
 
 def prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
-    """Training and validation split of a folder of token shards, see `gptfast.data.shards`.
+    """Open the training and validation splits of a folder of token shards (see `gptfast.data.shards`).
 
     Raises:
-        ValueError: shards that are not there or damaged, or a split that is shorter than one block.
+        ValueError: a shard is missing or damaged, or a split is no longer than one block.
     """
     train, val = (Split(shards.open_split(folder, name), block_size) for name in shards.SPLITS)
     for name, part in (("train", train), ("val", val)):
         if len(part.tokens) <= block_size:
             raise ValueError(
-                f"{folder} has {len(part.tokens)} tokens for {name}, more than block_size={block_size} are needed"
+                f"{folder} has {len(part.tokens)} tokens for {name}; give more than block_size={block_size}"
             )
     return train, val
 
 
 def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, Split]:
-    """Training split and held-out split: the first tokens and the last `held_out` of them, as nanoGPT divides.
+    """Split tokens into training and validation: the last `held_out` share validates, as in nanoGPT.
 
-    With `held_out` 0 both are one and the same split, of all tokens: a text of a few sentences has no part to spare.
+    With `held_out` 0 both are the same object and hold all tokens, for texts too short to hold anything out.
 
     Raises:
-        ValueError: either part is shorter than one block and the token after it.
+        ValueError: a part is no longer than one block.
     """
     if held_out == 0.0:
         if len(tokens) <= block_size:

@@ -1,4 +1,4 @@
-"""`gptfast prepare`: documents to token shards, in parallel, within a bounded memory."""
+"""Tokenize documents into shards, in parallel and in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,114 +10,93 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from gptfast import tokenizers
-from gptfast.checkpoint.atomic_files import new_folder, require_unused
-from gptfast.data import documents, shards
+from gptfast.checkpoint.atomic_files import new_folder
+from gptfast.data import shards
 from gptfast.data.documents import Piece, Source
 from gptfast.tokenizers import Tokenizer
 
-_BATCH = 2**20  # characters that a worker gets at a time, at least
-_WORTH_A_PROCESS = 2**23  # bytes
+_BATCH = 2**20  # minimum characters that a worker tokenizes at a time
+_BYTES_PER_WORKER = 2**23  # a process takes seconds to start
 
 
-@dataclass
-class PrepareConfig:
-    """Tokenize texts into a folder of token shards, which `gptfast train --data` takes."""
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    out: Path,
+    held_out: float | None = None,
+    workers: int = 0,
+    shard_tokens: int = shards.SHARD_TOKENS,
+    seed: int = 1337,
+) -> dict[str, Any]:
+    """Write token shards, the tokenizer and an index into a new folder, which appears whole or not at all.
 
-    source: tyro.conf.Positional[str]
-    """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is unpacked), a folder of such
-    files, or a pattern."""
-    out: str
-    """Folder to write, which must be new."""
-    tokenizer: str = "gpt2"
-    """char, byte, word, or the name of a tiktoken encoding such as gpt2."""
-    vocabulary: str | None = None
-    """Folder with the files of a tiktoken encoding, for machines without a network."""
-    field: str = "text"
-    """Field of JSON lines that holds a document's text."""
-    held_out: float | None = None
-    """Share that validation uses: the end of a single text, by default 0.1 of it; of many documents some that are drawn
-    at random, by default 0.005 of them, and always the second."""
-    workers: int = 0
-    """Processes that tokenize; 0 is one for each processor."""
-    shard_tokens: int = shards.SHARD_TOKENS
-    """Tokens of a file."""
-    seed: int = 1337
-    """Of the draw of held-out documents."""
-
-    def __post_init__(self) -> None:
-        if self.held_out is not None and not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
-
-
-def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Write the shards, the tokenizer and the index; the folder appears whole or not at all.
+    Args:
+        source: the documents.
+        tokenizer: an end-of-text token, if it has one, follows each document.
+        out: the folder; it must not exist or be empty.
+        held_out: share held out for validation: the end of a single text, by default 0.1; of many documents random
+            ones, by default 0.005, and always the second.
+        workers: processes that tokenize; 0 starts one per processor.
+        shard_tokens: tokens per shard file.
+        seed: seed of the choice of held-out documents.
 
     Returns:
-        What `index.json` holds, see `gptfast.data.shards`.
+        The index, see `gptfast.data.shards`.
 
     Raises:
-        ValueError: a source, tokenizer or folder that does not do; the message names it.
+        ValueError: a document cannot be read or tokenized, or a split is left without tokens.
+        OSError: the folder cannot be written.
     """
-    out = Path(config.out)
-    require_unused(out)
-    source = documents.source(config.source, config.field)
-    tokenizer = tokenizers.for_documents(
-        config.tokenizer, source.documents(), end_of_text=not source.one_document, vocabulary=config.vocabulary
-    )
-    with new_folder(out) as partial:
-        return _write(config, source, tokenizer, partial)
+    with new_folder(out) as folder:
+        splits = _write(split_pieces(source, held_out, seed), source.bytes, tokenizer, folder, workers, shard_tokens)
+        for split, written in splits.items():
+            if written["tokens"] == 0:
+                raise ValueError(f"the text leaves no tokens for {split}; give more text, or another --held-out")
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
+        shards.write_index(folder, tokenizer.vocab_size, shards.dtype_for(tokenizer.vocab_size), splits)
+        return shards.read_index(folder)
 
 
-def _write(config: PrepareConfig, source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def _write(
+    parts: Iterable[Part], size: int, tokenizer: Tokenizer, folder: Path, workers: int, shard_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Tokenize `size` bytes of documents into shards; the splits as the index lists them."""
     dtype = shards.dtype_for(tokenizer.vocab_size)
-    writers = {split: shards.SplitWriter(folder, split, dtype, config.shard_tokens) for split in shards.SPLITS}
-    size = source.bytes
-    # a process takes seconds to start
-    workers = min(config.workers or os.cpu_count() or 1, 1 + size // _WORTH_A_PROCESS)
+    writers = {split: shards.SplitWriter(folder, split, dtype, shard_tokens) for split in shards.SPLITS}
+    workers = min(workers or os.cpu_count() or 1, 1 + size // _BYTES_PER_WORKER)
     with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
-        for part, ids in tokenized(divided(source, config), tokenizer, workers):
+        for part, ids in tokenized(parts, tokenizer, workers):
             writer = writers[part.split]
             writer.append(ids)
-            writer.text_bytes += _bytes(part.piece.text)
+            writer.text_bytes += len(part.piece.text.encode("utf-8", "surrogatepass"))
             if part.piece.last:
                 writer.documents += 1
                 if tokenizer.end_of_text is not None:
                     writer.append(np.array([tokenizer.end_of_text]))
             bar.update(part.piece.consumed)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    for split, written in splits.items():
-        if written["tokens"] == 0:
-            raise ValueError(f"{config.source} leaves no tokens for {split}; give more text, or another --held-out")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
-    shards.write_index(folder, tokenizer.vocab_size, dtype, splits)
-    return shards.read_index(folder)
+    return {split: writer.close() for split, writer in writers.items()}
 
 
 class Part(NamedTuple):
-    """A piece of a document, and the split that it belongs to."""
+    """A piece of a document and its split."""
 
     split: str
     piece: Piece
 
 
-def divided(source: Source, config: PrepareConfig) -> Iterator[Part]:
-    """The pieces of a source, some of them held out for validation."""
+def split_pieces(source: Source, held_out: float | None, seed: int) -> Iterator[Part]:
+    """Assign the pieces of a source to training and validation."""
     if source.one_document:
-        return _tail_held_out(source, config.held_out or 0.1)
-    return _documents_held_out(source.pieces(), config.held_out or 0.005, config.seed)
+        return _tail_held_out(source, held_out or 0.1)
+    return _documents_held_out(source.pieces(), held_out or 0.005, seed)
 
 
 def _tail_held_out(source: Source, share: float) -> Iterator[Part]:
@@ -141,18 +120,14 @@ def _documents_held_out(pieces: Iterator[Piece], share: float, seed: int) -> Ite
             number, held_out = number + 1, draw.random() < share
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
-
-
 def tokenized(parts: Iterable[Part], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Part, np.ndarray]]:
-    """Parts and their token ids, in order. With `workers` above 1 other processes tokenize, some batches ahead."""
+    """Yield parts with their token ids, in order; several workers run a few batches ahead."""
     if workers == 1:
         for part in parts:
             yield part, tokenizer.encode(part.piece.text)
         return
     batches = _batches(iter(parts))
-    # forked processes would inherit PyTorch's locks without its threads
+    # a forked process would inherit PyTorch's locks without its threads
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tokenizer.to_json(),))
     try:
@@ -169,7 +144,7 @@ def tokenized(parts: Iterable[Part], tokenizer: Tokenizer, workers: int) -> Iter
 
 
 def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
-    """Parts in groups that are worth a worker's while."""
+    """Group parts into batches large enough to send to a worker."""
     batch: list[Part] = []
     size = 0
     for part in parts:
@@ -186,13 +161,13 @@ _tokenizer: Tokenizer
 
 
 def _start(saved: dict[str, Any]) -> None:
-    """Make this process a worker, which ends when its parent does, however that ends."""
+    """Initialise a worker, which exits with its parent even if that is killed."""
     global _tokenizer
     _tokenizer = tokenizers.from_json(saved)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,49 +1,18 @@
-"""A folder that Hugging Face's `transformers` loads: model, and tokenizer where there is one; `gptfast export`."""
+"""A folder that Hugging Face's `transformers` loads: model, and tokenizer where there is one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from gptfast import lora
-from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import new_folder, require_fit, write_json, write_tensors
 from gptfast.huggingface import config, tokenizer, weights
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 
 _GPT2_VOCABULARY, _GPT2_END_OF_TEXT = 50257, 50256
-
-
-@dataclass
-class ExportConfig:
-    """Write the model and the tokenizer of a run for Hugging Face's transformers."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder."""
-    out: tyro.conf.Positional[str]
-    """Folder to write, which must be new."""
-    tokenizer: bool = True
-    """Write the tokenizer too."""
-
-
-def export(settings: ExportConfig) -> str:
-    """Do what the settings say.
-
-    Returns:
-        The outcome in a line for people.
-
-    Raises:
-        ValueError: no run folder, a model or tokenizer that their formats cannot hold, or a folder that is not empty.
-        OSError: the folder cannot be written.
-    """
-    model, tokens = run_folder.load(Path(settings.run).expanduser(), torch.device("cpu"), "eager")
-    save(model, settings.out, tokens if settings.tokenizer else None)
-    parameters, written = model.get_num_params(non_embedding=False), "and its tokenizer " if settings.tokenizer else ""
-    return f"a model of {parameters:,} parameters {written}in {settings.out}, for transformers' from_pretrained"
 
 
 def save(model: GPT, folder: str | Path, tokens: Tokenizer | None = None) -> None:

@@ -115,7 +115,7 @@ def _load(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[Tokenizer, 
     elif tokenizer is None:
         tokenizer = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
     splits = batches.prepared(folder, block_size)
-    largest = max(int(split.some().max()) for split in splits)
+    largest = max(int(split.probe().max()) for split in splits)
     if largest >= tokenizer.vocab_size:
         raise ValueError(
             f"{folder} has a token {largest}, and {config.tokenizer!r} {tokenizer.vocab_size} of them; give the "

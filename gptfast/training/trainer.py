@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from gptfast.evaluation import metrics
 from gptfast.generation.detokenizer import TextStream
 from gptfast.training import progress, schedules
 from gptfast.training.config import TrainConfig
-from gptfast.training.progress import Progress, percent
+from gptfast.training.progress import Progress
 from gptfast.training.setup import Start
 from gptfast.training.signals import Interrupts
 from gptfast.training.train_state import TrainState
@@ -196,7 +195,7 @@ class _Training:
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
         config = self.config
-        self.batches = batches.Ahead(self._batch, self.first, config.steps)
+        self.batches = batches.Prefetcher(self._batch, self.first, config.steps)
         self.progress = Progress(self.folder, config.steps, self.first, config.tensorboard)
         try:
             with Interrupts() as interrupts:
@@ -395,24 +394,6 @@ class _Training:
         if speed is None:
             return None
         return flops.utilisation(speed, flops.most_tokens_per_second(self.config.model, self.peak))
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """The outcome of a run in a few lines for people."""
-    speed = summary["tokens_per_second"]
-    bits = summary.get("val_bits_per_byte")
-    losses = "no evaluation yet"
-    if summary["val_loss"] is not None:
-        losses = f"loss {summary['val_loss']:.4f}{'' if bits is None else f' ({bits:.4f} bits per byte)'}"
-        if summary["validation_text"] == "training":
-            losses += " on the training text, nothing being held out,"
-        else:
-            losses = f"validation {losses}, train loss {summary['train_loss']:.4f}"
-    return (
-        f"{losses} after {summary['steps']} steps in {summary['seconds']:.0f} s\n"
-        f"{'no' if speed is None else format(speed, ',.0f')} tokens/s, MFU {percent(summary['mfu'])} "
-        f"on {summary['device']}, backend {json.dumps(summary['backend'])}"
-    )
 
 
 def _say(text: str) -> None:

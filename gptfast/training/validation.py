@@ -35,7 +35,7 @@ class Sequences:
         return None if not size else size / sum(len(part) for part in targets)
 
     def _all(self):
-        return self.split.even_batches(self.batches, self.batch_size)
+        return self.split.eval_batches(self.batches, self.batch_size)
 
     @torch.no_grad()
     def mean_loss(self, model: nn.Module, dtype: torch.dtype, world: World) -> float:

@@ -15,8 +15,8 @@ from gptfast import GPT, GPTConfig, cli, load_model
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import read_tensors, write_tensors
 from gptfast.commands import eval as command
-from gptfast.data import corpus, prepare
-from gptfast.data.prepare import PrepareConfig
+from gptfast.commands.prepare import PrepareConfig, prepare
+from gptfast.data import corpus
 from gptfast.data.shards import Tokens
 from gptfast.evaluation import multiple_choice, perplexity
 from gptfast.evaluation.perplexity import Windows
@@ -149,7 +149,7 @@ def test_the_dtype_and_the_backend(trained, here, capsys):
 
 
 def prepared(source: str, out: str, tokenizer: str = "char") -> None:
-    prepare.prepare(PrepareConfig(source, out=out, tokenizer=tokenizer, held_out=0.4))
+    prepare(PrepareConfig(source, out=out, tokenizer=tokenizer, held_out=0.4))
 
 
 def test_prepared_data(trained, here, capsys):

@@ -14,7 +14,7 @@ def split_of(length: int, block_size: int) -> batches.Split:
 
 def test_targets_are_the_tokens_that_follow():
     part = split_of(100, block_size=7)
-    for idx, targets in [part.random_batch(5, seed=1, step=2), *part.even_batches(3, 4)]:
+    for idx, targets in [part.random_batch(5, seed=1, step=2), *part.eval_batches(3, 4)]:
         assert idx.dtype == targets.dtype == torch.int64
         assert idx.shape == targets.shape == (len(idx), 7)
         assert torch.equal(targets, idx + 1)
@@ -53,14 +53,14 @@ def test_ranks_share_a_batch_that_is_the_same_for_any_number_of_them(ranks: int)
         assert torch.equal(torch.cat(parts), expected)
 
 
-def test_even_batches_cover_the_split_without_overlap_where_it_is_long_enough():
+def test_eval_batches_cover_the_split_without_overlap_where_it_is_long_enough():
     part = split_of(1000, block_size=10)
-    starts = torch.cat([idx[:, 0] for idx, _ in part.even_batches(4, 5)])
+    starts = torch.cat([idx[:, 0] for idx, _ in part.eval_batches(4, 5)])
     assert len(starts) == 20
     assert (starts[0], starts[-1]) == (0, 989)
     assert (starts.diff() >= 10).all()
     # a short split gives as many sequences as it has
-    assert sum(len(idx) for idx, _ in split_of(35, 10).even_batches(4, 5)) == 3
+    assert sum(len(idx) for idx, _ in split_of(35, 10).eval_batches(4, 5)) == 3
 
 
 def test_split_takes_the_end_away():
@@ -73,7 +73,7 @@ def test_split_takes_the_end_away():
 def test_both_parts_need_a_block_and_its_successor(length, fits):
     if fits:
         train, val = batches.split(np.arange(length), block_size=5, held_out=0.1)
-        assert len(val.random_batch(1, 0, 0)[0]) == len(train.even_batches(1, 1)[0][0]) == 1
+        assert len(val.random_batch(1, 0, 0)[0]) == len(train.eval_batches(1, 1)[0][0]) == 1
     else:
         with pytest.raises(ValueError, match=r"59 tokens make 53 to train on and 6 held out, .* with --held-out 0$"):
             batches.split(np.arange(length), block_size=6, held_out=0.1)
@@ -83,7 +83,7 @@ def test_nothing_held_out_is_one_split_of_all_tokens():
     train, val = batches.split(np.arange(11), block_size=10, held_out=0.0)
     assert val is train
     assert train.tokens.windows(np.array([0]), 11).tolist() == [list(range(11))]
-    assert [idx.tolist() for idx, _ in train.even_batches(20, 4)] == [[list(range(10))]]
+    assert [idx.tolist() for idx, _ in train.eval_batches(20, 4)] == [[list(range(10))]]
     assert all(train.random_batch(2, 0, step)[1].tolist() == [list(range(1, 11))] * 2 for step in range(5))
     with pytest.raises(ValueError, match=r"too short: 11 tokens, more than block_size=11 are needed; give a longer"):
         batches.split(np.arange(11), block_size=11, held_out=0.0)
@@ -91,32 +91,32 @@ def test_nothing_held_out_is_one_split_of_all_tokens():
 
 def test_batches_ahead_are_those_asked_for():
     asked = []
-    ahead = batches.Ahead(lambda step: asked.append(step) or (torch.tensor(step), torch.tensor(-step)), 3, 6)
-    assert [tuple(map(int, ahead.next())) for _ in range(3)] == [(3, -3), (4, -4), (5, -5)]
-    ahead.close()
+    prefetcher = batches.Prefetcher(lambda step: asked.append(step) or (torch.tensor(step), torch.tensor(-step)), 3, 6)
+    assert [tuple(map(int, prefetcher.next())) for _ in range(3)] == [(3, -3), (4, -4), (5, -5)]
+    prefetcher.close()
     assert asked == [3, 4, 5]
 
 
 @pytest.mark.parametrize(("batch", "step", "waits"), [(0.02, 0.06, False), (0.06, 0.02, True)])
 def test_a_batch_is_computed_during_the_step_before_it(batch, step, waits):
-    ahead = batches.Ahead(lambda number: time.sleep(batch), 0, 10)
-    ahead.next()
-    waited = ahead.waited
+    prefetcher = batches.Prefetcher(lambda number: time.sleep(batch), 0, 10)
+    prefetcher.next()
+    waited = prefetcher.waited
     for _ in range(8):
         time.sleep(step)
-        ahead.next()
-    ahead.close()
-    assert ahead.waited - waited == pytest.approx(8 * 0.04 if waits else 0.0, abs=0.06)
+        prefetcher.next()
+    prefetcher.close()
+    assert prefetcher.waited - waited == pytest.approx(8 * 0.04 if waits else 0.0, abs=0.06)
 
 
 def test_an_error_of_a_batch_comes_up_with_it():
     def damaged(step):
         raise ValueError("a shard is damaged")
 
-    ahead = batches.Ahead(damaged, 0, 10)
+    prefetcher = batches.Prefetcher(damaged, 0, 10)
     with pytest.raises(ValueError, match="a shard is damaged"):
-        ahead.next()
-    ahead.close()
+        prefetcher.next()
+    prefetcher.close()
 
 
 def test_another_text_has_another_fingerprint():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gptfast import cli, tokenizers
-from gptfast.data import prepare, shards
-from gptfast.data.prepare import PrepareConfig
+from gptfast.commands.prepare import PrepareConfig, prepare
+from gptfast.data import shards
 from gptfast.training import trainer
 
 TEXT = "To be, or not to be: that is the question.\n" * 60
@@ -33,7 +33,7 @@ def read(folder: Path, split: str) -> str:
 
 def test_the_end_of_a_single_text_is_held_out(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    index = prepare.prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path / "out"), "char"))
+    index = prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path / "out"), "char"))
     boundary = int(len(TEXT) * 0.9)
     assert read(tmp_path / "out", "train") == TEXT[:boundary]
     assert read(tmp_path / "out", "val") == TEXT[boundary:]
@@ -49,7 +49,7 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path):
 def test_documents_end_in_a_token_and_some_are_held_out_whole(tmp_path, tokenizer: str):
     path = write_documents(tmp_path)
     config = PrepareConfig(str(path), str(tmp_path / "out"), tokenizer, held_out=0.2)
-    index = prepare.prepare(config)
+    index = prepare(config)
     found = {split: read(tmp_path / "out", split).split("<|endoftext|>") for split in shards.SPLITS}
     given = [json.loads(line)["text"].split() for line in path.read_text().splitlines()]
     for split, texts in found.items():
@@ -64,20 +64,20 @@ def test_documents_end_in_a_token_and_some_are_held_out_whole(tmp_path, tokenize
 def test_a_packed_single_text_and_many_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("gptfast.data.documents.PIECE", 100)
     (tmp_path / "text.gz").write_bytes(gzip.compress(TEXT.encode()))
-    prepare.prepare(PrepareConfig(str(tmp_path / "text.gz"), str(tmp_path / "out"), "byte", held_out=0.25))
+    prepare(PrepareConfig(str(tmp_path / "text.gz"), str(tmp_path / "out"), "byte", held_out=0.25))
     boundary = int(len(TEXT) * 0.75)
     assert read(tmp_path / "out", "train") == TEXT[:boundary] + "<|endoftext|>"
     assert read(tmp_path / "out", "val") == TEXT[boundary:] + "<|endoftext|>"
 
 
 def test_other_processes_give_the_same_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_BATCH", 200)
-    monkeypatch.setattr(prepare, "_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("gptfast.data.prepare._BATCH", 200)
+    monkeypatch.setattr("gptfast.data.prepare._BYTES_PER_WORKER", 1)
     path = write_documents(tmp_path, count=60)
     outcomes = []
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
-        prepare.prepare(PrepareConfig(str(path), str(out), "byte", workers=workers, shard_tokens=500))
+        prepare(PrepareConfig(str(path), str(out), "byte", workers=workers, shard_tokens=500))
         outcomes.append({file.name: file.read_bytes() for file in out.iterdir()})
     assert outcomes[0] == outcomes[1]
     assert len([name for name in outcomes[0] if name.startswith("train")]) > 2
@@ -110,7 +110,7 @@ def test_a_failure_leaves_nothing(tmp_path):
     with path.open("a") as file:
         file.write("{broken\n")
     with pytest.raises(ValueError, match=r"documents.jsonl, line 41: not JSON"):
-        prepare.prepare(PrepareConfig(str(path), str(tmp_path / "out"), "byte"))
+        prepare(PrepareConfig(str(path), str(tmp_path / "out"), "byte"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["documents.jsonl"]
 
 
@@ -186,11 +186,11 @@ def test_bad_settings(settings, message):
 def test_a_folder_that_is_taken(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
-        prepare.prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path), "char"))
+        prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path), "char"))
 
 
 def test_a_text_too_short_to_hold_anything_out(tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "one document alone"}\n')
     with pytest.raises(ValueError, match="leaves no tokens for val; give more text, or another --held-out"):
-        prepare.prepare(PrepareConfig(str(tmp_path / "few.jsonl"), str(tmp_path / "out"), "byte"))
+        prepare(PrepareConfig(str(tmp_path / "few.jsonl"), str(tmp_path / "out"), "byte"))
     assert not (tmp_path / "out").exists()

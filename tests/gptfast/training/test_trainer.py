@@ -12,6 +12,7 @@ import torch
 
 from gptfast import GPT, hardware, tokenizers
 from gptfast.checkpoint import run_folder
+from gptfast.commands.train import describe
 from gptfast.data import batches
 from gptfast.training import recipes, schedules, trainer
 from gptfast.training.config import TrainConfig
@@ -78,18 +79,16 @@ def test_nothing_held_out(config, tmp_path, capsys):
     assert summary["validation_text"] == "training"
     model, tokenizer = run_folder.load(tmp_path / "run", torch.device("cpu"))
     whole = batches.split(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
-    idx, targets = (torch.cat(parts) for parts in zip(*whole.even_batches(2, 4), strict=True))
+    idx, targets = (torch.cat(parts) for parts in zip(*whole.eval_batches(2, 4), strict=True))
     with torch.no_grad():
         expected = model(idx, targets)[1].item()
     assert summary["val_loss"] == summary["train_loss"] == pytest.approx(expected, rel=0.02)  # bfloat16 has 8 bits
-    said = trainer.describe(summary)
+    said = describe(summary)
     assert said.startswith(f"loss {summary['val_loss']:.4f} (")
     assert " bits per byte) on the training text, nothing being held out, after 20 steps in " in said
     again = trainer.train(dataclasses.replace(config, held_out=0.0, resume=True, steps=24))
     assert (again["steps"], again["validation_text"]) == (24, "training")
-    assert trainer.describe(trainer.train(dataclasses.replace(config, out=str(tmp_path / "usual")))).startswith(
-        "valida"
-    )
+    assert describe(trainer.train(dataclasses.replace(config, out=str(tmp_path / "usual")))).startswith("valida")
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):

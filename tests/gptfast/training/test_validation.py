@@ -37,7 +37,7 @@ def split_of(ids: np.ndarray, block_size: int = 8) -> Split:
 def random_sequences(count: int, batch_size: int) -> Sequences:
     ids = np.random.default_rng(0).integers(31, size=8 * count + 1)
     found = Sequences(split_of(ids), batches=100, batch_size=batch_size)
-    assert sum(len(idx) for idx, _ in found.split.even_batches(100, batch_size)) == count
+    assert sum(len(idx) for idx, _ in found.split.eval_batches(100, batch_size)) == count
     return found
 
 
@@ -48,7 +48,7 @@ def mean_loss(sequences: Sequences, model: nn.Module, world: World | None = None
 def loss_by_hand(sequences: Sequences, model: GPT) -> float:
     """Each sequence's mean by itself, and their mean, in float64."""
     exact, losses = copy.deepcopy(model).double().eval(), []
-    for idx, targets in sequences.split.even_batches(sequences.batches, sequences.batch_size):
+    for idx, targets in sequences.split.eval_batches(sequences.batches, sequences.batch_size):
         for row, following in zip(idx, targets, strict=True):
             chances = exact(row[None], row[None])[0][0].log_softmax(-1)
             losses.append(-chances.gather(1, following[:, None]).mean().item())
@@ -58,7 +58,7 @@ def loss_by_hand(sequences: Sequences, model: GPT) -> float:
 def test_every_sequence_weighs_the_same():
     """Also those of a last batch that is smaller."""
     sequences, model = random_sequences(13, batch_size=6), build()
-    assert [len(idx) for idx, _ in sequences.split.even_batches(100, 6)] == [6, 6, 1]
+    assert [len(idx) for idx, _ in sequences.split.eval_batches(100, 6)] == [6, 6, 1]
     assert mean_loss(sequences, model) == pytest.approx(loss_by_hand(sequences, model), rel=1e-5)
 
 
