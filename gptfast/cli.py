@@ -55,7 +55,7 @@ def program() -> NoReturn:
         main()
     except SystemExit as ended:
         status = ended.code
-    distributed.leave(status)
+    distributed.exit_process(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Processes that train together, as `torchrun` starts them."""
+"""Distributed training: the process group that torchrun starts, wrapping by DDP or FSDP2, and DTensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,33 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptfast.model import GPT
-
-
-def leave(status: int | str | None) -> NoReturn:
-    """End this process as `sys.exit` does, but at once where torchrun has started it.
-
-    A thread of Gloo may still hold the last reference to a tensor. Letting go of it while the interpreter shuts down
-    aborts the process (https://github.com/pytorch/pytorch/issues/190489), and FSDP's caches keep those threads alive
-    whatever is destroyed.
-    """
-    if "WORLD_SIZE" not in os.environ or isinstance(status, str):
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status or 0)
-
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. As a context manager it connects them; alone, it has nothing to do.
+    """The processes of a run. Use as a context manager around training; a single process has nothing to set up.
 
     Args:
         rank: of this process.
-        size: how many there are.
-        local_rank: of this process among those of its machine: the number of its GPU.
-        local_size: how many of them there are.
-        restarts: how often torchrun has begun anew.
+        size: number of processes.
+        local_rank: rank on this machine, which is the index of the process's GPU.
+        local_size: number of processes on this machine.
+        restarts: how often torchrun has restarted the processes.
     """
 
     rank: int = 0
@@ -50,11 +34,11 @@ class World:
     restarts: int = 0
 
     @classmethod
-    def of_environment(cls) -> World:
-        """What torchrun's variables tell; without them this process is alone.
+    def from_environment(cls) -> World:
+        """Read torchrun's environment variables. Without them the run is a single process.
 
         Raises:
-            ValueError: some are there and others are not.
+            ValueError: only some of the variables are set.
         """
         if "WORLD_SIZE" not in os.environ:
             return cls()
@@ -64,45 +48,46 @@ class World:
             )
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"WORLD_SIZE is set, but not all that torchrun sets with it ({error}); start with torchrun, or unset it"
+                f"WORLD_SIZE is set without torchrun's other variables ({error}); start with torchrun, or unset it"
             ) from error
         return cls(rank, size, local_rank, local_size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and prints for all."""
+    def is_main(self) -> bool:
+        """True for the process that prints and writes files."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
+        """True if there are no other processes."""
         return self.size == 1
 
     def device(self, device: torch.device) -> torch.device:
-        """This process's own of a machine's devices.
+        """Return this process's device.
 
         Raises:
-            ValueError: there are fewer GPUs than processes, or one is asked for by number.
+            ValueError: fewer GPUs than processes, or a GPU index given for several processes.
         """
-        if self.alone or device.type != "cuda":
+        if self.is_single or device.type != "cuda":
             return device
         if device.index is not None:
-            raise ValueError(f"each process has a GPU of its own: give --device cuda, got {device}")
+            raise ValueError(f"device must be cuda, as each process takes the GPU of its rank, got {device}")
         if self.local_size > torch.cuda.device_count():
             raise ValueError(f"{self.local_size} processes need as many GPUs, found {torch.cuda.device_count()}")
         return torch.device("cuda", self.local_rank)
 
     def connect(self, device: torch.device) -> None:
-        """Meet the other processes. Tensors on the host travel by Gloo, those on GPUs by NCCL."""
-        if self.alone:
+        """Initialise the process group: Gloo for tensors on the host, NCCL for those on GPUs."""
+        if self.is_single:
             return
         if self.local_size == self.size and sys.platform == "linux":
-            # all on this machine, whose name need not have an address
+            # on a single machine the host name may not resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun's store outlives its processes: in it are the addresses of those that a restart has replaced
+        # torchrun's store survives a restart, and with it the addresses of the processes that were replaced
         store = dist.PrefixStore(f"restart-{self.restarts}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
@@ -110,25 +95,25 @@ class World:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # after an error the others may be waiting for this process: they learn of it by its end
-        if not self.alone and dist.is_initialized() and error is None:
+        # after an error other processes may wait in a collective; only the end of this process releases them
+        if not self.is_single and dist.is_initialized() and error is None:
             dist.destroy_process_group()
 
-    def share(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns in the first process, as JSON has it, in all of them; its ValueError likewise."""
-        if self.alone:
+    def run_on_main(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on the main process and broadcast its result, or its ValueError, as JSON."""
+        if self.is_single:
             return function()
         content: dict[str, Any] = {}
-        if self.first:
+        if self.is_main:
             try:
                 content["result"] = function()
             except ValueError as error:
                 content["error"] = str(error)
         text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
         length = torch.tensor(len(text))
-        with self.meeting():
+        with self.collective_errors():
             dist.broadcast(length, 0)
-            text = text if self.first else torch.empty(int(length), dtype=torch.uint8)
+            text = text if self.is_main else torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(text, 0)
         content = json.loads(bytes(text.tolist()))
         if "error" in content:
@@ -136,19 +121,19 @@ class World:
         return content["result"]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in at least one process. All have to ask."""
-        return flag if self.alone else bool(self.sum(torch.tensor(float(flag))) > 0)
+        """Return True if the flag is set in any process. Collective: every rank must call it."""
+        return flag if self.is_single else bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the host."""
-        if not self.alone:
-            with self.meeting():
+        """All-reduce a tensor on the host, in place. Collective: every rank must call it."""
+        if not self.is_single:
+            with self.collective_errors():
                 dist.all_reduce(values)
         return values
 
     @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Where other processes are waited for: within it, the end of one is an error that says so.
+    def collective_errors(self) -> Iterator[None]:
+        """Turn a communication error into one line that says another process has ended.
 
         Raises:
             RuntimeError: another process has ended.
@@ -157,42 +142,81 @@ class World:
             yield
         except RuntimeError as error:
             text = " ".join(str(error).split())
-            # gradients travel within the backward, whose errors may be of any kind
-            if self.alone or not any(name in text.lower() for name in ("gloo", "nccl")):
+            # a backward pass runs collectives, and may also fail for other reasons
+            if self.is_single or not any(name in text.lower() for name in ("gloo", "nccl")):
                 raise
             raise RuntimeError(
-                f"another process of this run has ended ({text[:200]}); the run can go on from its last checkpoint, "
-                "with --resume"
+                f"another process of this run has ended ({text[:200]}); continue from the last checkpoint with --resume"
             ) from error
 
-    def wrap(self, model: GPT, parallel: str, compiled: bool) -> nn.Module:
-        """The model for training together: "ddp" gives each process all of it, "fsdp" a part of every parameter.
+    def wrap(self, model: nn.Module, blocks: Iterable[nn.Module], parallel: str, compiled: bool) -> nn.Module:
+        """Wrap a model for training by several processes.
 
-        With "fsdp" the model itself is changed, and its parameters are `DTensor`s. Compiled are then its blocks, one by
-        one: between them parameters are gathered.
+        Args:
+            model: a single process gets it back as it is.
+            blocks: the model's transformer blocks, which FSDP shards and compiles one by one.
+            parallel: "ddp" replicates the model; "fsdp" shards it in place, and its parameters become `DTensor`s.
+            compiled: compile the whole model ("ddp") or each block ("fsdp", which gathers parameters between blocks).
         """
-        if self.alone:
+        if self.is_single:
             return model
         if parallel == "ddp":
-            whole: Any = torch.compile(model, fullgraph=True) if compiled else model
-            ids = [self.local_rank] if model.lm_head.weight.is_cuda else None
-            return nn.parallel.DistributedDataParallel(whole, device_ids=ids, gradient_as_bucket_view=True)
-        from torch.distributed.fsdp import fully_shard
+            module: Any = torch.compile(model, fullgraph=True) if compiled else model
+            device_ids = [self.local_rank] if next(model.parameters()).is_cuda else None
+            return nn.parallel.DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+        from torch.distributed.fsdp import fully_shard  # slow to import
 
-        for block in model.transformer.h:
+        for block in blocks:
             if compiled:
-                _compile(block)
+                _compile_training(block)
             fully_shard(block)
         fully_shard(model)
         return model
 
 
-def _compile(block: nn.Module) -> None:
-    """Compile a block's training, without the hooks around it; evaluation, whose lengths vary, stays as it is."""
-    plain = block.forward
-    compiled = torch.compile(plain, fullgraph=True)
+def _compile_training(block: nn.Module) -> None:
+    """Compile a block's forward without its hooks, in training only: evaluation has sequences of many lengths."""
+    eager = block.forward
+    compiled = torch.compile(eager, fullgraph=True)
 
     def forward(*arguments: Any) -> Any:
-        return (compiled if block.training else plain)(*arguments)
+        return (compiled if block.training else eager)(*arguments)
 
     block.forward = forward
+
+
+def exit_process(status: int | str | None) -> NoReturn:
+    """End this process: as `sys.exit` does, but without interpreter shutdown where torchrun started it.
+
+    A Gloo thread may hold the last reference to a tensor, and freeing it during shutdown aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489). FSDP's caches keep those threads alive.
+    """
+    if "WORLD_SIZE" not in os.environ or isinstance(status, str):
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Return True for a DTensor, without importing `torch.distributed.tensor`, which is slow."""
+    return hasattr(tensor, "full_tensor")
+
+
+def to_local(tensor: Any) -> Tensor:
+    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """Gather a DTensor, and return any other tensor as it is. Collective: every rank must call it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def distribute_like(tensor: Tensor, parameter: Any) -> Tensor:
+    """Shard a full tensor as `parameter` is sharded, if that is a DTensor of the same shape."""
+    if not is_dtensor(parameter) or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import
+
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,36 +1,37 @@
-"""Low-rank adaptation: fine-tuning by two thin matrices beside each of some weights (Hu et al. 2021, arXiv:2106.09685).
+"""Fine-tuning a part of a model: LoRA adapters (Hu et al. 2021, arXiv:2106.09685) and frozen parameters.
 
     lora.apply(model, rank=8, alpha=16.0, targets=["*.attn.c_attn", "*.attn.c_proj"])
-    optimizer = model.configure_optimizers(0.0, 1e-4, (0.9, 0.99), "cuda")  # of the adapters alone
+    optimizer = model.configure_optimizers(0.0, 1e-4, (0.9, 0.99), "cuda")  # holds only the adapters
     ...
     save(lora.adapters(model))  # megabytes, or lora.merged_state_dict(model) for a file that any GPT loads
 
-A gradient and the optimizer's state are kept for the adapters alone. Arithmetic is not saved: their gradients are taken
-from that of the whole weight, which is freed at once.
+Only adapters have gradients and optimizer state. The arithmetic of a step stays the same: autograd computes the
+gradient of the full weight, derives the adapters' gradients from it and frees it.
 
-Until `merge`, names in `model.state_dict()` are those that `torch.nn.utils.parametrize` gives, and padding of the
-vocabulary in `lm_head` is not hidden: files are to have `adapters` or `merged_state_dict`. `copy.deepcopy` works on a
-model with adapters; `pickle`, and so `torch.save` of the model itself, does not.
+NOTE: until `merge`, `model.state_dict()` has the names of `torch.nn.utils.parametrize` and keeps the padded rows of
+`lm_head`. Write `adapters` or `merged_state_dict` to files. `copy.deepcopy` works on a model with adapters; `pickle`
+does not, and so neither does `torch.save(model)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gptfast.model import GPT
-from gptfast.training.freeze import matching
 from kernels import runtime
+
+_EXAMPLES = 4  # accepted names in an error message
 
 
 class _Adapter(nn.Module):
-    """Takes a weight [out, in] to weight + scale * B @ A, with A [rank, in] and B [out, rank]."""
+    """Parametrization of a weight [out, in] as weight + scale * B @ A, with A [rank, in] and B [out, rank]."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -40,80 +41,80 @@ class _Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # autocast would round A and B before the product, and what comes back to them in the backward
-        inside = runtime.autocast_dtype(weight.device) is not None
-        with torch.autocast(weight.device.type, enabled=False) if inside else nullcontext():
+        # autocast would round A, B and their gradients
+        autocast = runtime.autocast_dtype(weight.device) is not None
+        with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
             return torch.addmm(weight, self.lora_b, self.lora_a, alpha=self.scale)
 
 
-def apply(model: GPT, rank: int, alpha: float, targets: Sequence[str]) -> list[str]:
-    """Add an adapter to linear layers: their weight is now W + (alpha / rank) * B @ A, and A and B alone are trained.
+def apply(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> list[str]:
+    """Reparametrize linear layers as W + (alpha / rank) * B @ A and train only A and B.
 
-    A [rank, in] is drawn as in the paper's code, uniformly by He et al. 2015 (arXiv:1502.01852) with a=sqrt(5), and B
-    [out, rank] is zero: the model computes what it did. Every parameter that it had gets `requires_grad=False`, biases,
-    norms and embeddings too. To be called before the optimizer is made, and after weights are loaded.
+    A [rank, in] starts with the uniform initialisation of the paper's code (He et al. 2015, arXiv:1502.01852, with
+    a=sqrt(5)) and B [out, rank] with zeros, so the model's outputs do not change. All other parameters get
+    `requires_grad=False`, biases, norms and embeddings included. Call it after weights are loaded and before the
+    optimizer is built.
 
     Args:
-        model: without adapters.
-        rank: of the change of a weight, at least 1.
-        alpha: the size of the change, by which results of one rank are kept with another; above 0.
-        targets: patterns as of file names, for whole names of `nn.Linear` layers: "transformer.h.0.attn.c_attn",
-            "*.attn.*", "*.mlp.c_fc".
+        model: a GPT without adapters.
+        rank: of the weight update, at least 1.
+        alpha: scale of the weight update, above 0. Results tuned with one rank carry over to another.
+        targets: shell-style patterns of `nn.Linear` names: "transformer.h.0.attn.c_attn", "*.attn.*", "*.mlp.*".
 
     Returns:
-        The names of the adapted layers, in the model's order.
+        Names of the adapted layers, in the model's order.
 
     Raises:
-        ValueError: a rank or alpha out of range, a pattern that matches no linear layer, no patterns, `lm_head` where
-            it is the token embedding, or a model that has adapters. The model is then as it was.
+        ValueError: a rank or alpha out of range, a pattern that matches no linear layer, no patterns, `lm_head` with
+            tied weights, or a model that has adapters. The model is unchanged then.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     if not 0.0 < alpha < math.inf:
-        raise ValueError(f"alpha must be above 0 and finite, got {alpha!r}")
+        raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
     if is_applied(model):
-        raise ValueError(f"the model has adapters already, such as on {next(iter(_adapted(model)))}; merge them first")
+        raise ValueError(f"model has adapters already, such as on {next(iter(_adapted(model)))}; merge them first")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = matching(targets, linear, "linear layer")
+    names = match_names(targets, linear, "linear layer")
     if not names:
-        raise ValueError("targets must be at least one pattern, got none; accepted: '*.attn.*' and the like")
-    if "lm_head" in names and model.config.tie_weights:
+        raise ValueError("targets must have at least one pattern, got none; accepted: patterns such as '*.attn.*'")
+    if "lm_head" in names and _config(model).tie_weights:
         raise ValueError(
             f"targets {list(targets)} match lm_head, which is the token embedding (tie_weights=True); accepted: "
             "layers in transformer.*"
         )
     model.requires_grad_(False)
     for name in names:
-        # Not a module around the layer, which would be passed by: the feed-forward gives `c_fc.weight` and
-        # `c_proj.weight` to one operator and calls neither layer, and so does the Triton loss with `lm_head.weight`.
+        # NOTE: a wrapper around the layer would never run: the feed-forward operator reads the weights of c_fc and
+        # c_proj without calling the layers, and the fused loss reads lm_head.weight
         parametrize.register_parametrization(linear[name], "weight", _Adapter(linear[name].weight, rank, alpha))
     return names
 
 
-def is_applied(model: GPT) -> bool:
-    """Whether the model has adapters."""
+def is_applied(model: nn.Module) -> bool:
+    """Return True if the model has adapters."""
     return bool(_adapted(model))
 
 
 @torch.no_grad()
-def merge(model: GPT) -> None:
-    """Fold the adapters into the weights, W + (alpha / rank) * B @ A, which leaves a GPT as it was before `apply`.
+def merge(model: nn.Module) -> None:
+    """Fold the adapters into the weights, W + (alpha / rank) * B @ A, and restore the plain layers.
 
-    Names, their order, types of layers and the parameters themselves are those of before, and the logits those of the
-    adapted model to rounding. Every parameter gets `requires_grad=True`, also one that was frozen before `apply`.
-    Generation is faster after it: the weight of an adapted layer is computed anew at each use.
+    Parameter objects, names, their order and layer types are those from before `apply`; logits equal the adapted
+    model's to rounding. Every parameter gets `requires_grad=True`, also those frozen before `apply`. Generation is
+    faster afterwards: an adapted layer computes its weight at each use.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: the model has no adapters.
     """
     layers = _adapted(model)
     if not layers:
-        raise ValueError("the model has no adapters to merge; lora.apply adds them")
+        raise ValueError("model has no adapters to merge; add them with lora.apply")
     for layer in layers.values():
         weight, bias = layer.parametrizations.weight.original, layer.bias
         weight.copy_(layer.weight)
-        # `remove_parametrizations` takes the weight out of a class that copies of the model share with it, and puts it
-        # behind the bias, so that an optimizer's saved state would fit no more
+        # `remove_parametrizations` would delete the weight from a class that copies of the model share, and would
+        # register it behind the bias, which changes the parameter order that an optimizer's saved state relies on
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations, layer.bias
         layer.register_parameter("weight", weight)
@@ -122,49 +123,50 @@ def merge(model: GPT) -> None:
 
 
 @torch.no_grad()
-def merged_state_dict(model: GPT) -> dict[str, Tensor]:
-    """What `model.state_dict()` would be after `merge`; the model stays as it is.
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict that the model would have after `merge`, and leave the model as it is.
 
-    Names, order and shapes are those of a plain GPT: padding of the vocabulary is left out. Weights of adapted layers
-    are new tensors, the others the model's own. For a model without adapters it is `model.state_dict()`.
+    Names, order and shapes are those of a plain GPT, without padded vocabulary rows. Weights of adapted layers are new
+    tensors, the others the model's own. Without adapters it equals `model.state_dict()`.
     """
-    weights = {name: _shown(model, name, layer.weight) for name, layer in _adapted(model).items()}
+    weights = {name: _without_padding(model, name, layer.weight) for name, layer in _adapted(model).items()}
     merged = {}
     for name, tensor in model.state_dict().items():
-        outside, inside, _ = name.partition(".parametrizations.")
-        layer = outside if inside else name.rpartition(".")[0]
-        if layer in weights:  # before the bias, which comes first here
+        outside, parametrized, _ = name.partition(".parametrizations.")
+        layer = outside if parametrized else name.rpartition(".")[0]
+        if layer in weights:  # the bias comes first here, the weight in a plain layer
             merged[f"{layer}.weight"] = weights[layer]
-        if not inside:
+        if not parametrized:
             merged[name] = tensor
     return merged
 
 
-def adapters(model: GPT) -> dict[str, Tensor]:
-    """The matrices of the adapters, for a file of their own, which has to keep `alpha` beside them.
+def adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' matrices, for a file that must store `alpha` beside them.
 
     Returns:
-        "transformer.h.0.attn.c_attn.lora_a" [rank, in], "transformer.h.0.attn.c_attn.lora_b" [out, rank] and so on:
-        the parameters, detached, that of `lm_head` without padding of the vocabulary. Without adapters, nothing.
+        Detached parameters by name: "transformer.h.0.attn.c_attn.lora_a" [rank, in], "...lora_b" [out, rank] and so
+        on, those of `lm_head` without padded vocabulary rows. Empty without adapters.
     """
     tensors = {}
     for name, layer in _adapted(model).items():
         adapter = layer.parametrizations.weight[0]
         tensors[f"{name}.lora_a"] = adapter.lora_a.detach()
-        tensors[f"{name}.lora_b"] = _shown(model, name, adapter.lora_b.detach())
+        tensors[f"{name}.lora_b"] = _without_padding(model, name, adapter.lora_b.detach())
     return tensors
 
 
 @torch.no_grad()
-def load_adapters(model: GPT, tensors: Mapping[str, Tensor]) -> None:
-    """Copy what `adapters` returned into a model with the same adapters, that is after the same `apply`.
+def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors from `adapters` into a model with the same adapters.
 
     Args:
-        model: with adapters.
-        tensors: see `adapters`; on any device, in any floating dtype.
+        model: after the same `apply`.
+        tensors: see `adapters`; any device and floating dtype.
 
     Raises:
-        ValueError: a tensor is missing, unknown or misshapen; the first one is named. The model is then as it was.
+        ValueError: a tensor is missing, unknown or of another shape; the first one is named. The model is unchanged
+            then.
     """
     own = adapters(model)
     for name, parameter in own.items():
@@ -175,14 +177,61 @@ def load_adapters(model: GPT, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"adapter {name} has shape {given}, the model's has {needed}")
     for name in tensors:
         if name not in own:
-            accepted = f"accepted: {', '.join(list(own)[:2])}, ..." if own else "lora.apply adds adapters"
+            accepted = f"accepted: {', '.join(list(own)[:2])}, ..." if own else "add adapters with lora.apply"
             raise ValueError(f"adapter {name} is unknown to the model; {accepted}")
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
 
-def _adapted(model: GPT) -> dict[str, Any]:
-    """The layers that have an adapter, by name; no type knows of what parametrize adds to `nn.Linear`."""
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Set `requires_grad=False` for the parameters whose name matches one of the patterns.
+
+    Call it before the optimizer is built: `GPT.configure_optimizers` skips frozen parameters. A tied parameter matches
+    by either of its names, "transformer.wte.weight" or "lm_head.weight".
+
+    Args:
+        model: any module.
+        patterns: shell-style patterns of full names: "transformer.h.[0-5].*", "transformer.wte.*".
+
+    Returns:
+        Names of the parameters that matched, as `named_parameters()` lists them: tied ones once.
+
+    Raises:
+        ValueError: a pattern that matches no parameter, or no parameter is left to train. The model is unchanged then.
+    """
+    all_names = dict(model.named_parameters(remove_duplicate=False))
+    matched = {id(all_names[name]) for name in match_names(patterns, all_names, "parameter")}
+    frozen = {name: p for name, p in model.named_parameters() if id(p) in matched}
+    if not any(p.requires_grad and id(p) not in matched for p in model.parameters()):
+        quoted = ", ".join(map(repr, patterns))
+        raise ValueError(f"patterns {quoted} leave nothing to train; leave out at least one parameter")
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return list(frozen)
+
+
+def match_names(patterns: Sequence[str], names: Iterable[str], kind: str) -> list[str]:
+    """Return the names that match at least one shell-style pattern, in the order of `names`.
+
+    Args:
+        patterns: see `freeze`.
+        names: the accepted names.
+        kind: what is named, for error messages.
+
+    Raises:
+        ValueError: a pattern that matches no name, or a string instead of a sequence.
+    """
+    if isinstance(patterns, str):  # "*" among its letters would match everything
+        raise ValueError(f"patterns must be a sequence of strings, got {patterns!r}; accepted: [{patterns!r}]")
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no {kind} matches {pattern!r}; accepted: names such as {', '.join(names[:_EXAMPLES])}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that have an adapter, by name. `Any`: types do not know what parametrize adds to a layer."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -190,6 +239,10 @@ def _adapted(model: GPT) -> dict[str, Any]:
     }
 
 
-def _shown(model: GPT, layer: str, tensor: Tensor) -> Tensor:
-    """A tensor whose rows are the layer's outputs, without those that `gptfast.checkpoint.vocab_padding` hides."""
-    return tensor[: model.config.vocab_size] if layer == "lm_head" else tensor
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _without_padding(model: nn.Module, layer: str, tensor: Tensor) -> Tensor:
+    """Drop the padded vocabulary rows of a tensor [out, ...] of `lm_head`, as `vocab_padding` does in state dicts."""
+    return tensor[: _config(model).vocab_size] if layer == "lm_head" else tensor

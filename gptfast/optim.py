@@ -1,19 +1,18 @@
-"""The optimizers of a run, and their state by the names of parameters."""
+"""Optimizers, their state by parameter name, and learning-rate schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gptfast.model import GPT
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "constant", "wsd")
 
-NAMES = ("adamw", "muon")
-
-_KEYS: dict[type, set[str]] = {
+_STATE_KEYS: dict[type, set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
 }
@@ -26,7 +25,7 @@ def adamw(
     betas: tuple[float, float],
     device_type: str,
 ) -> torch.optim.AdamW:
-    """AdamW, fused where PyTorch has it so, that decays parameters with two or more dimensions alone."""
+    """Build AdamW, fused where PyTorch has a fused kernel. Only parameters with two or more dimensions decay."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -35,51 +34,64 @@ def adamw(
 
 
 def build(
-    name: str, model: GPT, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    name: str,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    device_type: str,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model's parameters that are trained.
+    """Build the optimizers of a GPT's trainable parameters.
 
-    "adamw" is `GPT.configure_optimizers`. "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps
-    the blocks' matrices by their orthogonalised momentum, scaled so that AdamW's learning rate and decay serve it (Liu
-    et al. 2025, arXiv:2502.16982, section 2.2), and leaves embeddings, norms and biases to AdamW.
-    """
-    if name == "adamw":
-        return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in trained.items() if p.dim() == 2 and n.startswith("transformer.h.")]
-    if not hidden:
-        raise ValueError("muon is for the matrices of blocks, and none of them is trained; use adamw")
-    ids = {id(p) for p in hidden}
-    rest = [p for p in trained.values() if id(p) not in ids]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-    ]
-    if rest:
-        optimizers.append(adamw(rest, weight_decay, learning_rate, betas, device_type))
-    return optimizers
-
-
-def state(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizers' tensors by "parameter/key".
+    "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates the weight matrices of the blocks by
+    their orthogonalised momentum, and leaves embeddings, norms and biases to AdamW. Its update is scaled to the RMS of
+    AdamW's, so that AdamW's learning rate and weight decay apply (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 
     Args:
-        optimizers: of a model.
-        names: of its parameters.
+        name: one of `OPTIMIZERS`.
+        named_parameters: `model.named_parameters()`; frozen parameters are skipped.
+        weight_decay: for parameters with two or more dimensions.
+        learning_rate: the initial learning rate.
+        betas: decay rates of AdamW's two moments.
+        device_type: "cuda" or "cpu", see `adamw`.
+
+    Raises:
+        ValueError: "muon" where no matrix of a block is trained.
+    """
+    trained = {n: p for n, p in named_parameters if p.requires_grad}
+    if name == "adamw":
+        return [adamw([*trained.values()], weight_decay, learning_rate, betas, device_type)]
+    hidden = {n: p for n, p in trained.items() if p.dim() == 2 and n.startswith("transformer.h.")}
+    if not hidden:
+        raise ValueError("optimizer 'muon' needs a trained weight matrix in a block, got none; use 'adamw'")
+    muon = torch.optim.Muon([*hidden.values()], learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    rest = [p for n, p in trained.items() if n not in hidden]
+    return [muon, adamw(rest, weight_decay, learning_rate, betas, device_type)] if rest else [muon]
+
+
+def state_dict(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the optimizers' state tensors under "parameter/key".
+
+    Args:
+        optimizers: of one model.
+        names: name of each parameter.
     """
     return {
         f"{names[parameter]}/{key}": value
         for optimizer in optimizers
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
         if isinstance(value, Tensor)
     }
 
 
-def load_state(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], saved: Mapping[str, Any]) -> None:
-    """Give the optimizers the tensors that `state` showed, on any device.
+def load_state_dict(
+    optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str], saved: Mapping[str, Any]
+) -> None:
+    """Load what `state_dict` returned, from any device. Hyperparameters stay those of `optimizers`.
 
     Raises:
-        ValueError: of a parameter there is no state, and of others there is.
+        ValueError: the state of a parameter is missing or belongs to another optimizer.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, value in saved.items():
@@ -87,11 +99,39 @@ def load_state(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, s
         by_parameter.setdefault(parameter, {})[key] = value
     for optimizer in optimizers:
         content = optimizer.state_dict()
-        ours = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        # one whose gradients have all overflowed so far has no state, though another has
-        if any(name in by_parameter for name in ours):
-            for name in ours:
-                if by_parameter.get(name, {}).keys() != _KEYS[type(optimizer)]:
-                    raise ValueError(f"the optimizer's state lacks {name}: it is of other settings")
-            content["state"] = {index: by_parameter[name] for index, name in enumerate(ours)}
+        own = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        # an optimizer whose float16 gradients overflowed in every step so far has no state
+        if any(name in by_parameter for name in own):
+            for name in own:
+                if by_parameter.get(name, {}).keys() != _STATE_KEYS[type(optimizer)]:
+                    raise ValueError(f"the optimizer state does not fit {name}; continue with the settings of the run")
+            content["state"] = {index: by_parameter[name] for index, name in enumerate(own)}
         optimizer.load_state_dict(content)
+
+
+def learning_rate(
+    schedule: str, step: int, steps: int, peak: float, lowest: float, warmup: int, decay_share: float
+) -> float:
+    """Return the learning rate of a step: linear warm-up to `peak`, then one of three schedules.
+
+    Args:
+        schedule: "cosine" decays to `lowest` at the last step (Loshchilov and Hutter 2016, arXiv:1608.03983);
+            "constant" stays at `peak`; "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395, section 4)
+            decays linearly at the end, so that a run can be extended from a checkpoint before its decay.
+        step: index from 0.
+        steps: length of the whole run.
+        peak: the highest rate.
+        lowest: the final rate.
+        warmup: number of warm-up steps.
+        decay_share: fraction of the steps after the warm-up in which "wsd" decays.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "constant":
+        factor = 1.0
+    elif schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        factor = min(1.0, (1.0 - progress) / decay_share) if decay_share > 0.0 else 1.0
+    return lowest + factor * (peak - lowest)

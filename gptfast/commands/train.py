@@ -49,7 +49,7 @@ def run(options: TrainOptions, name: str, preset: TrainConfig) -> None:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
     summary = trainer.train(config, Path(name).name, describe_changes(name, config, preset))
-    if World.of_environment().first:
+    if World.from_environment().is_main:
         print(describe(summary))
         prompt = f" --prompt {shlex.quote(config.sample_prompt)}" if config.sample_prompt else ""
         interrupted = f"interrupted; to continue: gptfast train {summary['run']}"

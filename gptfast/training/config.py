@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from gptfast import optim
 from gptfast.config import GPTConfig
-from gptfast.training import schedules
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -125,8 +124,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name, accepted in (
             ("residual_dtype", ("auto", "float32", "bfloat16")),
-            ("schedule", schedules.NAMES),
-            ("optimizer", optim.NAMES),
+            ("schedule", optim.SCHEDULES),
+            ("optimizer", optim.OPTIMIZERS),
             ("parallel", PARALLEL),
         ):
             if getattr(self, name) not in accepted:

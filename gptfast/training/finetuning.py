@@ -15,7 +15,6 @@ from gptfast.huggingface.read import with_tokenizer
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 from gptfast.training.config import TrainConfig
-from gptfast.training.freeze import freeze
 
 
 @dataclass(frozen=True)
@@ -88,4 +87,4 @@ def restrict(model: GPT, config: TrainConfig) -> None:
             raise ValueError("adapters work with --parallel ddp, not with fsdp")
         lora.apply(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     elif config.freeze:
-        freeze(model, config.freeze)
+        lora.freeze(model, config.freeze)

@@ -8,8 +8,8 @@ from torch import Tensor
 from gptfast import lora, optim
 from gptfast.checkpoint import vocab_padding
 from gptfast.checkpoint.manager import Checkpoint
+from gptfast.distributed import distribute_like, full_tensor, is_dtensor
 from gptfast.model import GPT
-from gptfast.training.parts import is_part, like, whole
 from gptfast.training.train_step import TrainStep
 
 _STEP = "step/"  # before the names of what the step itself carries on
@@ -30,20 +30,20 @@ class TrainState:
     @property
     def in_parts(self) -> bool:
         """Whether this process has parts of parameters alone."""
-        return any(map(is_part, self._names))
+        return any(map(is_dtensor, self._names))
 
     def checkpoint(self, steps: int, state: dict) -> Checkpoint:
         """Copies of everything, without padding of the vocabulary."""
         weights = {name: _copy(self._shown(name, parameter)) for parameter, name in self._names.items()}
         moments = {
             name: _copy(self._shown(name.rpartition("/")[0], tensor))
-            for name, tensor in optim.state(self._step.optimizers, self._names).items()
+            for name, tensor in optim.state_dict(self._step.optimizers, self._names).items()
         }
         moments |= {_STEP + name: _copy(tensor) for name, tensor in self._step.state_dict().items()}
         return Checkpoint(steps, weights, moments, state)
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
-        return vocab_padding.shown(self._model, name, whole(tensor.detach()))
+        return vocab_padding.shown(self._model, name, full_tensor(tensor.detach()))
 
     @staticmethod
     @torch.no_grad()
@@ -78,8 +78,8 @@ class TrainState:
                 step[name.removeprefix(_STEP)] = tensor
             elif parameter in parameters:
                 tensor = vocab_padding.padded(self._model, parameter, tensor)
-                moments[name] = like(tensor, parameters[parameter])
-        optim.load_state(self._step.optimizers, self._names, moments)
+                moments[name] = distribute_like(tensor, parameters[parameter])
+        optim.load_state_dict(self._step.optimizers, self._names, moments)
         self._step.load_state_dict(step)
 
     def files(self) -> dict[str, dict[str, Tensor]]:

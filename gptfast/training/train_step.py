@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from gptfast import cuda_graphs, devices
-from gptfast.training.parts import is_part, local, whole
+from gptfast.distributed import full_tensor, is_dtensor, to_local
 from kernels.pytorch_internals import (
     foreach_div_,
     silence_capturable_warning,
@@ -221,7 +221,7 @@ class TrainStep:
         """Clip, and step the optimizers; loss, norm and scale, [3]."""
         gradients = [p.grad for group in self._groups for p in group["params"] if p.grad is not None]
         scale = self._scale.clone()
-        norm = whole(get_total_norm(gradients)) / scale
+        norm = full_tensor(get_total_norm(gradients)) / scale
         # `clip_grads_with_norm_`'s factor, as a divisor: the pass over the gradients that it would take is saved
         divisor = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0.0 else torch.ones_like(norm)
         not_finite = (~norm.isfinite()).float()
@@ -234,7 +234,7 @@ class TrainStep:
     def _step(self, optimizer: Any, divisor: Tensor, not_finite: Tensor) -> None:
         """Step with gradients that are divided first."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if supports_grad_scale(optimizer) and not any(map(is_part, parameters)):
+        if supports_grad_scale(optimizer) and not any(map(is_dtensor, parameters)):
             optimizer.grad_scale, optimizer.found_inf = divisor, not_finite
             try:
                 optimizer.step()
@@ -244,7 +244,7 @@ class TrainStep:
         if self._grown is not None and bool(not_finite):
             return
         if self._grown is not None or self.grad_clip > 0.0:
-            gradients = [local(p.grad) for p in parameters]
+            gradients = [to_local(p.grad) for p in parameters]
             foreach_div_(gradients, divisor)
         optimizer.step()
 

@@ -22,7 +22,7 @@ from gptfast.data import batches
 from gptfast.distributed import World
 from gptfast.evaluation import metrics
 from gptfast.generation.detokenizer import TextStream
-from gptfast.training import progress, schedules
+from gptfast.training import progress
 from gptfast.training.config import TrainConfig
 from gptfast.training.progress import Progress
 from gptfast.training.setup import Start
@@ -63,7 +63,7 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
         RuntimeError: a loss is no longer a finite number, or another process of the run has ended.
         OSError: the folder cannot be written.
     """
-    world = World.of_environment()
+    world = World.from_environment()
     device = world.device(devices.resolve(config.device))
     dtype = devices.resolve_dtype(config.dtype, device)
     if config.batch_size % (world.size * config.accumulation) != 0:
@@ -87,7 +87,7 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
 
     with world:
         world.connect(device)
-        path = Path(world.share(open_folder))
+        path = Path(world.run_on_main(open_folder))
         with contextlib.nullcontext() if folder is None else folder:
             training = _Training(start, world, device, dtype, peak, path, folder)
             training.begin(headline)
@@ -147,10 +147,13 @@ class _Training:
         config, model = self.config, self.model
         if saved is not None:
             TrainState.load_weights(model, saved)
-        wrapped = self.world.wrap(model, config.parallel, config.compile)
+        wrapped = self.world.wrap(model, model.transformer.h, config.parallel, config.compile)
         betas = (config.beta1, config.beta2)
-        built = optim.build(config.optimizer, model, config.weight_decay, config.learning_rate, betas, self.device.type)
-        compiled = config.compile and self.world.alone
+        built = optim.build(
+            config.optimizer, model.named_parameters(), config.weight_decay, config.learning_rate, betas,
+            self.device.type,
+        )  # fmt: skip
+        compiled = config.compile and self.world.is_single
         self.step = TrainStep(wrapped, built, config.accumulation, config.grad_clip, self.dtype, compiled)
         trained = TrainState(model, self.step)
         if saved is not None:
@@ -183,7 +186,7 @@ class _Training:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = self.model.get_num_params(non_embedding=False)
         part = f", {trained:,} of them trained" if trained < total else ""
-        processes = "" if self.world.alone else f" and {self.world.size} processes ({config.parallel})"
+        processes = "" if self.world.is_single else f" and {self.world.size} processes ({config.parallel})"
         held_out = "" if self.validation_text == "held out" else "on which validation is too, "
         where = f"continuing {self.path} after step {self.first}" if self.first else f"writing {self.path}"
         _say(
@@ -278,12 +281,12 @@ class _Training:
         for optimizer in self.step.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
-        with self.world.meeting():
+        with self.world.collective_errors():
             return self.step(*self.batches.next())
 
     def _learning_rate(self, step: int) -> float:
         c = self.config
-        return schedules.learning_rate(
+        return optim.learning_rate(
             c.schedule, step, c.steps, c.learning_rate, c.min_learning_rate, c.warmup_steps, c.decay_share
         )
 

@@ -217,11 +217,11 @@ def test_errors_of_settings_are_said_once(folder):
 
 def test_a_process_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    world = World.of_environment()
-    assert (world.first, world.alone) == (True, True)
+    world = World.from_environment()
+    assert (world.is_main, world.is_single) == (True, True)
     world.connect(torch.device("cpu"))
     assert world.device(torch.device("cuda")) == torch.device("cuda")
-    assert world.share(lambda: "result") == "result"
+    assert world.run_on_main(lambda: "result") == "result"
     assert (world.any(True), world.any(False)) == (True, False)
     assert world.sum(torch.ones(2)).tolist() == [1.0, 1.0]
 
@@ -246,10 +246,10 @@ def test_what_torchrun_tells(monkeypatch):
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert World.of_environment() == World(5, 8, 1, 4, 2)
+    assert World.from_environment() == World(5, 8, 1, 4, 2)
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is set, but not all that torchrun sets with it .*LOCAL_RANK"):
-        World.of_environment()
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is set without .*LOCAL_RANK"):
+        World.from_environment()
 
 
 def test_each_process_has_a_gpu(monkeypatch):
@@ -257,7 +257,7 @@ def test_each_process_has_a_gpu(monkeypatch):
     world = World(5, 8, 1, 4)
     assert world.device(torch.device("cuda")) == torch.device("cuda:1")
     assert world.device(torch.device("cpu")) == torch.device("cpu")
-    with pytest.raises(ValueError, match="each process has a GPU of its own: give --device cuda, got cuda:0"):
+    with pytest.raises(ValueError, match="device must be cuda"):
         world.device(torch.device("cuda:0"))
     with pytest.raises(ValueError, match="8 processes need as many GPUs, found 4"):
         World(0, 8, 0, 8).device(torch.device("cuda"))

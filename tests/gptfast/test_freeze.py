@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptfast import GPT, GPTConfig, TrainStep
-from gptfast.training.freeze import freeze
+from gptfast.lora import freeze
 from tests.support.oracle import DEVICE
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=32)

@@ -277,15 +277,15 @@ def test_a_model_without_values():
     [
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"rank": 2.5}, "rank must be an integer of at least 1, got 2.5"),
-        ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
-        ({"alpha": -1.0}, "alpha must be above 0 and finite, got -1.0"),
-        ({"alpha": float("inf")}, "alpha must be above 0 and finite, got inf"),
-        ({"alpha": float("nan")}, "alpha must be above 0 and finite, got nan"),
+        ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
+        ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
+        ({"alpha": float("inf")}, "alpha must be positive and finite, got inf"),
+        ({"alpha": float("nan")}, "alpha must be positive and finite, got nan"),
         (
             {"targets": ["*.attn.*", "*.ln_1"]},
             r"no linear layer matches '\*\.ln_1'; accepted: names such as transformer\.h\.0\.attn\.c_attn, ",
         ),
-        ({"targets": []}, r"targets must be at least one pattern, got none; accepted: '\*\.attn\.\*' and the like"),
+        ({"targets": []}, r"targets must have .*, got none"),
         ({"targets": "*"}, r"patterns must be a sequence of strings, got '\*'; accepted: \['\*'\]"),
         (
             {"targets": ["*.attn.*", "lm_*"]},
@@ -309,7 +309,7 @@ def test_adapters_are_added_once():
 
 
 def test_nothing_to_merge():
-    with pytest.raises(ValueError, match=r"the model has no adapters to merge; lora\.apply adds them"):
+    with pytest.raises(ValueError, match=r"no adapters to merge"):
         lora.merge(build())
 
 
@@ -331,5 +331,5 @@ def test_adapters_that_do_not_fit():
     assert not lora.adapters(model)[second].any()
     plain = build()
     assert lora.adapters(plain) == {}
-    with pytest.raises(ValueError, match=r"c_attn\.lora_a is unknown to the model; lora\.apply adds adapters"):
+    with pytest.raises(ValueError, match=r"c_attn\.lora_a is unknown to the model; add adapters"):
         lora.load_adapters(plain, tensors)

@@ -1,6 +1,6 @@
 import pytest
 
-from gptfast.training.schedules import learning_rate
+from gptfast.optim import learning_rate
 
 
 def rates(schedule: str, decay_share: float = 0.2) -> list[float]:

@@ -205,7 +205,7 @@ def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
     assert tokenizer.to_json() == run_folder.load(simple_gpt, CPU)[1].to_json()
     whole = batches.split(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
     losses = [
-        Sequences(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.of_environment())
+        Sequences(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.from_environment())
         for folder in (simple_gpt, out)
     ]
     assert losses[0] > 3.0

@@ -10,11 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from gptfast import GPT, hardware, tokenizers
+from gptfast import GPT, hardware, optim, tokenizers
 from gptfast.checkpoint import run_folder
 from gptfast.commands.train import describe
 from gptfast.data import batches
-from gptfast.training import recipes, schedules, trainer
+from gptfast.training import recipes, trainer
 from gptfast.training.config import TrainConfig
 from gptfast.training.train_step import StepResult, TrainStep
 from tests.support.tiny_runs import TEXT, tiny_run
@@ -270,7 +270,7 @@ def test_every_step_uses_its_batch_and_learning_rate(config, monkeypatch):
     config = dataclasses.replace(config, seed=5, schedule="wsd", decay_share=0.5)
     trainer.train(config)
     assert drawn == [(4, 5, number, 0, 1) for number in range(20)]
-    expected = [schedules.learning_rate("wsd", number, 20, 1e-3, 1e-4, 5, 0.5) for number in range(20)]
+    expected = [optim.learning_rate("wsd", number, 20, 1e-3, 1e-4, 5, 0.5) for number in range(20)]
     assert rates == [[rate] * 2 for rate in expected]
     assert [entry["learning_rate"] for entry in log(Path(config.out)) if "loss" in entry][-1] == expected[-1]
 
