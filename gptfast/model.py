@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, overload
@@ -102,6 +103,20 @@ class MLP(Switched, nn.Module):
         return self.backend.gelu_ffn(
             x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation
         )
+
+    def with_products(self, product: Callable[[nn.Linear, str | None], nn.Module | None]) -> nn.Module | None:
+        """Return the feed-forward as two modules, one for each matrix product.
+
+        Args:
+            product: maps a linear layer and the activation behind it to a module, or to None to keep the layer.
+
+        Returns:
+            The modules `c_fc` and `c_proj` in sequence; None if `product` keeps either layer.
+        """
+        c_fc, c_proj = product(self.c_fc, self.activation), product(self.c_proj, None)
+        if c_fc is None or c_proj is None:
+            return None
+        return nn.Sequential(OrderedDict(c_fc=c_fc, c_proj=c_proj))
 
 
 class Block(nn.Module):

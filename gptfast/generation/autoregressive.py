@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptfast.generation import sampling
-from gptfast.generation.decoder import CachedDecoder
+from gptfast.generation.decoder import CachedDecoder, CausalLM
 from gptfast.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from gptfast.model import GPT
 
 
 class Step(NamedTuple):
@@ -88,7 +85,7 @@ class _Told:
 
 @torch.no_grad()
 def steps(
-    model: GPT,
+    model: CausalLM,
     idx: Tensor,
     lengths: Sequence[int],
     max_new_tokens: int,
@@ -149,7 +146,7 @@ def log_softmax_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
-def check(model: GPT, idx: Tensor, lengths: Sequence[int], max_new_tokens: int) -> None:
+def check(model: CausalLM, idx: Tensor, lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raise ValueError for prompts or a number of tokens that cannot be; arguments as those of `steps`."""
     if idx.dim() != 2 or idx.shape[1] == 0:
         raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
@@ -161,7 +158,7 @@ def check(model: GPT, idx: Tensor, lengths: Sequence[int], max_new_tokens: int) 
 
 
 @contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
     """Within it the model is in evaluation mode; afterwards it is in the mode it was in."""
     was_training = model.training
     model.eval()

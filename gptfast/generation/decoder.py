@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from gptfast.config import GPTConfig
 from gptfast.cuda_graphs import Replayed
 from gptfast.generation.kv_cache import KVCache, selected
 from gptfast.quantization import for_decoding
 
-if TYPE_CHECKING:
-    from gptfast.model import GPT
-
 CHUNK = 512  # tokens of the prompts that go through the model together
 Outcome = TypeVar("Outcome", covariant=True)
+
+
+class CausalLM(Protocol):
+    """The interface of a model that generation calls; `gptfast.GPT` has it."""
+
+    training: bool
+
+    @property
+    def config(self) -> GPTConfig:
+        """The model's shape: `block_size`, `n_layer` and `vocab_size` are read."""
+
+    @property
+    def transformer(self) -> Callable[[Tensor, KVCache], Tensor]:
+        """Maps tokens [B, T] int64 after those of a cache to hidden states [B, T, C], and adds them to the cache."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map hidden states [..., C] to logits [..., V]."""
+
+    def require_tokens(self, idx: Tensor) -> None:
+        """Raise ValueError for token ids out of range."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The model's weights."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode."""
+
+    def eval(self) -> Any:
+        """Set the evaluation mode."""
+
+
+def device_of(model: CausalLM) -> torch.device:
+    """Device of a model's weights."""
+    return next(iter(model.parameters())).device
 
 
 class Choice(Protocol[Outcome]):
@@ -71,7 +103,7 @@ class CachedDecoder(Generic[Outcome]):
 
     def __init__(
         self,
-        model: GPT,
+        model: CausalLM,
         idx: Tensor,
         lengths: Sequence[int],
         max_new_tokens: int,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptfast.generation import beam_search, sampling, speculative
 from gptfast.generation.autoregressive import Step, check, evaluating, steps
-from gptfast.generation.decoder import CachedDecoder, Logits
+from gptfast.generation.decoder import CachedDecoder, CausalLM, Logits
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-
-if TYPE_CHECKING:
-    from gptfast.model import GPT
 
 
 @dataclass
@@ -35,7 +32,7 @@ class Continuation:
 
 
 def generate(
-    model: GPT,
+    model: CausalLM,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -103,7 +100,7 @@ def generate(
 
 
 def continuations(
-    model: GPT,
+    model: CausalLM,
     idx: Tensor,
     lengths: Sequence[int],
     max_new_tokens: int,
@@ -155,7 +152,7 @@ def continuations(
 
 
 def follow(
-    model: GPT,
+    model: CausalLM,
     draft: Draft | None,
     compiled: bool,
     idx: Tensor,
@@ -181,7 +178,7 @@ def follow(
 
 @torch.no_grad()
 def search_beams(
-    model: GPT,
+    model: CausalLM,
     idx: Tensor,
     lengths: Sequence[int],
     max_new_tokens: int,
@@ -234,7 +231,7 @@ def search_beams(
         )  # fmt: skip
 
 
-def _check_stops(model: GPT, stop_tokens: Collection[int]) -> None:
+def _check_stops(model: CausalLM, stop_tokens: Collection[int]) -> None:
     vocabulary = model.config.vocab_size
     outside = sorted(token for token in stop_tokens if not 0 <= token < vocabulary)
     if outside:

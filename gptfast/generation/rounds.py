@@ -8,7 +8,7 @@ that the round saves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,11 @@ from torch import Tensor
 from gptfast.cuda_graphs import Replayed
 from gptfast.generation import decoder, sampling
 from gptfast.generation.autoregressive import log_softmax_of
+from gptfast.generation.decoder import CausalLM
 from gptfast.generation.kv_cache import KVCache, selected
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.verification import leading, race, verify
 from gptfast.quantization import for_decoding
-
-if TYPE_CHECKING:
-    from gptfast.model import GPT
 
 
 class Told(NamedTuple):
@@ -50,7 +48,7 @@ class _Reader:
         new_tokens: how many the batch will have.
     """
 
-    def __init__(self, model: GPT, prompts: Tensor, capacity: int, new_tokens: int) -> None:
+    def __init__(self, model: CausalLM, prompts: Tensor, capacity: int, new_tokens: int) -> None:
         self._model = for_decoding(model, new_tokens)
         self.logits = self._model.logits
         self._cache = KVCache(model.config.n_layer, min(model.config.block_size, capacity))
@@ -89,8 +87,8 @@ class Rounds:
 
     def __init__(
         self,
-        model: GPT,
-        draft: GPT,
+        model: CausalLM,
+        draft: CausalLM,
         idx: Tensor,
         lengths: Sequence[int],
         count: int,

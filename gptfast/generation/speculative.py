@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from torch import Tensor
 from gptfast.generation import autoregressive as plain
 from gptfast.generation import sampling
 from gptfast.generation.autoregressive import Step, check, evaluating
+from gptfast.generation.decoder import CausalLM, device_of
 from gptfast.generation.rounds import Rounds, Told
 from gptfast.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from gptfast.model import GPT
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Draft:
         ValueError: `tokens` is no integer, or below 1.
     """
 
-    model: GPT
+    model: CausalLM
     """On the device of the larger one."""
     tokens: int = 4
     """How many it proposes at a time."""
@@ -60,7 +58,7 @@ class Draft:
 
 @torch.no_grad()
 def steps(
-    model: GPT,
+    model: CausalLM,
     draft: Draft,
     idx: Tensor,
     lengths: Sequence[int],
@@ -134,7 +132,7 @@ class _Sequence:
 
 
 def _proposed(
-    model: GPT,
+    model: CausalLM,
     draft: Draft,
     sequences: list[_Sequence],
     longest: int,
@@ -181,7 +179,9 @@ def _count(draft: Draft, told: Told, going: dict[int, _Sequence]) -> None:
         draft.accepted += min(told.accepted[place], count)
 
 
-def _alone(model: GPT, sequences: list[_Sequence], draw: _Draw, ends: Callable[[int, int], bool]) -> Iterator[Step]:
+def _alone(
+    model: CausalLM, sequences: list[_Sequence], draw: _Draw, ends: Callable[[int, int], bool]
+) -> Iterator[Step]:
     """The tokens that sequences lack, without a draft."""
     idx, lengths = _padded(sequences)
     prompts = [sequence.prompt for sequence in sequences]
@@ -197,13 +197,13 @@ def _padded(sequences: list[_Sequence]) -> tuple[Tensor, list[int]]:
     return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), [sequence.length for sequence in sequences]
 
 
-def _require_pair(model: GPT, draft: GPT) -> None:
+def _require_pair(model: CausalLM, draft: CausalLM) -> None:
     vocabulary, wanted = draft.config.vocab_size, model.config.vocab_size
     if vocabulary != wanted:
         raise ValueError(
             f"draft.model has a vocabulary of {vocabulary} tokens, the model one of {wanted}; speculative decoding "
             "needs two models of one tokenizer"
         )
-    device, there = draft.transformer.wte.weight.device, model.transformer.wte.weight.device
+    device, there = device_of(draft), device_of(model)
     if device != there:
         raise ValueError(f"draft.model is on {device}, the model on {there}; move one to the other")

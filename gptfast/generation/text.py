@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gptfast.generation import generate
+from gptfast.generation.decoder import CausalLM, device_of
 from gptfast.generation.detokenizer import TextStream
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
-from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 
 
@@ -39,7 +39,7 @@ class Text:
 
 
 def generate_text(
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -58,7 +58,7 @@ def generate_text(
 
 
 def stream(
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     texts: Sequence[Text],
     max_new_tokens: int,
@@ -117,7 +117,7 @@ def stream(
 
 
 def search(
-    model: GPT,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -163,13 +163,13 @@ def search(
     return written
 
 
-def _encode(model: GPT, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], Tensor, list[int]]:
+def _encode(model: CausalLM, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], Tensor, list[int]]:
     """The prompts' tokens, the same padded [B, T] int64 on the model's device, and how many they are."""
     prompts = [_ids(tokenizer, text.prompt) for text in texts]
     lengths = [len(ids) for ids in prompts]
     longest = max(lengths, default=1)
     padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
-    device = model.transformer.wte.weight.device
+    device = device_of(model)
     return prompts, torch.tensor(padded, device=device).view(len(texts), longest), lengths
 
 

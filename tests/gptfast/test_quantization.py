@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -9,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from gptfast import GPT, GPTConfig, lora
-from gptfast.quantization import FeedForward, Int8Linear, PackedLinear, for_decoding, quantize
+from gptfast.quantization import Int8Linear, PackedLinear, for_decoding, quantize
 from kernels import onednn, reference
 
 MODELS = {
@@ -23,7 +28,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 0)
+    monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
 
 
 def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
@@ -86,7 +91,7 @@ def test_weights_in_float32_are_not_copied():
     found = for_decoding(model, 1)
     assert found.lm_head._weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert found.transformer.wte.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
-    assert isinstance(found.transformer.h[0].mlp, FeedForward)
+    assert isinstance(found.transformer.h[0].mlp, nn.Sequential)
 
 
 def test_nothing_is_packed_for_a_few_tokens():
@@ -96,12 +101,13 @@ def test_nothing_is_packed_for_a_few_tokens():
 
 
 def test_small_weights_are_not_packed(monkeypatch):
-    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 4 * 32 * 128)
+    monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 4 * 32 * 128)
     model, idx = build(), tokens()
     found = for_decoding(model)
     assert len(products(found)) == 4  # of the feed-forwards, which alone are as large
     torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 4 * 32 * 128 + 1)
+    monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 4 * 32 * 128 + 1)
+    model = build()
     assert for_decoding(model) is model
 
 
@@ -155,9 +161,87 @@ def test_generation_uses_packed_products(monkeypatch):
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: seen.append(1) or forward(self, x))
     found = model.generate(idx, 4, temperature=0)
     assert len(seen) == 9 * 4
-    monkeypatch.setattr("gptfast.quantization.packed.can_pack", lambda weight, dtype: False)
-    assert torch.equal(model.generate(idx, 4, temperature=0), found)
+    monkeypatch.setattr("gptfast.quantization.onednn.can_pack", lambda weight, dtype: False)
+    assert torch.equal(build().generate(idx, 4, temperature=0), found)
     assert len(seen) == 9 * 4
+
+
+def test_packed_copy_is_made_once_and_freed_with_its_model():
+    model = build(torch.bfloat16)
+    packed = for_decoding(model)
+    assert for_decoding(model) is packed
+    assert for_decoding(build(torch.bfloat16)) is not packed
+    freed = [weakref.ref(model), weakref.ref(packed)]
+    del model, packed
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+
+
+def _change_by_optimizer(model: GPT) -> None:
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    idx = tokens()
+    model(idx, idx)[1].backward()
+    optimizer.step()
+
+
+def _change_by_load(model: GPT) -> None:
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+
+
+def _change_in_place(model: GPT) -> None:
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_proj.weight[3, 2] += 1.0
+
+
+def _change_by_hook(model: GPT) -> None:
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def _change_memory(model: GPT) -> None:
+    model.lm_head.weight.data = -model.lm_head.weight.data
+
+
+def _change_strides(model: GPT) -> None:
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data = weight.data.t()
+
+
+def _change_module(model: GPT) -> None:
+    model.transformer.h[0].mlp = build(model.transformer.wte.weight.dtype, init_std=0.5).transformer.h[0].mlp
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_change_by_optimizer, _change_by_load, _change_in_place, _change_by_hook, _change_memory, _change_strides,
+     _change_module, lambda model: model.crop_block_size(11), lambda model: model.set_residual_dtype(torch.float64),
+     lambda model: lora.apply(model, rank=2, alpha=2.0, targets=["transformer.*"])],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_copy_follows_changes_of_its_model(dtype, change):
+    model, idx = build(dtype), tokens(length=11)
+    before = for_decoding(model)
+    change(model)
+    after = for_decoding(model)
+    assert after is not before
+    torch.testing.assert_close(logits(after, idx), logits(model, idx), rtol=0.05, atol=0.1)
+    assert for_decoding(model) is after
+
+
+def test_packed_copy_follows_moves_of_its_model():
+    model = build()
+    kinds = [{p.dtype for p in for_decoding(model.to(dtype)).parameters()} for dtype in (torch.bfloat16, torch.float32)]
+    assert kinds == [{torch.bfloat16}, {torch.float32}]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert for_decoding(model).lm_head._dtype == torch.bfloat16
+    assert for_decoding(model).lm_head._dtype == torch.float32
+
+
+def test_copies_of_a_model_have_packed_copies_of_their_own():
+    model = build(torch.bfloat16)
+    packed = for_decoding(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), quantize(model)):
+        assert for_decoding(other) is not packed
+    assert for_decoding(model) is packed
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
@@ -183,7 +267,7 @@ def test_a_quantized_model_leaves_the_given_one():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantized = quantize(model).to(torch.bfloat16)
     assert quantized.transformer.wte.weight.dtype == torch.bfloat16
-    assert {type(module) for module in quantized.modules()} >= {Int8Linear, FeedForward}
+    assert {type(module) for module in quantized.modules()} >= {Int8Linear, nn.Sequential}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in quantized.parameters())

@@ -101,7 +101,7 @@ def test_weights_in_every_dtype(trained, capsys, dtype, monkeypatch):
         "load",
         lambda *arguments: (kinds.update(map(type, (found := loaded(*arguments))[0].modules())), found)[1],
     )
-    monkeypatch.setattr("gptfast.quantization._WORTH_BYTES", 0)
+    monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
     assert written(capsys, trained, "--prompt", "To be", "--dtype", dtype).startswith("To be")
     assert ({PackedLinear, Int8Linear} & kinds) == {Int8Linear if dtype == "int8" else PackedLinear}
 
