@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table; exit status 2 where the kernels cannot run, 1 where results cannot be written."""
     options = tyro.cli(Options, prog="python -m benchmarks.accuracy", args=arguments)
     device = machine.default_device()
-    reason = runtime.why_not(device)
+    reason = runtime.unsupported_reason(device)
     if reason is not None:
         print(f"benchmarks.accuracy: {reason}; TRITON_INTERPRET=1 has them interpreted", file=sys.stderr)
         sys.exit(2)

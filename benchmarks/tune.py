@@ -28,7 +28,7 @@ from gptfast.config import PRESETS
 from kernels import runtime
 
 if TYPE_CHECKING:
-    from kernels.tuning import Options  # which imports Triton
+    from kernels.tuning import Config  # which imports Triton
 
 
 @dataclass
@@ -55,7 +55,7 @@ def main() -> None:
     options = tyro.cli(Settings)
     device = torch.device("cuda")
     reason = None if torch.cuda.is_available() else "no CUDA GPU was found"
-    reason = reason or runtime.why_not(device) or _unknown("model", options.models, tuple(PRESETS))
+    reason = reason or runtime.unsupported_reason(device) or _unknown("model", options.models, tuple(PRESETS))
     reason = reason or _unknown("dtype", options.dtypes, tuple(str(d).removeprefix("torch.") for d in runtime.DTYPES))
     if reason is not None:
         print(f"benchmarks.tune: {reason}", file=sys.stderr)
@@ -67,7 +67,7 @@ def main() -> None:
     for name, config, batch_size in shapes(options.models, options.batch_size):
         for dtype in options.dtypes:
             start = time.monotonic()
-            with tuning.telling(told):
+            with tuning.on_measured(told):
                 kernels.warmup(config, getattr(torch, dtype), device, batch_size, autotune=True, int8=True)
             print(f"{name} {dtype}: {time.monotonic() - start:.1f} s", flush=True)
             save(tuning.cache_file(device), Path(options.out, f"{tuning.architecture(device)}.json"))
@@ -93,7 +93,7 @@ class Times:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __call__(self, launch: str, problem: str, times: list[tuple[Options, float]]) -> None:
+    def __call__(self, launch: str, problem: str, times: list[tuple[Config, float]]) -> None:
         fastest = min(milliseconds for _, milliseconds in times)
         print(f"{launch}, {problem}:")
         for options, milliseconds in times:

@@ -128,7 +128,7 @@ def resolve(asked: Mapping[str, str], device: torch.device, dtype: torch.dtype, 
 def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
     """Why "auto" runs each operator eagerly, None where it takes Triton. Arguments are those of `resolve`."""
     if device.type != "cuda":
-        other = runtime.why_not(device) or "Triton's interpreter is for tests, and asked for by name"
+        other = runtime.unsupported_reason(device) or "Triton's interpreter is for tests, and asked for by name"
         return dict.fromkeys(OPERATORS, other)
     return {operator: _why_not(operator, device, dtype, head_size) for operator in OPERATORS}
 
@@ -142,4 +142,4 @@ def _why_not(operator: str, device: torch.device, dtype: torch.dtype, head_size:
     # a model on the CPU may yet move to the GPU
     if device.type == "cpu" and torch.cuda.is_available():
         return None if runtime.TRITON_INSTALLED else "Triton is not installed"
-    return runtime.why_not(device)
+    return runtime.unsupported_reason(device)

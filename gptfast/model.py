@@ -321,7 +321,7 @@ class GPT(nn.Module):
             self._check_range("token id", idx, lowest=0)
             if targets is not None:
                 self._check_range("target", targets, lowest=None)
-            reason = runtime.why_not(idx.device) if "triton" in self.backend.values() else None
+            reason = runtime.unsupported_reason(idx.device) if "triton" in self.backend.values() else None
             if reason is not None:
                 raise ValueError(f"backend 'triton' cannot run: {reason}; move the model to a GPU or use 'auto'")
 

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
 from kernels.attention_launch import launch_backward, launch_forward
-from kernels.heads import require_heads, scale_or_default, unit_stride
 from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
@@ -29,7 +28,9 @@ def _compute(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     o = _empty_like_heads(q)
-    return o, launch_forward(unit_stride(q), unit_stride(k), unit_stride(v), o, scale, dropout_p, seed)
+    return o, launch_forward(
+        runtime.unit_stride(q), runtime.unit_stride(k), runtime.unit_stride(v), o, scale, dropout_p, seed
+    )
 
 
 _forward = torch.library.custom_op("gptfast::causal_attention", _compute, mutates_args=())
@@ -46,7 +47,7 @@ def _backward(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = (_empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v))
-    inputs = (unit_stride(do), unit_stride(q), unit_stride(k), unit_stride(v))
+    inputs = (runtime.unit_stride(do), runtime.unit_stride(q), runtime.unit_stride(k), runtime.unit_stride(v))
     launch_backward(*inputs, o, lse, *gradients, scale, dropout_p, seed)
     return gradients
 
@@ -91,7 +92,7 @@ def _heads_of(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed_compute(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, k, v = _heads_of(unit_stride(qkv))
+    q, k, v = _heads_of(runtime.unit_stride(qkv))
     o = _empty_like_heads(q)
     lse = launch_forward(q, k, v, o, scale, dropout_p, seed)
     return o.transpose(1, 2), lse  # [B, T, H, D]
@@ -114,8 +115,8 @@ def _packed_backward(
     """One gradient tensor, [B, T, 3, H, D]: nothing is split, nothing joined."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     launch_backward(
-        unit_stride(do).transpose(1, 2), *_heads_of(unit_stride(qkv)), o.transpose(1, 2), lse, *_heads_of(dqkv),
-        scale, dropout_p, seed,
+        runtime.unit_stride(do).transpose(1, 2), *_heads_of(runtime.unit_stride(qkv)), o.transpose(1, 2), lse,
+        *_heads_of(dqkv), scale, dropout_p, seed,
     )  # fmt: skip
     return dqkv
 
@@ -187,13 +188,13 @@ def causal_attention(
     checks.causal_attention(q, k, v, scale, dropout_p, seed)
     if not tile.launchable(q.device):
         return reference.causal_attention(q, k, v, scale, dropout_p, seed)
-    require_heads("causal_attention", q)
+    runtime.require_head_size("causal_attention", q)
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seed = runtime.dropout_seed(dropout_p, seed, q.device)
-    forward = _compute if runtime.unobserved(q, k, v) else _forward
-    o, _ = forward(q, k, v, scale_or_default(scale, q.shape[3]), float(dropout_p), seed)
+    forward = _compute if runtime.can_skip_dispatcher(q, k, v) else _forward
+    o, _ = forward(q, k, v, runtime.scale_or_default(scale, q.shape[3]), float(dropout_p), seed)
     return o
 
 
@@ -225,13 +226,13 @@ def causal_attention_qkvpacked(
     checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
     if not tile.launchable(qkv.device):
         return reference.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
-    require_heads("causal_attention_qkvpacked", qkv)
+    runtime.require_head_size("causal_attention_qkvpacked", qkv)
     dtype = runtime.autocast_dtype(qkv.device)
     if dtype is not None:
         qkv = qkv.to(dtype)
     seed = runtime.dropout_seed(dropout_p, seed, qkv.device)
-    forward = _packed_compute if runtime.unobserved(qkv) else _packed_forward
-    o, _ = forward(qkv, scale_or_default(scale, qkv.shape[4]), float(dropout_p), seed)
+    forward = _packed_compute if runtime.can_skip_dispatcher(qkv) else _packed_forward
+    o, _ = forward(qkv, runtime.scale_or_default(scale, qkv.shape[4]), float(dropout_p), seed)
     return o
 
 

@@ -15,9 +15,8 @@ from kernels.attention_kernels import (
     _attention_dq_kernel,
     _attention_forward_kernel,
 )
-from kernels.heads import LOG2_E, padded
-from kernels.tma import describable, describe, on_chip
-from kernels.tuning import Options, Tunable
+from kernels.tma import has_tma, make_descriptor, supports_tma
+from kernels.tuning import Config, Tunable
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages
 _LONGEST_TILE = 128  # of queries; the backward's statistics of them are padded to a multiple
@@ -86,7 +85,7 @@ def _pointers(pass_name: str, architecture: str, size: int, dtype: torch.dtype, 
 
 def _choices(
     pass_name: str, architecture: str, head_size: int, keys: int, dtype: torch.dtype, dropout: bool, described: bool
-) -> list[Options]:
+) -> list[Config]:
     """The configurations of the pass `forward`, `dk_dv` or `dq`, the likeliest first."""
     size = 0 if head_size <= 64 else 1 if head_size == 128 else 2
     pointers = _options(False, _pointers(pass_name, architecture, size, dtype, dropout))
@@ -95,7 +94,7 @@ def _choices(
     if (
         first is None
         or not described
-        or not on_chip(architecture)
+        or not has_tma(architecture)
         or (few_registers and (pass_name != "forward" or size + dropout > 1))
     ):
         return [pointers]
@@ -103,7 +102,7 @@ def _choices(
     return [_options(True, blocks) for blocks in (first, *others)] + [pointers]
 
 
-def _options(descriptors: bool, blocks: Blocks) -> Options:
+def _options(descriptors: bool, blocks: Blocks) -> Config:
     names = ("BM", "BN", "num_warps", "num_stages")
     return {"DESCRIPTORS": descriptors, **dict(zip(names, blocks, strict=True))}
 
@@ -113,24 +112,32 @@ _FORWARD, _DK_DV, _DQ = (Tunable(f"attention_{name}", partial(_choices, name)) f
 
 def _problem(q: Tensor, k: Tensor, seed: Tensor | None, described: bool) -> tuple[Any, ...]:
     """What the choice depends on: padded head size, keys up to a power of two, dtype, dropout, descriptors."""
-    return padded(q.shape[3]), runtime.next_power_of_2(k.shape[2]), q.dtype, seed is not None, described
+    return (
+        runtime.padded_head_size(q.shape[3]),
+        runtime.next_power_of_2(k.shape[2]),
+        q.dtype,
+        seed is not None,
+        described,
+    )
 
 
-def _constants(q: Tensor, seed: Tensor | None, options: Options) -> Options:
+def _constants(q: Tensor, seed: Tensor | None, options: Config) -> Config:
     return {
         "D": q.shape[3],
-        "BD": padded(q.shape[3]),
+        "BD": runtime.padded_head_size(q.shape[3]),
         "DROPOUT": seed is not None,
         "PRECISION": runtime.dot_precision(q.dtype),
         **options,
     }
 
 
-def _operands(options: Options, head_size: int, *tensors: tuple[Tensor, str]) -> list[Any]:
+def _operands(options: Config, head_size: int, *tensors: tuple[Tensor, str]) -> list[Any]:
     """The tensors [B, H, rows, D] as a kernel takes them: each with the name of the size of its tiles, BM or BN."""
     if not options["DESCRIPTORS"]:
         return [tensor for tensor, _ in tensors]
-    return [describe(tensor, 1, 1, options[rows], padded(head_size)) for tensor, rows in tensors]
+    return [
+        make_descriptor(tensor, 1, 1, options[rows], runtime.padded_head_size(head_size)) for tensor, rows in tensors
+    ]
 
 
 def launch_forward(
@@ -145,16 +152,17 @@ def launch_forward(
         q, scale = -q, -scale
     strides = [stride for tensor in (q, k, v, o) for stride in tensor.stride()[:3]]
 
-    def launch(options: Options) -> None:
+    def launch(options: Config) -> None:
         operands = _operands(options, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (o, "BM"))
         with runtime.on_device(q):
             _attention_forward_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
                 *operands, lse, seed, *strides,
-                heads, batch * heads, n_queries, k.shape[2], scale * LOG2_E, *philox.scaled(dropout_p),
+                heads, batch * heads, n_queries, k.shape[2], scale * runtime.LOG2_E,
+                *philox.dropout_constants(dropout_p),
                 **_constants(q, seed, options),
             )  # fmt: skip
 
-    _FORWARD.launch(launch, q.device, *_problem(q, k, seed, describable(q, k, v, o)))
+    _FORWARD.launch(launch, q.device, *_problem(q, k, seed, supports_tma(q, k, v, o)))
     return lse
 
 
@@ -172,15 +180,24 @@ def launch_backward(
     n_padded = runtime.cdiv(n_queries, _LONGEST_TILE) * _LONGEST_TILE
     padded_lse, delta = torch.empty(2, batch, heads, n_padded, dtype=torch.float32, device=q.device)
     inputs = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (heads, batch * heads, n_queries, n_keys, n_padded, scale, scale * LOG2_E, *philox.scaled(dropout_p))
-    rows = max(16, 2048 // padded(head_size))
+    sizes = (
+        heads,
+        batch * heads,
+        n_queries,
+        n_keys,
+        n_padded,
+        scale,
+        scale * runtime.LOG2_E,
+        *philox.dropout_constants(dropout_p),
+    )
+    rows = max(16, 2048 // runtime.padded_head_size(head_size))
     with runtime.on_device(q):
         _attention_delta_kernel[(n_padded // rows * batch * heads,)](
             o, do, lse, padded_lse, delta, *o.stride()[:3], *do.stride()[:3], heads, n_queries, n_padded,
-            BM=rows, D=head_size, BD=padded(head_size),
+            BM=rows, D=head_size, BD=runtime.padded_head_size(head_size),
         )  # fmt: skip
 
-    def launch_dk_dv(options: Options) -> None:
+    def launch_dk_dv(options: Config) -> None:
         *sources, b_dk, b_dv = _operands(
             options, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (do, "BM"), (dk, "BN"), (dv, "BN")
         )
@@ -190,7 +207,7 @@ def launch_backward(
                 **_constants(q, seed, options),
             )  # fmt: skip
 
-    def launch_dq(options: Options) -> None:
+    def launch_dq(options: Config) -> None:
         *sources, b_dq = _operands(options, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (do, "BM"), (dq, "BM"))
         with runtime.on_device(q):
             _attention_dq_kernel[(runtime.cdiv(n_queries, options["BM"]) * batch * heads,)](
@@ -198,6 +215,6 @@ def launch_backward(
                 **_constants(q, seed, options),
             )  # fmt: skip
 
-    described = describable(q, k, v, do)
-    _DK_DV.launch(launch_dk_dv, q.device, *_problem(q, k, seed, described and describable(dk, dv)))
-    _DQ.launch(launch_dq, q.device, *_problem(q, k, seed, described and describable(dq)))
+    described = supports_tma(q, k, v, do)
+    _DK_DV.launch(launch_dk_dv, q.device, *_problem(q, k, seed, described and supports_tma(dk, dv)))
+    _DQ.launch(launch_dq, q.device, *_problem(q, k, seed, described and supports_tma(dq)))

@@ -99,7 +99,7 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
 def launches_for(target: Target, dtype: torch.dtype) -> list[Launch]:
     """Every launch on `target` once: with the rule's configuration first, then with the other candidates."""
     launches: dict[str, Launch] = {}
-    with tuning.assumed(target.name):
+    with tuning.assume_architecture(target.name):
         for index in range(CANDIDATES):
             with tuning.candidate(index):
                 for launch in operator_launches(dtype):

@@ -166,7 +166,7 @@ def linear_cross_entropy(
     if dtype is not None:  # the weight is cast below: its gradient stays as precise as it is summed
         x = x.to(dtype)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
-    forward = _compute if runtime.unobserved(x, weight, targets) else _forward
+    forward = _compute if runtime.can_skip_dispatcher(x, weight, targets) else _forward
     classes = weight.shape[0] if vocab_size is None else vocab_size
     return forward(
         x, weight, targets, ignore_index, reduction, classes, float(label_smoothing), float(z_loss), workspace_bytes,

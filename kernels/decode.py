@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
-from kernels.heads import LOG2_E, padded, require_heads, scale_or_default, unit_stride
-from kernels.tuning import Options, Tunable
+from kernels.tuning import Config, Tunable
 from kernels.workload import CodegenCase, WarmupCase, Workload
 
 
@@ -90,7 +89,7 @@ def _decode_merge_kernel(
     tl.store(o_ptr + row * D + cols, o.to(o_ptr.dtype.element_ty), mask=cols < D)
 
 
-def _blocks(head_size: int, elements: int, warps: int) -> Options:
+def _blocks(head_size: int, elements: int, warps: int) -> Config:
     """About `elements` numbers of keys and as many of values on their way for each program.
 
     Programs for `per_processor` on each, and parts of no less than `shortest` keys: merging more costs more than it
@@ -101,7 +100,7 @@ def _blocks(head_size: int, elements: int, warps: int) -> Options:
     return {"BN": keys, "num_warps": warps, "per_processor": 4, "shortest": max(keys, 128)}
 
 
-def _choices(architecture: str, head_size: int, keys: int, heads: int, dtype: torch.dtype) -> list[Options]:
+def _choices(architecture: str, head_size: int, keys: int, heads: int, dtype: torch.dtype) -> list[Config]:
     # of float32, 4096 numbers by four warps would spill
     sizes = ((2048, 4), (8192, 8)) if dtype == torch.float32 else ((4096, 4), (8192, 8), (2048, 4))
     return [_blocks(head_size, elements, warps) for elements, warps in sizes]
@@ -111,7 +110,7 @@ _PART = Tunable("decode", _choices)
 _MOST_PARTS = 64
 
 
-def _parts(rows: int, n_keys: int, device: torch.device, options: Options) -> int:
+def _parts(rows: int, n_keys: int, device: torch.device, options: Config) -> int:
     """How many parts the keys are split into: a power of two, from the shapes alone."""
     programs = runtime.program_count(device, options["per_processor"])
     parts = min(runtime.cdiv(programs, rows), runtime.cdiv(n_keys, options["shortest"]), _MOST_PARTS)
@@ -119,16 +118,16 @@ def _parts(rows: int, n_keys: int, device: torch.device, options: Options) -> in
 
 
 def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    q, k_cache, v_cache = runtime.unit_stride(q), runtime.unit_stride(k_cache), runtime.unit_stride(v_cache)
     batch, heads, n_queries, head_size = q.shape
     rows, n_keys = batch * heads * n_queries, k_cache.shape[2]
     o = torch.empty(batch, heads, n_queries, head_size, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
     lengths = lengths.contiguous()
-    width = padded(head_size)
+    width = runtime.padded_head_size(head_size)
 
-    def launch(options: Options) -> None:
+    def launch(options: Config) -> None:
         parts = _parts(rows, n_keys, q.device, options)
         slots = rows * parts if parts > 1 else 0
         part_o = torch.empty(slots, head_size, dtype=torch.float32, device=q.device)
@@ -136,7 +135,7 @@ def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale
         with runtime.on_device(q):
             _decode_part_kernel[(rows, parts)](
                 q, k_cache, v_cache, lengths, o, part_o, part_lse, *q.stride()[:3],
-                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_queries, n_keys, scale * LOG2_E,
+                *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_queries, n_keys, scale * runtime.LOG2_E,
                 PARTS=parts, D=head_size, BD=width, BN=options["BN"], num_warps=options["num_warps"],
             )  # fmt: skip
             if parts > 1:
@@ -188,12 +187,12 @@ def decode_attention(
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
     if not tile.launchable(q.device):
         return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
-    require_heads("decode_attention", q)
+    runtime.require_head_size("decode_attention", q)
     dtype = runtime.autocast_dtype(q.device)
     if dtype is not None:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
-    forward = _compute if runtime.unobserved(q, k_cache, v_cache) else _forward
-    return forward(q, k_cache, v_cache, lengths, scale_or_default(scale, q.shape[3]))
+    forward = _compute if runtime.can_skip_dispatcher(q, k_cache, v_cache) else _forward
+    return forward(q, k_cache, v_cache, lengths, runtime.scale_or_default(scale, q.shape[3]))
 
 
 def codegen_cases(dtype: torch.dtype) -> Iterator[CodegenCase]:

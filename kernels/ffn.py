@@ -158,7 +158,7 @@ def gelu_ffn(
         x = x.to(dtype)
     tensors = (x, w_up, b_up, w_down, b_down)
     save_z = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    forward = _compute if runtime.unobserved(*tensors) else _forward
+    forward = _compute if runtime.can_skip_dispatcher(*tensors) else _forward
     y, _ = forward(x, w_up, b_up, w_down, b_down, activation, save_z, implementation)
     return y
 

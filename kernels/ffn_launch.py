@@ -20,19 +20,19 @@ from kernels.ffn_kernels import (
     _ffn_up_kernel,
 )
 from kernels.pytorch_internals import addmm_activation
-from kernels.tma import describable, describe, on_chip
-from kernels.tuning import Options, Tunable
+from kernels.tma import has_tma, make_descriptor, supports_tma
+from kernels.tuning import Config, Tunable
 
 # What is estimated until it is measured: on an H200 (700 TFLOP/s, 4.3 TB/s) reading and writing the hidden layer
 # takes 325 / C of the time of a product with inner size C, on an A100 294 / C; Triton's products take a ninth longer.
 _PASS, _SLOWDOWN = 325, 0.11
 _FEW_ROWS = 64  # up to here a product is the time of reading its weight, which cuBLAS splits better
-_UNFUSED: Options = {"implementation": "unfused"}
+_UNFUSED: Config = {"implementation": "unfused"}
 
 
 def _fused(
     descriptors: bool, block: tuple[int, int, int], warps: int, stages: int, parts: int, programs: int
-) -> Options:
+) -> Config:
     """`block` is BM, BN, BK; the epilogue has `parts`; of persistent kernels `programs` run on each processor."""
     names = ("BM", "BN", "BK")
     return {
@@ -54,13 +54,13 @@ _LONG = 2048  # inner sizes from here on hide the epilogue
 
 def _fused_options(
     architecture: str, forward: bool, width: int, dtype: torch.dtype, activation: str, aligned: bool
-) -> list[Options]:
+) -> list[Config]:
     """The configurations of the fused product, the likeliest first: all keep everything in registers there."""
     if dtype == torch.float32:
         return [_POINTERS_FLOAT32]
     small = architecture in ("sm_86", "sm_89") or architecture.startswith(("sm_12", "gfx"))
     pointers = [_POINTERS_SMALL if small else _POINTERS]
-    if not aligned or not on_chip(architecture):
+    if not aligned or not has_tma(architecture):
         return pointers
     if architecture.startswith("sm_12"):
         return [_UP_OVERLAPPED if forward else _DOWN_WIDE, *pointers]
@@ -73,7 +73,7 @@ def _fused_options(
     return [wide, overlapped, *pointers] if width >= _LONG else [overlapped, wide, *pointers]
 
 
-def _choices(fusing_wins: bool, implementation: str, fused: list[Options]) -> list[Options]:
+def _choices(fusing_wins: bool, implementation: str, fused: list[Config]) -> list[Config]:
     if implementation == "auto":
         return [*fused, _UNFUSED] if fusing_wins else [_UNFUSED, *fused]
     return fused if implementation == "fused" else [_UNFUSED]
@@ -82,7 +82,7 @@ def _choices(fusing_wins: bool, implementation: str, fused: list[Options]) -> li
 def _up_choices(
     architecture: str, rows: int, width: int, dtype: torch.dtype, activation: str, has_bias: bool, save_z: bool,
     aligned: bool, implementation: str,
-) -> list[Options]:  # fmt: skip
+) -> list[Config]:  # fmt: skip
     saved = _PASS / width
     if save_z:  # the pre-activation is written anyway
         saved /= 2
@@ -95,7 +95,7 @@ def _up_choices(
 def _down_backward_choices(
     architecture: str, rows: int, width: int, dtype: torch.dtype, activation: str, bias_gradient: bool, aligned: bool,
     implementation: str,
-) -> list[Options]:  # fmt: skip
+) -> list[Config]:  # fmt: skip
     wins = dtype != torch.float32 and rows > _FEW_ROWS and _PASS / width > _SLOWDOWN
     return _choices(wins, implementation, _fused_options(architecture, False, width, dtype, activation, aligned))
 
@@ -120,11 +120,11 @@ def _rows_like(n_rows: int) -> int:
     return min(runtime.next_power_of_2(n_rows), 65_536)
 
 
-def _launch_options(options: Options) -> Options:
+def _launch_options(options: Config) -> Config:
     return {name: value for name, value in options.items() if name not in ("implementation", "per_processor")}
 
 
-def _grid(n_rows: int, n_hidden: int, options: Options, device: torch.device) -> tuple[int]:
+def _grid(n_rows: int, n_hidden: int, options: Config, device: torch.device) -> tuple[int]:
     tiles = runtime.cdiv(n_rows, options["BM"]) * runtime.cdiv(n_hidden, options["BN"])
     return (min(tiles, runtime.program_count(device, options["per_processor"])) if options["DESCRIPTORS"] else tiles,)
 
@@ -138,9 +138,9 @@ def launch_up(
     """
     n_rows, width = x.shape
     n_hidden = w.shape[0]
-    aligned = describable(x, w) and n_hidden * x.itemsize % 16 == 0
+    aligned = supports_tma(x, w) and n_hidden * x.itemsize % 16 == 0
 
-    def launch(options: Options) -> tuple[Tensor, Tensor]:
+    def launch(options: Config) -> tuple[Tensor, Tensor]:
         if options["implementation"] == "unfused":
             return _up_unfused(x, w, b, activation, save_z)
         h = x.new_empty(n_rows, n_hidden)
@@ -149,8 +149,8 @@ def launch_up(
         if options["DESCRIPTORS"]:
             rows, cols, inner, part = options["BM"], options["BN"], options["BK"], options["BN"] // options["PARTS"]
             tensors = (
-                describe(x, rows, inner), describe(w, cols, inner), b,
-                describe(h, rows, part), describe(z if save_z else None, rows, part),
+                make_descriptor(x, rows, inner), make_descriptor(w, cols, inner), b,
+                make_descriptor(h, rows, part), make_descriptor(z if save_z else None, rows, part),
             )  # fmt: skip
         with runtime.on_device(x):
             _ffn_up_kernel[_grid(n_rows, n_hidden, options, x.device)](
@@ -172,7 +172,7 @@ def _up_unfused(x: Tensor, w: Tensor, b: Tensor | None, activation: str, save_z:
     z = torch.nn.functional.linear(x, w, b)  # [M, F]
     h = torch.empty_like(z) if save_z else z
 
-    def launch(options: Options) -> None:
+    def launch(options: Config) -> None:
         with runtime.on_device(x):
             _activation_kernel[(runtime.cdiv(z.numel(), options["BLOCK"]),)](
                 z, h, z.numel(), ACTIVATION=activation, **options
@@ -191,9 +191,9 @@ def launch_down_backward(
     """
     n_rows, width = dy.shape
     n_hidden = w.shape[1]
-    aligned = describable(dy, w, z)
+    aligned = supports_tma(dy, w, z)
 
-    def launch(options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    def launch(options: Config) -> tuple[Tensor, Tensor, Tensor]:
         if options["implementation"] == "unfused":
             return _down_backward_unfused(dy, w, z, activation, store_h, bias_gradient)
         dz = torch.empty_like(z)
@@ -204,8 +204,8 @@ def launch_down_backward(
         if options["DESCRIPTORS"]:
             rows, cols, inner, part = options["BM"], options["BN"], options["BK"], options["BN"] // options["PARTS"]
             tensors = (
-                describe(dy, rows, inner), describe(w, inner, cols), describe(z, rows, part),
-                describe(dz, rows, part), describe(h if store_h else None, rows, part),
+                make_descriptor(dy, rows, inner), make_descriptor(w, inner, cols), make_descriptor(z, rows, part),
+                make_descriptor(dz, rows, part), make_descriptor(h if store_h else None, rows, part),
             )  # fmt: skip
         with runtime.on_device(dy):
             _ffn_down_backward_kernel[_grid(n_rows, n_hidden, options, dy.device)](
@@ -228,7 +228,7 @@ def _down_backward_unfused(
     n_rows, n_hidden = z.shape
     h = z.new_empty(n_rows if store_h else 0, n_hidden)
 
-    def launch(options: Options) -> Tensor:
+    def launch(options: Config) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
         programs = min(options["sums"], runtime.cdiv(n_rows, blocks["BM"]))
         sums = dy.new_empty(programs if bias_gradient else 0, n_hidden, dtype=torch.float32)

@@ -66,7 +66,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     dtype = runtime.autocast_dtype(x.device)
     if dtype is not None:
         x = x.to(dtype)
-    forward = _compute if runtime.unobserved(x, weight, scale, bias) else _forward
+    forward = _compute if runtime.can_skip_dispatcher(x, weight, scale, bias) else _forward
     return forward(x, weight, scale, bias)
 
 

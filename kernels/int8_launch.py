@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import runtime
 from kernels.int8_kernels import _int8_sums_kernel, _int8_tiles_kernel
-from kernels.tuning import Options, Tunable
+from kernels.tuning import Config, Tunable
 
 _PROCESSORS = 132  # of an H200; others have about as many
 _WEIGHTS = 8192  # of a tile
@@ -27,7 +27,7 @@ _WIDEST = 4096  # row of weights that "sums" asks for at once
 _MOST_ROWS = 64  # of "tiles"
 
 
-def _sums(outputs: int, width: int, weights: int) -> Options:
+def _sums(outputs: int, width: int, weights: int) -> Config:
     """A program holds whole rows where they fit, and as many of them as leave a program for each processor."""
     inner = min(runtime.next_power_of_2(max(width, 16)), _WIDEST)
     columns = max(1, weights // inner)
@@ -36,7 +36,7 @@ def _sums(outputs: int, width: int, weights: int) -> Options:
     return {"BN": columns, "BK": inner, "num_warps": 4}
 
 
-def _tiles(architecture: str, outputs: int, rows: int, dtype: torch.dtype, widest: int) -> Options:
+def _tiles(architecture: str, outputs: int, rows: int, dtype: torch.dtype, widest: int) -> Config:
     """As many outputs as leave a program for each processor: the wider, the less often x is read."""
     columns = widest
     while columns > 16 and runtime.cdiv(outputs, columns) < _PROCESSORS:
@@ -50,7 +50,7 @@ def _tiles(architecture: str, outputs: int, rows: int, dtype: torch.dtype, wides
     }  # fmt: skip
 
 
-def _row_choices(architecture: str, outputs: int, width: int, dtype: torch.dtype) -> list[Options]:
+def _row_choices(architecture: str, outputs: int, width: int, dtype: torch.dtype) -> list[Config]:
     """Of one row: sums, or tiles of which it fills a sixteenth, which cost less arithmetic for each weight."""
     sums = [_sums(outputs, width, weights) for weights in (_WEIGHTS, 2 * _WEIGHTS)]
     return [*sums, _tiles(architecture, outputs, 16, dtype, 64)]
@@ -73,7 +73,7 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     x = x.contiguous()
     y = x.new_empty(n_rows, outputs)
 
-    def run(options: Options) -> None:
+    def run(options: Config) -> None:
         tiles = "BM" in options
         kernel = _int8_tiles_kernel if tiles else _int8_sums_kernel
         sizes = (n_rows, outputs, width) if tiles else (outputs, width)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from kernels import runtime
 from kernels.loss_kernels import _cross_entropy_kernel
-from kernels.tuning import Options, Tunable
+from kernels.tuning import Config, Tunable
 
 _ALIGNED = 64  # rows of logits begin at multiples of this: fast products and wide loads need 16 bytes
 _TILE = 128  # rows of the tiles of a matrix product
 
 
-def _choices(architecture: str, classes: int, dtype: torch.dtype, gradient: bool) -> list[Options]:
+def _choices(architecture: str, classes: int, dtype: torch.dtype, gradient: bool) -> list[Config]:
     """Eight numbers to a thread, which is one load of 16 bytes in half precision.
 
     Wide programs are fewer at once, so that their rows are still in L2 when they are read a second time.
@@ -64,7 +64,7 @@ def launch(
         logits = workspace[: chunk.stop - start, :n_columns]  # [rows, V]
 
         # measuring calls this more than once: the product makes anew the logits that the kernel overwrites
-        def run(options: Options, chunk: slice = chunk, logits: Tensor = logits) -> None:
+        def run(options: Config, chunk: slice = chunk, logits: Tensor = logits) -> None:
             torch.mm(x[chunk], weight.t(), out=logits)
             with runtime.on_device(x):
                 _cross_entropy_kernel[(logits.shape[0],)](

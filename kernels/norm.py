@@ -182,7 +182,7 @@ def layer_norm(
     runtime.require_dtype("layer_norm", x)
     if dtype is None and _widened(x):
         dtype = torch.float32
-    forward = _compute if runtime.unobserved(x, weight, bias) else _forward
+    forward = _compute if runtime.can_skip_dispatcher(x, weight, bias) else _forward
     y, _, _ = forward(x, weight, bias, float(eps), dtype or x.dtype)
     return y
 
@@ -234,7 +234,7 @@ def add_layer_norm(
     if dtype is None and _widened(x):
         residual = residual.float()
     seed = runtime.dropout_seed(dropout_p, seed, x.device)
-    forward = _add_compute if runtime.unobserved(x, residual, weight, bias) else _add_forward
+    forward = _add_compute if runtime.can_skip_dispatcher(x, residual, weight, bias) else _add_forward
     dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
     y, h, _, _ = forward(x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype)
     return y, h

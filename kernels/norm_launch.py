@@ -13,7 +13,7 @@ from kernels.norm_kernels import (
     _layer_norm_forward_kernel,
     _layer_norm_parameters_kernel,
 )
-from kernels.tuning import Options, Tunable
+from kernels.tuning import Config, Tunable
 
 # widest row that the registers of a program hold; longer ones are read in chunks. The backward of dropout draws its
 # numbers anew, beside all else that it holds.
@@ -36,7 +36,7 @@ def _blocks(architecture: str, width: int, elements: int, per_thread: int = 16, 
     return {"BM": rows, "BN": columns, "num_warps": min(16, max(fewest, warps))}
 
 
-def _chunks_below(architecture: str, width: int) -> list[Options]:
+def _chunks_below(architecture: str, width: int) -> list[Config]:
     """Block shapes and warps of a program that reads a row in several chunks."""
     return [
         {"BM": 1, "BN": columns, "num_warps": columns // (8 * _threads(architecture))}
@@ -45,7 +45,7 @@ def _chunks_below(architecture: str, width: int) -> list[Options]:
     ]
 
 
-def _forward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
+def _forward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Config]:
     if width > _WIDEST:
         return _chunks_below(architecture, width)
     # A row of 768 takes 165 cycles of an H200's processor to read and write: with 16 numbers to a thread it takes 204
@@ -58,7 +58,7 @@ def _forward_choices(architecture: str, width: int, dtype: torch.dtype, add: boo
     ]
 
 
-def _backward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Options]:
+def _backward_choices(architecture: str, width: int, dtype: torch.dtype, add: bool, dropout: bool) -> list[Config]:
     if width > (_WIDEST_DROPOUT_BACKWARD if dropout else _WIDEST):
         return _chunks_below(architecture, width)
     # as many programs as run at once: of a width of 768 they are 5, and 7 of half the elements
@@ -100,14 +100,14 @@ def launch_forward(
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
 
-    def launch(options: Options) -> None:
+    def launch(options: Config) -> None:
         whole = options["BN"] >= width
         kernel = _layer_norm_forward_kernel if whole else _layer_norm_forward_chunked_kernel
         with runtime.on_device(x):
             kernel[(runtime.cdiv(n_rows, options["BM"]),)](
                 rows, residual_rows, weight, bias, seed, y, h, mean, rstd,
                 n_rows, width, rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0),
-                eps, *philox.scaled(dropout_p),
+                eps, *philox.dropout_constants(dropout_p),
                 ADD=residual is not None, DROPOUT=seed is not None, HAS_WEIGHT=weight is not None,
                 HAS_BIAS=bias is not None, **options,
             )  # fmt: skip
@@ -129,7 +129,7 @@ def launch_backward(
     if n_rows == 0:
         return torch.zeros(sum(wanted.values()), width, dtype=torch.float32, device=h.device)
 
-    def launch(options: Options) -> Tensor:
+    def launch(options: Config) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
         whole = blocks["BN"] >= width
         programs = runtime.cdiv(n_rows, blocks["BM"])
@@ -141,7 +141,8 @@ def launch_backward(
         with runtime.on_device(h):
             kernel[(programs,)](
                 dy, dh, h, weight, mean, rstd, seed, dresidual, dx, sums,
-                n_rows, width, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), *philox.scaled(dropout_p),
+                n_rows, width, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+                *philox.dropout_constants(dropout_p),
                 HAS_DH=dh is not None, DROPOUT=seed is not None, STORE_DX=dx is not None,
                 HAS_WEIGHT=weight is not None, **wanted, **blocks,
             )  # fmt: skip
@@ -156,7 +157,7 @@ def _parameter_gradients(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, want
     if not any(wanted.values()):
         return h.new_empty(0, width, dtype=torch.float32)
 
-    def launch(options: Options) -> Tensor:
+    def launch(options: Config) -> Tensor:
         blocks = {name: options[name] for name in ("BM", "BN", "num_warps")}
         programs = min(options["sums"], runtime.cdiv(n_rows, blocks["BM"]))
         sums = h.new_empty(sum(wanted.values()), programs, width, dtype=torch.float32)

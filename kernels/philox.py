@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-def scaled(dropout_p: float) -> tuple[int, float]:
+def dropout_constants(dropout_p: float) -> tuple[int, float]:
     """Of the share to drop, in [0, 1): what a word, read as int32, must reach to keep, and the growth of what is kept.
 
     The share of words below it is dropout_p to 2**-32, however small or close to 1 that is.

@@ -46,7 +46,7 @@ def warmup(
         raise TypeError(f"warmup: dtype must be float32, float16 or bfloat16, got {dtype}")
     if batch_size < 1:
         raise ValueError(f"warmup: batch_size must be at least 1, got {batch_size}")
-    reason = runtime.why_not(device)
+    reason = runtime.unsupported_reason(device)
     if reason is not None:
         raise ValueError(f"warmup: {reason}")
     from kernels import tuning  # imports Triton

@@ -1,4 +1,4 @@
-"""Tensor descriptors: with them a GPU's memory system copies whole tiles between global and shared memory (TMA)."""
+"""Tensor descriptors for TMA: the memory system copies whole tiles between global and shared memory."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tile
 
-_ALIGNMENT = 16  # bytes, of the first element and of all strides but the last
+_ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 
 
-def on_chip(architecture: str) -> bool:
-    """Whether the chip has such copies: NVIDIA's from Hopper on. Triton's interpreter, of no chip, plays them."""
+def has_tma(architecture: str) -> bool:
+    """Return True for NVIDIA GPUs from Hopper on, and for Triton's interpreter ("none"), which emulates TMA."""
     return architecture.startswith(("sm_9", "sm_10", "sm_12", "none"))
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether descriptors can tell these tensors: half precision, adjacent last dimension, the others aligned."""
+def supports_tma(*tensors: Tensor) -> bool:
+    """Return True if all tensors are in half precision with a last stride of 1 and aligned in other dimensions."""
     for tensor in tensors:
         if tensor.dtype == torch.float32 or tensor.data_ptr() % _ALIGNMENT != 0 or tensor.stride(-1) != 1:
             return False
         for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
             if size != 1 and (stride == 0 or stride * tensor.itemsize % _ALIGNMENT != 0):
                 return False
-    # Triton's interpreter gets bfloat16 wrong
+    # the interpreter is wrong on bfloat16
     return not (tile.INTERPRETED.value and tensors[0].dtype == torch.bfloat16)
 
 
-def describe(tensor: Tensor | None, *block: int) -> TensorDescriptor | None:
-    """A descriptor of `tensor` that is read or written in tiles of `block`, one size for each dimension."""
+def make_descriptor(tensor: Tensor | None, *block: int) -> TensorDescriptor | None:
+    """Return a descriptor of `tensor` for tiles of shape `block`."""
     if tensor is None:
         return None
-    # of a dimension of size 1 the stride is anything
+    # a dimension of size 1 may have any stride
     strides = [stride if size != 1 else _ALIGNMENT for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], list(block))

@@ -128,7 +128,7 @@ def test_the_tuning_log_has_the_tiles_that_are_launched():
     assert len(rows) == 6
     for name, head_size, *blocks in rows:
         launch = getattr(attention_launch, f"_{name.upper()}")
-        with tuning.assumed("sm_90"):
+        with tuning.assume_architecture("sm_90"):
             first, *_ = launch.candidates(torch.device("cpu"), int(head_size), 4096, torch.bfloat16, False, True)
         assert first["DESCRIPTORS"]
         assert [first[size] for size in ("BM", "BN", "num_warps", "num_stages")] == list(map(int, blocks)), name

@@ -92,7 +92,7 @@ def _triton(reference: GPT) -> GPT:
     device = reference.lm_head.weight.device
     if device.type != "cuda":
         raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
-    reason = runtime.why_not(device)
+    reason = runtime.unsupported_reason(device)
     if reason is not None:
         raise UnavailableError(reason)
     return twin(reference, "triton")

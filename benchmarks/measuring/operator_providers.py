@@ -32,7 +32,7 @@ def triton(case: Case) -> Operator:
 
 def _require_triton() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = runtime.why_not(device)
+    reason = runtime.unsupported_reason(device)
     if reason is not None:
         raise UnavailableError(reason)
 

@@ -186,16 +186,16 @@ def _operators(report: Report, here: list[torch.device]) -> Iterator[tuple[str, 
             for operators_of, dtypes in groups.items():
                 yield f"{device}, {', '.join(dtypes)}", f"{', '.join(operators_of)}: {text}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= runtime.LOWEST_CAPABILITY:
-            reason = runtime.why_not(device)
+            reason = runtime.unsupported_reason(device)
             again = "--force-reinstall " if runtime.TRITON_INSTALLED else ""
-            way_out = "" if runtime.why_no_triton() is None else f"; pip install {again}triton"
+            way_out = "" if runtime.missing_triton_reason() is None else f"; pip install {again}triton"
             if reason is not None:
                 report.add(f"nothing runs as kernels on the GPU: {reason}{way_out}")
 
 
 def _launches(report: Report, here: list[torch.device]) -> Iterator[tuple[str, str]]:
     gpus = [device for device in here if device.type == "cuda"]
-    if not gpus or runtime.why_no_triton() is not None:
+    if not gpus or runtime.missing_triton_reason() is not None:
         yield "none", "no GPU" if not gpus else "no Triton"
         return
     from kernels import tuning
@@ -232,7 +232,7 @@ def _folders(report: Report) -> Iterator[tuple[str, str]]:
             "TORCHINDUCTOR_CACHE_DIR",
         ),
     }
-    if runtime.why_no_triton() is None:
+    if runtime.missing_triton_reason() is None:
         import triton
 
         found["Triton"] = Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR"

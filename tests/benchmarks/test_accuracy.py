@@ -78,7 +78,7 @@ def test_the_worst_of_each_kind_is_shown(monkeypatch, tmp_path, capsys):
 
 
 def test_where_kernels_cannot_run_it_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runtime, "why_not", lambda device: "Triton is not installed")
+    monkeypatch.setattr(runtime, "unsupported_reason", lambda device: "Triton is not installed")
     with pytest.raises(SystemExit) as ended:
         accuracy.main(["--out", str(tmp_path / "out")])
     assert ended.value.code == 2

@@ -12,7 +12,7 @@ from kernels import runtime, tuning
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A GPU that is made up, on which warming up measures one launch."""
-    monkeypatch.setattr(runtime, "why_not", lambda device: None)
+    monkeypatch.setattr(runtime, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "made up")
@@ -22,8 +22,8 @@ def gpu(monkeypatch, tmp_path):
 
     def warmup(config, dtype, device, batch_size, autotune, int8):
         calls.append((config.n_embd, dtype, device, batch_size, autotune, int8))
-        tuning._keep(device, "matmul", (config.n_embd, dtype), {"BM": 16})
-        tuning._told("matmul", str(config.n_embd), [({"BM": 16}, 0.25), ({"BM": 512}, float("inf"))])
+        tuning._save(device, "matmul", (config.n_embd, dtype), {"BM": 16})
+        tuning._on_measured("matmul", str(config.n_embd), [({"BM": 16}, 0.25), ({"BM": 512}, float("inf"))])
 
     monkeypatch.setattr(kernels, "warmup", warmup)
     return calls

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
 from kernels import ffn_launch, tile, tuning
-from kernels.tma import describable
+from kernels.tma import supports_tma
 from tests.support.oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -22,14 +22,14 @@ HALF, FLOAT32 = torch.bfloat16, torch.float32
 def up(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **options) -> dict:
     """What is taken for the forward."""
     problem = {"activation": "gelu_tanh", "has_bias": True, "save_z": True, "aligned": True, "implementation": "auto"}
-    with tuning.assumed(architecture):
+    with tuning.assume_architecture(architecture):
         return ffn_launch._UP.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
 
 
 def down(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **options):
     """What is taken for the backward."""
     problem = {"activation": "gelu_tanh", "bias_gradient": True, "aligned": True, "implementation": "auto"}
-    with tuning.assumed(architecture):
+    with tuning.assume_architecture(architecture):
         return ffn_launch._DOWN_BACKWARD.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
 
 
@@ -72,13 +72,13 @@ def matrix(rows: int = 16, cols: int = 32, offset: int = 0, stride: int | None =
 
 
 def test_what_descriptors_can_tell():
-    assert describable(matrix(), matrix(stride=40))
-    assert not describable(matrix(), matrix(offset=1))
-    assert not describable(matrix(), matrix(stride=33))
-    assert not describable(matrix(), matrix().T)
-    assert not describable(matrix()[:1].expand(16, 32))
-    assert describable(matrix(offset=8))
-    assert describable(matrix(1, 32, stride=33))  # one row: its stride is never taken
+    assert supports_tma(matrix(), matrix(stride=40))
+    assert not supports_tma(matrix(), matrix(offset=1))
+    assert not supports_tma(matrix(), matrix(stride=33))
+    assert not supports_tma(matrix(), matrix().T)
+    assert not supports_tma(matrix()[:1].expand(16, 32))
+    assert supports_tma(matrix(offset=8))
+    assert supports_tma(matrix(1, 32, stride=33))  # one row: its stride is never taken
 
 
 def tensors(rows: int = 70, width: int = 32, hidden: int = 64, dtype: torch.dtype = torch.float16) -> list[Tensor]:

@@ -287,7 +287,7 @@ def test_which_kernel_multiplies_how_many_rows():
 
 
 def choices(rows: int, outputs: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    with tuning.assumed("sm_90"):
+    with tuning.assume_architecture("sm_90"):
         if rows == 1:
             return int8_launch._ROW.candidates(CPU, outputs, width, dtype)
         return int8_launch._ROWS.candidates(CPU, outputs, rows, dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import attention_launch, checks, ffn_launch, int8_launch, norm_launch, runtime
-from kernels.tma import describable
+from kernels.tma import supports_tma
 from kernels.tuning import Tunable
 
 CPU = torch.device("cpu")
@@ -34,13 +34,13 @@ def norm_with_addition() -> None:
 
 def feed_forward() -> None:
     checks.gelu_ffn(X, UP, None, DOWN, None, "gelu", "fused")
-    aligned = describable(X, UP)
+    aligned = supports_tma(X, UP)
     choose(ffn_launch._UP, ffn_launch._rows_like(8), 64, torch.float32, "gelu", False, True, aligned, "fused")
 
 
 def attend() -> None:
     checks.causal_attention(Q, Q, Q, None, 0.1, None)
-    described = describable(Q, Q, Q, Q)
+    described = supports_tma(Q, Q, Q, Q)
     choose(attention_launch._FORWARD, *attention_launch._problem(Q, Q, None, described))
 
 

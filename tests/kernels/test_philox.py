@@ -43,7 +43,7 @@ def expected_words(
 def chosen(words: list[np.ndarray], which: np.ndarray, dropout_p: float) -> torch.Tensor:
     """Whether the word with the index told by `which` keeps its element."""
     word = np.choose(which, words).astype(np.uint32).view(np.int32)
-    return torch.from_numpy(word >= philox.scaled(dropout_p)[0])
+    return torch.from_numpy(word >= philox.dropout_constants(dropout_p)[0])
 
 
 def expected_scores(seed: int, head: np.ndarray, query: np.ndarray, key: np.ndarray, dropout_p: float) -> torch.Tensor:
@@ -82,7 +82,7 @@ def scores(
     out = torch.full(shape, -1, dtype=torch.int8, device=DEVICE)
     seeds = torch.tensor([seed], device=DEVICE)
     blocks = {"BM": shape[0], "BN": shape[1], "TRANSPOSED": transposed}
-    _scores_kernel[(1,)](out, seeds, head, first_query, first_key, philox.scaled(p)[0], **blocks)
+    _scores_kernel[(1,)](out, seeds, head, first_query, first_key, philox.dropout_constants(p)[0], **blocks)
     return out.cpu() == 1
 
 
@@ -108,7 +108,7 @@ def test_elements_are_decided_by_their_position(shape, seed):
     """Beyond what an int32 tells too."""
     for first_row, first_col in ((0, 0), (2**32 - 2, 4), (2**33 + 5, 2**31 - 128)):
         out = torch.full(shape, -1, dtype=torch.int8, device=DEVICE)
-        seeds, threshold = torch.tensor([seed], device=DEVICE), philox.scaled(0.3)[0]
+        seeds, threshold = torch.tensor([seed], device=DEVICE), philox.dropout_constants(0.3)[0]
         _elements_kernel[(1,)](out, seeds, first_row, first_col, threshold, BM=shape[0], BN=shape[1])
         rows, columns = (first_row + np.arange(shape[0]))[:, None], (first_col + np.arange(shape[1]))[None, :]
         assert torch.equal(out.cpu() == 1, expected_elements(seed % 2**64, rows, columns, 0.3))
@@ -134,7 +134,7 @@ def test_the_norm_drops_by_row_and_column(width):
 
 @pytest.mark.parametrize("p", [0.5, 0.1, 1e-6, 2**-32, 1e-12, 1 - 1e-6, 1 - 2**-32, 1 - 2**-50])
 def test_the_share_of_words_below_the_threshold_is_what_was_asked_for(p):
-    threshold, growth = philox.scaled(p)
+    threshold, growth = philox.dropout_constants(p)
     assert -(2**31) <= threshold < 2**31
     assert abs((threshold + 2**31) / 2**32 - p) <= 2**-32
     assert growth == 1 / (1 - p)

@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = tmp_path / "clang"
     compiler.touch(mode=0o755)
-    assert runtime.why_not(torch.device("cuda")) is None
+    assert runtime.unsupported_reason(torch.device("cuda")) is None
     return compiler
 
 
@@ -46,32 +46,32 @@ def gpu(monkeypatch, tmp_path):
 def test_a_gpu_that_is_too_old_is_named(gpu, monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = "the GPU has compute capability 7.5, at least 8.0 is needed" if capability == (7, 5) else None
-    assert runtime.why_not(torch.device("cuda", 0)) == reason
+    assert runtime.unsupported_reason(torch.device("cuda", 0)) == reason
 
 
 def test_compiling_needs_a_c_compiler_where_triton_looks_for_it(gpu, monkeypatch):
     gpu.rename(gpu.parent / "gcc")
-    assert runtime.why_not(torch.device("cuda")) is None
+    assert runtime.unsupported_reason(torch.device("cuda")) is None
     (gpu.parent / "gcc").rename(gpu.parent / "cc")
-    assert runtime.why_not(torch.device("cuda")) == (
+    assert runtime.unsupported_reason(torch.device("cuda")) == (
         "Triton needs a C compiler and found no gcc or clang; the variable CC can name one"
     )
     monkeypatch.setenv("CC", str(gpu.parent / "cc"))
-    assert runtime.why_not(torch.device("cuda")) is None
+    assert runtime.unsupported_reason(torch.device("cuda")) is None
     monkeypatch.setenv("CC", os.devnull)
-    assert "found no /dev/null" in runtime.why_not(torch.device("cuda"))
+    assert "found no /dev/null" in runtime.unsupported_reason(torch.device("cuda"))
 
 
 def test_compiling_needs_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runtime.why_not(torch.device("cuda")) == "no CUDA device was found"
+    assert runtime.unsupported_reason(torch.device("cuda")) == "no CUDA device was found"
 
 
 def test_interpreting_needs_neither(gpu, monkeypatch):
     monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(True))
     gpu.unlink()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert runtime.why_not(torch.device("cuda")) is None
+    assert runtime.unsupported_reason(torch.device("cuda")) is None
 
 
 def test_powers_of_two_are_those_of_triton():
@@ -81,23 +81,23 @@ def test_powers_of_two_are_those_of_triton():
 
 def test_plain_inference_goes_past_the_dispatcher():
     x, parameter = torch.ones(2, 3), torch.nn.Parameter(torch.ones(3))
-    assert runtime.unobserved(x, None)
-    assert not runtime.unobserved(x, parameter)
+    assert runtime.can_skip_dispatcher(x, None)
+    assert not runtime.can_skip_dispatcher(x, parameter)
     with torch.no_grad():
-        assert runtime.unobserved(x, parameter)
+        assert runtime.can_skip_dispatcher(x, parameter)
 
 
 def test_what_observes_an_operator_finds_it():
     x = torch.ones(2, 3)
-    assert not runtime.unobserved(x.to("meta"))
+    assert not runtime.can_skip_dispatcher(x.to("meta"))
     with FakeTensorMode() as mode:
-        assert not runtime.unobserved(mode.from_tensor(x))
-    assert not runtime.unobserved(mode.from_tensor(x))
+        assert not runtime.can_skip_dispatcher(mode.from_tensor(x))
+    assert not runtime.can_skip_dispatcher(mode.from_tensor(x))
     with FlopCounterMode(display=False):
-        assert not runtime.unobserved(x)
+        assert not runtime.can_skip_dispatcher(x)
     seen = []
-    torch.vmap(lambda row: seen.append(runtime.unobserved(row)) or row)(x)
-    torch.func.grad(lambda row: seen.append(runtime.unobserved(x, row)) or row.sum())(x)
-    torch.compile(lambda row: seen.append(runtime.unobserved(row)) or row, backend="eager")(x)
+    torch.vmap(lambda row: seen.append(runtime.can_skip_dispatcher(row)) or row)(x)
+    torch.func.grad(lambda row: seen.append(runtime.can_skip_dispatcher(x, row)) or row.sum())(x)
+    torch.compile(lambda row: seen.append(runtime.can_skip_dispatcher(row)) or row, backend="eager")(x)
     assert seen == [False] * 3
-    assert runtime.unobserved(x)
+    assert runtime.can_skip_dispatcher(x)

@@ -79,7 +79,7 @@ def test_the_rule_is_told_the_architecture_and_the_problem(times):
     tunable = Tunable("norm", lambda *problem: asked.append(problem) or [RULE])
     chosen(tunable, 768, torch.bfloat16, True)
     chosen(tunable, 768, torch.bfloat16, True)  # decided once
-    with tuning.assumed("gfx942"):
+    with tuning.assume_architecture("gfx942"):
         chosen(tunable, 768, torch.bfloat16, True)
     chosen(tunable, 1, device=CPU)
     assert asked == [
@@ -99,7 +99,7 @@ def test_the_table_of_the_architecture_is_used_for_its_problems(tunable):
     assert chosen(tunable) == SECOND
     assert chosen(tunable, 768, torch.float16) == RULE
     assert chosen(Tunable("other", lambda *problem: [RULE, SECOND])) == RULE
-    with tuning.assumed("sm_80"):
+    with tuning.assume_architecture("sm_80"):
         assert chosen(tunable) == RULE
 
 
@@ -121,7 +121,7 @@ def test_tuning_takes_the_fastest_and_keeps_it(tunable, times):
     # another process: what was kept is found, measured or not, before the table
     put_table("matmul", "768 bfloat16", SECOND)
     times.clear()
-    tunable.forget()
+    tunable.clear()
     assert chosen(tunable) == THIRD
     with tuning.autotune():
         assert chosen(tunable) == THIRD
@@ -129,7 +129,7 @@ def test_tuning_takes_the_fastest_and_keeps_it(tunable, times):
 
 def test_a_measurement_is_told_with_the_times_of_all_candidates(tunable):
     told = []
-    with tuning.telling(lambda *measurement: told.append(measurement)):
+    with tuning.on_measured(lambda *measurement: told.append(measurement)):
         chosen(tunable)
         assert told == []  # nothing was measured
         with tuning.autotune():
@@ -208,11 +208,11 @@ def test_a_damaged_cache_is_said_and_replaced(tunable, content):
     path = tuning.cache_file(GPU)
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.warns(UserWarning, match="the tuned launches in .* cannot be read, going on without"):
+    with pytest.warns(UserWarning, match="cannot read the tuned launches in"):
         assert chosen(tunable) == RULE
-    with tuning.autotune(), pytest.warns(UserWarning, match="cannot be read"):
+    with tuning.autotune(), pytest.warns(UserWarning, match="cannot read"):
         assert chosen(tunable) == THIRD
-    tunable.forget()
+    tunable.clear()
     assert chosen(tunable) == THIRD
 
 
@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_said(tunable, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "file"))
     with tuning.autotune():
-        with pytest.warns(UserWarning, match="tuned launches cannot be kept in .*: .*Not a directory"):
+        with pytest.warns(UserWarning, match="cannot save tuned launches in .*Not a directory"):
             assert chosen(tunable) == THIRD
         assert chosen(tunable) == THIRD  # in memory still
 
@@ -293,7 +293,7 @@ def test_no_launch_has_more_candidates_than_are_tested():
     for architecture in ("none", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
         for name, problems in PROBLEMS.items():
             for problem in problems:
-                with tuning.assumed(architecture):
+                with tuning.assume_architecture(architecture):
                     assert 1 <= len(TUNABLES[name].candidates(CPU, *problem)) <= 4
 
 

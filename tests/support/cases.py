@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels.tuning import Options
+from kernels.tuning import Config
 from tests.support.oracle import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +140,7 @@ class Operator:
     drawn: st.SearchStrategy[Case]  # sizes for tests of strides and offsets, well conditioned for constant rows too
     large: tuple[Case, ...]  # real sizes, for GPUs alone
     far: tuple[Case, ...]  # more than 2**31 elements
-    configurations: dict[str, dict[str, Options]]  # forced upon launches by name, beside the candidates of tuning
+    configurations: dict[str, dict[str, Config]]  # forced upon launches by name, beside the candidates of tuning
     results: tuple[str, ...] = ("result",)
     result_shape: Callable[[Case], tuple[int, ...]] = lambda case: next(iter(case.shapes.values()))
     dropout: Dropout | None = None

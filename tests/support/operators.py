@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference, runtime
-from kernels.tuning import Options
+from kernels.tuning import Config
 from tests.support.case_builders import (
     add_layer_norm,
     attention,
@@ -89,7 +89,7 @@ def _attention_blocks(block_m: int, block_n: int) -> dict[str, dict[str, int]]:
     return {f"attention_{name}": blocks for name in ("forward", "dk_dv", "dq")}
 
 
-def _ffn_blocks(**blocks: int) -> dict[str, Options]:
+def _ffn_blocks(**blocks: int) -> dict[str, Config]:
     others = {"implementation": "fused", "DESCRIPTORS": False, "per_processor": 1, "num_warps": 4, "num_stages": 2}
     return {name: {**others, **blocks} for name in ("ffn_up", "ffn_down_backward")}
 
