@@ -1,4 +1,12 @@
-"""Cross-entropy of a linear layer's logits, which are never all in memory."""
+"""Cross-entropy of a linear layer's logits, computed in chunks of rows so that the logits never exist at once.
+
+A chunk takes three matmuls and one kernel: cuBLAS computes its logits, the kernel turns them into losses and, in place,
+into their gradient, and two more matmuls compute the gradients of x and weight.
+"""
+
+# Notation: x [N, C], weight [V, C]; a chunk's logits are [rows, n_columns], of which n_classes count.
+# A program has one row, and b_z is a tile [LANES, WIDTH] of it, BLOCK = LANES * WIDTH logits. WIDTH logits, 16 bytes,
+# belong to one thread. Each lane has its maximum m_i and its sum of exponentials l_i, reduced once at the end.
 
 from __future__ import annotations
 
@@ -6,29 +14,226 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import checks, reference, runtime, tile
-from kernels.loss_launch import launch
+from kernels.tuning import Config, Tunable
 from kernels.workload import CodegenCase, WarmupCase, Workload
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1.0e38)  # finite: -inf minus itself is NaN
+
+
+@triton.jit
+def _load_logits(p_row, cols, n_classes, n_columns, FULL: tl.constexpr):
+    """Logits of a row at `cols` in float32, -inf past n_classes. FULL: all `cols` are classes.
+
+    The mask ends at n_columns, a multiple of 16 bytes: one that ended at n_classes would split the vector loads.
+    """
+    if FULL:
+        b_z = tl.load(p_row + cols).to(tl.float32)
+    else:
+        b_z = tl.load(p_row + cols, mask=cols < n_columns, other=float("-inf")).to(tl.float32)
+        b_z = tl.where(cols < n_classes, b_z, float("-inf"))
+    return b_z
+
+
+@triton.jit
+def _online_softmax(
+    m_i, l_i, total, p_row, cols, n_classes, n_columns, SMOOTHED: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Update maximum, sum of exponentials and sum, [LANES] each, by the logits at `cols`."""
+    b_z = _load_logits(p_row, cols, n_classes, n_columns, FULL)  # [LANES, WIDTH]
+    m_new = tl.maximum(m_i, tl.max(b_z, 1))
+    # subtract before the multiplication: the difference is exact where logits are large and close
+    l_i *= tl.exp2((m_i - m_new) * _LOG2_E)
+    l_i += tl.sum(tl.exp2((b_z - m_new[:, None]) * _LOG2_E), 1)
+    if SMOOTHED:
+        total += tl.sum(b_z if FULL else tl.where(cols < n_classes, b_z, 0.0), 1)
+    return m_new, l_i, total
+
+
+@triton.jit
+def _gradient(b_z, m, factor, smoothing):
+    """Gradient of logits other than the target's: exp(z - m) * factor - smoothing."""
+    return tl.exp2((b_z - m) * _LOG2_E) * factor - smoothing
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, losses_ptr, upstream_ptr,
+    n_classes, n_columns, ignore_index, label_smoothing, z_loss,
+    SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, UPSTREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the loss of a row of `n_classes` logits and, over the logits, its gradient times the row's upstream.
+
+    Columns from n_classes to n_columns, the row stride, are padding and get zeros. A row with `ignore_index` is not
+    read and gets zeros. A target out of range makes the loss and the gradient NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    p_row = logits_ptr + row * n_columns
+    target = tl.load(targets_ptr + row)
+    WIDTH: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // WIDTH
+    offsets = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [LANES, WIDTH]
+
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            zeros = tl.zeros([LANES, WIDTH], dtype=logits_ptr.dtype.element_ty)
+            for start in range(0, n_columns, BLOCK):
+                tl.store(p_row + start + offsets, zeros, mask=start + offsets < n_columns)
+        return
+
+    valid = (target >= 0) & (target < n_classes)
+    # read before the row is overwritten: the reductions below are barriers for all threads
+    target_logit = tl.load(p_row + target, mask=valid, other=float("nan")).to(tl.float32)
+
+    n_full = n_classes // BLOCK * BLOCK  # blocks up to here need no masks
+    m_i = tl.full([LANES], _LOWEST, dtype=tl.float32)
+    l_i = tl.zeros([LANES], dtype=tl.float32)
+    total = tl.zeros([LANES], dtype=tl.float32)
+    for start in range(0, n_full, BLOCK):
+        m_i, l_i, total = _online_softmax(
+            m_i, l_i, total, p_row, start + offsets, n_classes, n_columns, SMOOTHED, True
+        )  # fmt: skip
+    for start in range(n_full, n_classes, BLOCK):
+        m_i, l_i, total = _online_softmax(
+            m_i, l_i, total, p_row, start + offsets, n_classes, n_columns, SMOOTHED, False
+        )  # fmt: skip
+    m = tl.max(m_i, 0)
+    sum_exp = tl.sum(l_i * tl.exp2((m_i - m) * _LOG2_E), 0)
+    log_sum_exp = tl.log(sum_exp)
+    lse = m + log_sum_exp
+
+    loss = (m - target_logit) + log_sum_exp  # -log softmax(z)[target]
+    if SMOOTHED:
+        loss += label_smoothing * (target_logit - tl.sum(total, 0) / n_classes)
+    loss += z_loss * lse * lse
+    tl.store(losses_ptr + row, loss)
+
+    if GRADIENT:
+        upstream = 1.0
+        if UPSTREAM:
+            upstream = tl.load(upstream_ptr + row)
+        # d lse^2 / dz = 2 lse softmax(z)
+        factor = upstream * (1.0 + 2.0 * z_loss * lse) / sum_exp
+        factor = tl.where(valid, factor, float("nan"))
+        smoothing = upstream * label_smoothing / n_classes
+        for start in range(0, n_full, BLOCK):
+            cols = start + offsets
+            b_z = _load_logits(p_row, cols, n_classes, n_columns, True)
+            b_dz = _gradient(b_z, m, factor, smoothing)
+            tl.store(p_row + cols, b_dz.to(logits_ptr.dtype.element_ty))
+        for start in range(n_full, n_columns, BLOCK):
+            cols = start + offsets
+            b_z = _load_logits(p_row, cols, n_classes, n_columns, False)
+            b_dz = tl.where(cols < n_classes, _gradient(b_z, m, factor, smoothing), 0.0)
+            tl.store(p_row + cols, b_dz.to(logits_ptr.dtype.element_ty), mask=cols < n_columns)
+        # the store below overwrites one of the loop's, perhaps another thread's
+        tl.debug_barrier()
+        dz_target = _gradient(target_logit, m, factor, smoothing) - upstream * (1.0 - label_smoothing)
+        tl.store(p_row + target, dz_target.to(logits_ptr.dtype.element_ty), mask=valid)
+
+
+_ROW_MULTIPLE = 64  # logits: rows of 16-byte multiples make matmuls fast and loads wide
+_TILE_ROWS = 128  # of a matmul
+
+
+def _configs(architecture: str, classes: int, dtype: torch.dtype, gradient: bool) -> list[Config]:
+    """Eight logits a thread, which is one load of 16 bytes in half precision.
+
+    With wide programs fewer rows are in flight, so that they are still in L2 for the second read.
+    """
+    blocks = (8192, 2048, 1024) if classes > 4096 else (1024, 2048)
+    warp_size = 64 if architecture.startswith("gfx") else 32
+    return [{"BLOCK": block, "num_warps": block // 8 // warp_size} for block in blocks]
+
+
+_CROSS_ENTROPY = Tunable("cross_entropy", _configs)
+
+
+def chunk_rows(n_rows: int, row_bytes: int, workspace_bytes: int) -> int:
+    """Return the rows of a chunk: equal chunks that fit in the workspace, in whole matmul tiles where possible."""
+    fitting = max(1, workspace_bytes // row_bytes)
+    if fitting >= n_rows:
+        return n_rows
+    rows = runtime.cdiv(n_rows, runtime.cdiv(n_rows, fitting))
+    tiles = runtime.cdiv(rows, _TILE_ROWS) * _TILE_ROWS
+    return tiles if tiles <= fitting else rows
+
+
+def _launch(
+    x: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, ignore_index: int, vocab_size: int,
+    label_smoothing: float, z_loss: float, workspace_bytes: int, x_gradient: bool, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the losses of N rows and the gradients of their sum weighted by `upstream` [N], ones if None.
+
+    Returns:
+        Losses [N] in float32, dx [N, C] in the dtype of x, dweight [V, C] in float32. A gradient that is not needed
+        is empty.
+    """
+    x, weight, targets = x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.reshape(-1).contiguous()
+    upstream = None if upstream is None else upstream.reshape(-1).to(torch.float32).contiguous()
+    (n_rows, width), n_columns = x.shape, weight.shape[0]
+    losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    dx = x.new_empty(n_rows if x_gradient else 0, width)
+    dweight = torch.empty(n_columns if weight_gradient else 0, width, dtype=torch.float32, device=x.device)
+    if n_rows == 0:
+        return losses, dx, dweight.zero_()
+    stride = runtime.cdiv(n_columns, _ROW_MULTIPLE) * _ROW_MULTIPLE
+    rows = chunk_rows(n_rows, stride * x.itemsize, workspace_bytes)
+    workspace = x.new_empty(rows, stride)
+    for start in range(0, n_rows, rows):
+        chunk = slice(start, min(start + rows, n_rows))
+        logits = workspace[: chunk.stop - start, :n_columns]  # [rows, V]
+
+        # a measurement calls this several times: the matmul restores the logits that the kernel overwrites
+        def run(config: Config, chunk: slice = chunk, logits: Tensor = logits) -> None:
+            torch.mm(x[chunk], weight.t(), out=logits)
+            with runtime.on_device(x):
+                _cross_entropy_kernel[(logits.shape[0],)](
+                    logits, targets[chunk], losses[chunk], None if upstream is None else upstream[chunk],
+                    vocab_size, stride, ignore_index, label_smoothing, z_loss,
+                    SMOOTHED=label_smoothing > 0.0, GRADIENT=x_gradient or weight_gradient,
+                    UPSTREAM=upstream is not None, **config,
+                )  # fmt: skip
+
+        _CROSS_ENTROPY.launch(run, x.device, vocab_size, x.dtype, x_gradient or weight_gradient)
+        if x_gradient:
+            torch.mm(logits, weight, out=dx[chunk])
+        if weight_gradient:
+            _accumulate_matmul(dweight, logits.t(), x[chunk], first=start == 0)
+    return losses, dx, dweight
+
+
+def _accumulate_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a @ b to `total` in float32. The first chunk overwrites `total`."""
+    beta = 0.0 if first else 1.0
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
+    else:
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _compute(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, vocab_size: int,
     label_smoothing: float, z_loss: float, workspace_bytes: int, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss; gradients of x and weight where `needed`, of the sum over rows; how many rows count, in float32.
+    """Compute the loss, the gradients of its sum for x and weight where `needed`, and the count of rows in float32.
 
-    Gradients are computed here if the upstream gradient will be one number, by which they can be multiplied later: the
-    logits exist now. With reduction "none" they are not, each row then has an upstream gradient of its own.
+    The forward computes gradients while it has the logits, and the backward multiplies them by the scalar upstream
+    gradient. With reduction "none" each row has an upstream gradient, and the backward computes all of it.
     """
-    alone = reduction != "none"
-    losses, dx, dweight = launch(
+    reduced = reduction != "none"
+    losses, dx, dweight = _launch(
         x, weight, targets, None, ignore_index, vocab_size, label_smoothing, z_loss, workspace_bytes,
-        alone and needed[0], alone and needed[1],
+        reduced and needed[0], reduced and needed[1],
     )  # fmt: skip
-    if reduction == "none":
+    if not reduced:
         return losses.view(targets.shape), dx, dweight, losses.new_empty(0)
     counted = (targets != ignore_index).sum().to(torch.float32)
     total = losses.sum()
@@ -40,13 +245,13 @@ _forward = torch.library.custom_op("gptfast::linear_cross_entropy", _compute, mu
 
 @_forward.register_fake
 def _(x, weight, targets, ignore_index, reduction, vocab_size, label_smoothing, z_loss, workspace_bytes, needed):
-    alone = reduction != "none"
+    reduced = reduction != "none"
     n_rows, width = x.numel() // x.shape[-1], x.shape[-1]
     return (
-        x.new_empty(() if alone else targets.shape, dtype=torch.float32),
-        x.new_empty(n_rows if alone and needed[0] else 0, width),
-        x.new_empty(weight.shape[0] if alone and needed[1] else 0, width, dtype=torch.float32),
-        x.new_empty(() if alone else (0,), dtype=torch.float32),
+        x.new_empty(() if reduced else targets.shape, dtype=torch.float32),
+        x.new_empty(n_rows if reduced and needed[0] else 0, width),
+        x.new_empty(weight.shape[0] if reduced and needed[1] else 0, width, dtype=torch.float32),
+        x.new_empty(() if reduced else (0,), dtype=torch.float32),
     )
 
 
@@ -56,24 +261,22 @@ def _backward(
     ignore_index: int, reduction: str, vocab_size: int, label_smoothing: float, z_loss: float, workspace_bytes: int,
     needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x and weight where `needed`, else an empty tensor."""
+    """Gradients of x and weight where `needed`, else empty tensors."""
     if reduction == "none":
-        _, dx, dweight = launch(
+        _, dx, dweight = _launch(
             x, weight, targets, dloss, ignore_index, vocab_size, label_smoothing, z_loss, workspace_bytes, *needed
         )
         return [
             dx.view(x.shape) if needed[0] else x.new_empty(0),
             dweight.to(weight.dtype) if needed[1] else weight.new_empty(0),
         ]
-    # rows that do not count have no gradient, so that where none counts it is zero, as PyTorch's
+    # clamped, so that the gradient is zero where no row counts, as PyTorch's is
     scale = dloss / counted.clamp(min=1.0) if reduction == "mean" else dloss
     return [
-        torch.mul(dx.view(x.shape), scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-        if needed[0]
-        else x.new_empty(0),
-        torch.mul(dweight, scale, out=torch.empty(weight.shape, dtype=weight.dtype, device=x.device))
-        if needed[1]
-        else weight.new_empty(0),
+        torch.mul(gradient.view(t.shape), scale, out=torch.empty(t.shape, dtype=t.dtype, device=x.device))
+        if need
+        else t.new_empty(0)
+        for t, gradient, need in zip((x, weight), (dx, dweight), needed, strict=True)
     ]
 
 
@@ -105,8 +308,8 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 @register_flop_formula(torch.ops.gptfast.linear_cross_entropy)
 def _forward_flops(x_shape, weight_shape, targets_shape, *args, out_shape=None, **kwargs) -> int:
     needed, reduction = args[-1], args[1]
-    products = 1 + (sum(needed) if reduction != "none" else 0)
-    return 2 * products * x_shape.numel() * weight_shape[0]
+    matmuls = 1 + (sum(needed) if reduction != "none" else 0)
+    return 2 * matmuls * x_shape.numel() * weight_shape[0]
 
 
 @register_flop_formula(torch.ops.gptfast.linear_cross_entropy_backward)
@@ -126,28 +329,29 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     workspace_bytes: int = 2**29,
 ) -> Tensor:
-    """Cross-entropy of softmax(x @ weight.T) and targets, without ever holding all logits.
+    """Compute the cross-entropy of softmax(x @ weight.T) and targets without holding all logits.
 
-    Rows go through in chunks: cuBLAS computes their logits, one kernel turns these into losses and, in place, into
-    their own gradient (the log-sum-exp online, Milakov and Gimelshein 2018, arXiv:1805.02867), and two more products
-    take that to the gradients of x and weight, the latter summed in float32. So both gradients are ready after the
-    forward, and the backward multiplies them by one number. With reduction "none" the backward computes the logits a
-    second time; without gradients nothing is kept. float32 inputs follow `torch.get_float32_matmul_precision()`.
-    Where Triton cannot run (CPU tensors), this is `kernels.reference.linear_cross_entropy`, which holds all logits.
+    Rows are processed in chunks: cuBLAS computes the logits, one kernel turns them into losses and, in place, into
+    their gradient (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), and two matmuls compute the
+    gradients of x and weight, the latter summed in float32. Both gradients are ready after the forward, and the
+    backward multiplies them by a scalar. With reduction "none" the backward computes the logits a second time. Without
+    gradients nothing is saved. float32 inputs follow `torch.get_float32_matmul_precision()`. Where Triton cannot run
+    (CPU tensors), this is `kernels.reference.linear_cross_entropy`, which holds all logits.
 
     Args:
         x: [..., C], float32, float16 or bfloat16.
         weight: [V, C], as in `nn.Linear(C, V)`.
-        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`. On a GPU nobody waits to check them: one
-            that is out of range makes the loss and the gradients NaN.
+        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`. On a GPU they are not checked, which would
+            synchronise: one out of range makes the loss and the gradients NaN.
         ignore_index: the target of rows that do not count.
         reduction: `mean` over the rows that count (NaN where none does), `sum`, or `none`.
-        vocab_size: the number of classes; rows of weight beyond it are padding and take no part. V if None.
+        vocab_size: the number of classes; rows of weight beyond it are padding. V if None.
         label_smoothing: the share of the target spread evenly over all classes (Szegedy et al. 2015,
             arXiv:1512.00567), in [0, 1].
         z_loss: the weight of log(Z)^2, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022,
             arXiv:2204.02311, section 5).
-        workspace_bytes: how large a chunk's logits may be. A row is the least; products want about 2,000 rows.
+        workspace_bytes: the maximum size of a chunk's logits, at least one row. Matmuls need about 2,000 rows to be
+            fast.
 
     Returns:
         The loss in float32, a scalar, or [...] with reduction "none", where ignored rows have 0.
@@ -163,7 +367,7 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(x, weight, *arguments)
     runtime.require_dtype("linear_cross_entropy", x)
     dtype = runtime.autocast_dtype(x.device)
-    if dtype is not None:  # the weight is cast below: its gradient stays as precise as it is summed
+    if dtype is not None:  # the weight is cast later, its gradient keeps the precision of its sum
         x = x.to(dtype)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     forward = _compute if runtime.can_skip_dispatcher(x, weight, targets) else _forward
