@@ -135,6 +135,17 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     _scale("decode_attention", scale)
 
 
+def quantize_int8(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"quantize_int8: weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"quantize_int8: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"quantize_int8: weight must be [N, K] with N and K of at least 1, got shape {tuple(weight.shape)}"
+        )
+
+
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     operator = "int8_linear"
     _tensors(operator, ("bias",), x=x, scale=scale, bias=bias)

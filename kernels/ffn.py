@@ -36,7 +36,7 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _gate(b_z):
-    """0.5 * (1 + tanh(u)) of GELU, as sigmoid(2u): the interpreter has no tanh. exp2 is one instruction, exp is five."""
+    """0.5 * (1 + tanh(u)) of GELU as sigmoid(2u): the interpreter has no tanh. exp2 is cheaper than exp."""
     slope = -_TWICE_SQRT_2_OVER_PI * _LOG2_E
     cubic = slope * _CUBIC
     return 1.0 / (1.0 + tl.exp2(b_z * (slope + cubic * (b_z * b_z))))

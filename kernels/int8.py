@@ -5,10 +5,10 @@ rows: matrix units on int8 weights. "matmul", for more rows: the weights are deq
 first two read one byte a weight; the third moves five, which many rows hide.
 
 Configurations: on an H200, 4.3 TB/s times a latency of 0.8 us are 3.4 MB in flight, 26 KB on each of 132 processors.
-The matrices of a GPT-2 layer have 0.6 to 2.4 MB, so nearly all of a matrix must be in flight at once, on all processors.
-The rules first give each processor a program and then make tiles large: 8 KB of weights each, without a loop up to a
-width of 4096 ("sums"), or with the next two tiles prefetched ("tiles"). Of the largest matrix, [50257, 768], a
-processor runs 7 programs of "sums" at once with 42 KB in flight, or 6 of "tiles" with 96 KB.
+The matrices of a GPT-2 layer have 0.6 to 2.4 MB, so nearly all of a matrix must be in flight at once. The rules first
+give each processor a program and then make tiles large: 8 KB of weights each, without a loop up to a width of 4096
+("sums"), or with the next two tiles prefetched ("tiles"). Of the largest matrix, [50257, 768], a processor runs 7
+programs of "sums" at once with 42 KB in flight, or 6 of "tiles" with 96 KB.
 """
 
 # Notation: x [M, K], weight [N, K] int8, y [M, N]. A program computes BN outputs of one row ("sums") or of up to BM

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks, runtime
-from kernels.int8_weights import quantize_int8 as quantize_int8
+
+_INT8_MAX = 127  # symmetric: -128 has no opposite
 
 # every operator, and the module of `kernels` with its Triton kernels
 OPERATORS = {
@@ -243,6 +244,38 @@ def decode_attention(
     mask = torch.arange(keys, device=q.device) < seen  # [B, 1, T, S]
     o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
     return o.masked_fill(seen <= 0, 0.0)
+
+
+@torch.no_grad()
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of a matrix to multiples of its largest magnitude over 127: weight is about q * scale[:, None].
+
+    Symmetric absmax quantization of each output (Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2.1, by
+    rows of the weight), to the nearest integer, ties to even. |weight - q * scale[:, None]| is at most scale / 2, up
+    to rounding in float32.
+
+    Args:
+        weight: [N, K] float32, float16, bfloat16 or float64, as in `nn.Linear(K, N)`.
+
+    Returns:
+        q [N, K] int8 in [-127, 127], and scale [N] float32. A row of zeros has the scale 1. So has a row whose scale
+        would be subnormal in float32: it becomes zeros.
+
+    Raises:
+        TypeError: a weight that is not a tensor or has another dtype.
+        ValueError: a weight that is not [N, K] with N and K >= 1, or that is not finite in float32.
+    """
+    checks.quantize_int8(weight)
+    low, high = torch.aminmax(weight, dim=1)  # [N] each; NaN in rows that hold one
+    absmax = torch.maximum(-low, high).float()
+    if not weight.is_meta and not absmax.isfinite().all():
+        row = int(absmax.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"quantize_int8: weight must be finite in float32, got NaN or infinity in row {row}")
+    scale = absmax / _INT8_MAX
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)  # [N]
+    quotients = weight / scale[:, None]  # [N, K], in float32 at least
+    # the rounding of the scale may take a quotient past 127
+    return quotients.round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

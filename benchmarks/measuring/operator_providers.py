@@ -83,7 +83,7 @@ def _implementation(name: str) -> Callable[[Case], Operator]:
 def _triton_up(case: Case) -> Operator:
     """The fused product as `gelu_ffn` launches it."""
     _require_triton()
-    from kernels.ffn_launch import launch_up
+    from kernels.ffn import launch_up
 
     return lambda x, w_up, b_up: launch_up(x, w_up, b_up, "relu", save_z=False, implementation="fused")[0]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference, tuning
-from kernels.loss_launch import chunk_rows
+from kernels.cross_entropy import chunk_rows
 from tests.support.memory import peak_bytes
 from tests.support.oracle import DEVICE
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels
-from kernels import ffn_launch, tile, tuning
+from kernels import ffn, tile, tuning
 from kernels.tma import supports_tma
 from tests.support.oracle import DEVICE
 
@@ -23,14 +23,14 @@ def up(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype:
     """What is taken for the forward."""
     problem = {"activation": "gelu_tanh", "has_bias": True, "save_z": True, "aligned": True, "implementation": "auto"}
     with tuning.assume_architecture(architecture):
-        return ffn_launch._UP.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
+        return ffn._UP.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
 
 
 def down(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **options):
     """What is taken for the backward."""
     problem = {"activation": "gelu_tanh", "bias_gradient": True, "aligned": True, "implementation": "auto"}
     with tuning.assume_architecture(architecture):
-        return ffn_launch._DOWN_BACKWARD.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
+        return ffn._DOWN_BACKWARD.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def launched(*arguments, **options) -> list[tuple[str, bool]]:
         return patch.object(kernel, "run", noting)
 
     all_kernels = ("_ffn_up_kernel", "_ffn_down_backward_kernel", "_activation_kernel", "_activation_backward_kernel")
-    patches = [note(getattr(ffn_launch, name)) for name in all_kernels]
+    patches = [note(getattr(ffn, name)) for name in all_kernels]
     for one in patches:
         one.start()
     try:

@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import int8_launch, pytorch_internals, reference, reference_cpu, runtime, tuning
+from kernels import int8, pytorch_internals, reference, reference_cpu, runtime, tuning
 from tests.support.memory import peak_bytes
 from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
@@ -289,8 +289,8 @@ def test_which_kernel_multiplies_how_many_rows():
 def choices(rows: int, outputs: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
     with tuning.assume_architecture("sm_90"):
         if rows == 1:
-            return int8_launch._ROW.candidates(CPU, outputs, width, dtype)
-        return int8_launch._ROWS.candidates(CPU, outputs, rows, dtype)
+            return int8._ROW.candidates(CPU, outputs, width, dtype)
+        return int8._ROWS.candidates(CPU, outputs, rows, dtype)
 
 
 GPT2 = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50_257, 768), (4800, 1600), (1600, 6400)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import attention_launch, checks, ffn_launch, int8_launch, norm_launch, runtime
+from kernels import attention_launch, checks, ffn, int8, norm_launch, runtime
 from kernels.tma import supports_tma
 from kernels.tuning import Tunable
 
@@ -35,7 +35,7 @@ def norm_with_addition() -> None:
 def feed_forward() -> None:
     checks.gelu_ffn(X, UP, None, DOWN, None, "gelu", "fused")
     aligned = supports_tma(X, UP)
-    choose(ffn_launch._UP, ffn_launch._rows_like(8), 64, torch.float32, "gelu", False, True, aligned, "fused")
+    choose(ffn._UP, ffn._rows_key(8), 64, torch.float32, "gelu", False, True, aligned, "fused")
 
 
 def attend() -> None:
@@ -46,7 +46,7 @@ def attend() -> None:
 
 def multiply_int8() -> None:
     checks.int8_linear(X, INT8, SCALE, SCALE)
-    choose(int8_launch._ROWS, 64, 16, torch.float32)
+    choose(int8._ROWS, 64, 16, torch.float32)
 
 
 @pytest.mark.parametrize("call", [norm, norm_with_addition, feed_forward, attend, multiply_int8])
