@@ -1,4 +1,4 @@
-"""Beginning with weights that are trained already, and training a part of them."""
+"""Fine-tuning: starting from pretrained weights, and training a part of the parameters."""
 
 from __future__ import annotations
 
@@ -18,69 +18,70 @@ from gptfast.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Initial:
-    """A trained model to go on from.
+class PretrainedInit:
+    """Pretrained model that a run starts from.
 
     Args:
-        source: where it comes from.
-        model: on the CPU.
-        tokenizer: its own, where it has one.
+        source: run folder, folder in Hugging Face's layout, or name on the hub.
+        model: the model, on the CPU.
+        tokenizer: its tokenizer, if one comes with it.
     """
 
     source: str
     model: GPT
     tokenizer: Tokenizer | None
 
+    @classmethod
+    def load(cls, source: str, wanted: GPTConfig) -> PretrainedInit:
+        """Load a model.
 
-def initial(source: str, wanted: GPTConfig) -> Initial:
-    """The model of a run folder, of a folder in Hugging Face's layout, or of a name on the hub.
+        Args:
+            source: see the class.
+            wanted: block size, dropout and vocabulary padding of the run; all other settings are the source's.
 
-    Args:
-        source: which.
-        wanted: settings of which the block size, dropout and padding are taken, all others are the model's own.
+        Raises:
+            ValueError: no such model, a damaged one, or a context shorter than the block size.
+        """
+        path = Path(source).expanduser()
+        pretrained: GPT
+        tokenizer: Tokenizer | None
+        if run_folder.is_run(path):
+            pretrained, tokenizer = run_folder.load(path, torch.device("cpu"), "eager")
+        else:
+            pretrained, tokenizer = with_tokenizer(source if not path.is_dir() else str(path), "eager")
+        longest = pretrained.config.block_size
+        if wanted.block_size > longest:
+            raise ValueError(
+                f"{source} has block_size={longest}, less than the {wanted.block_size} asked for; give "
+                f"--block-size {longest}"
+            )
+        pretrained.crop_block_size(wanted.block_size)
+        model = GPT(merge_config(pretrained.config, wanted), "eager")  # takes dropout and padding at construction only
+        model.load_state_dict(pretrained.state_dict())
+        return cls(source, model, tokenizer)
 
-    Raises:
-        ValueError: there is no such model, it is damaged, or its context is shorter than the block size.
-    """
-    path = Path(source).expanduser()
-    tokenizer: Tokenizer | None
-    if run_folder.is_run(path):
-        found, tokenizer = run_folder.load(path, torch.device("cpu"), "eager")
-    else:
-        found, tokenizer = with_tokenizer(source if not path.is_dir() else str(path), "eager")
-    if wanted.block_size > found.config.block_size:
-        raise ValueError(
-            f"{source} has block_size={found.config.block_size}, less than the {wanted.block_size} asked for; give "
-            f"--block-size {found.config.block_size}"
-        )
-    found.crop_block_size(wanted.block_size)
-    model = GPT(shaped(found.config, wanted), "eager")  # dropout and padding are set when a model is built
-    model.load_state_dict(found.state_dict())
-    return Initial(source, model, tokenizer)
+    def require_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raise ValueError unless the tokenizer has as many tokens as the model."""
+        size = self.model.config.vocab_size
+        if tokenizer.vocab_size != size:
+            raise ValueError(
+                f"{self.source} has a vocabulary of {size} tokens, the tokenizer one of {tokenizer.vocab_size}; give "
+                "the model's own, such as --tokenizer gpt2"
+            )
 
 
-def shaped(own: GPTConfig, wanted: GPTConfig) -> GPTConfig:
-    """The settings of a trained model, with those of `wanted` that may be others."""
+def merge_config(pretrained: GPTConfig, wanted: GPTConfig) -> GPTConfig:
+    """Take block size, dropout and vocabulary padding from `wanted`, all other settings from the pretrained model."""
     return dataclasses.replace(
-        own, block_size=wanted.block_size, dropout=wanted.dropout, pad_vocab_size_to=wanted.pad_vocab_size_to
+        pretrained, block_size=wanted.block_size, dropout=wanted.dropout, pad_vocab_size_to=wanted.pad_vocab_size_to
     )
 
 
-def require_vocabulary(start: Initial, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless a model's vocabulary is the tokenizer's."""
-    size = start.model.config.vocab_size
-    if tokenizer.vocab_size != size:
-        raise ValueError(
-            f"{start.source} has a vocabulary of {size} tokens, the tokenizer one of {tokenizer.vocab_size}; give the "
-            "model's own, such as --tokenizer gpt2"
-        )
-
-
-def restrict(model: GPT, config: TrainConfig) -> None:
-    """Train what the settings name alone: adapters, or all parameters but those frozen.
+def select_trainable(model: GPT, config: TrainConfig) -> None:
+    """Add LoRA adapters and train them alone, or freeze the parameters that the config names.
 
     Raises:
-        ValueError: patterns that match nothing, or adapters in processes that have parts of parameters.
+        ValueError: a pattern that matches nothing, or adapters with FSDP.
     """
     if config.lora_rank:
         if config.parallel == "fsdp":

@@ -1,7 +1,8 @@
-"""What a person and their programs see of a run: a progress bar, the log, TensorBoard and a plot."""
+"""What a run shows and logs: progress bar, log, TensorBoard and a plot of the losses."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -10,37 +11,44 @@ from gptfast.checkpoint.run_folder import RunFolder, read_log
 
 
 class Progress:
-    """Shows and logs a run; without a folder, in processes other than the first, it does neither.
+    """Shows and logs a run; a context manager.
 
     Args:
-        folder: whose log is written.
-        steps: of the run.
-        first: steps that were done before.
-        tensorboard: write its files too, into the folder's `tensorboard`.
-
+        folder: the run folder; None on ranks other than 0, which show and log nothing.
+        steps: steps of the whole run.
+        first: steps done before.
+        tensorboard: also write TensorBoard files into the folder's `tensorboard`.
     """
 
     def __init__(self, folder: RunFolder | None, steps: int, first: int, tensorboard: bool) -> None:
-        self._folder, self._done = folder, first
+        self._folder, self._steps, self._done, self._tensorboard = folder, steps, first, tensorboard
+
+    def __enter__(self) -> Progress:
         self._bar = tqdm(
-            total=steps,
-            initial=first,
+            total=self._steps,
+            initial=self._done,
             unit="step",
             dynamic_ncols=True,
-            disable=None if folder else True,
+            disable=None if self._folder else True,
             smoothing=0.05,
         )
         self._board: Any = None
-        if folder is not None and tensorboard:
-            self._board = require_tensorboard()(str(folder.path / "tensorboard"), purge_step=first + 1)
+        if self._folder is not None and self._tensorboard:
+            self._board = require_tensorboard()(str(self._folder.path / "tensorboard"), purge_step=self._done + 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
 
     def advance(self, done: int) -> None:
-        """Move the bar to so many steps."""
+        """Move the bar to `done` steps."""
         self._bar.update(done - self._done)
         self._done = done
 
     def step(self, entry: dict[str, Any]) -> None:
-        """Log what a step measured."""
+        """Log the measurements of a step."""
         memory = entry["memory_bytes"]
         self._bar.set_postfix_str(
             f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s, MFU {percent(entry['mfu'])}"
@@ -49,7 +57,7 @@ class Progress:
         self._log(entry)
 
     def evaluation(self, entry: dict[str, Any], sample: str | None) -> None:
-        """Log and print an evaluation, and a sample of the model's text."""
+        """Log and print an evaluation and a text sample."""
         if self._folder is None:
             return
         bits = entry["val_bits_per_byte"]
@@ -72,52 +80,43 @@ class Progress:
                 elif name != "step" and value is not None:
                     self._board.add_scalar(name, value, entry["step"])
 
-    def plot(self) -> None:
-        """Draw the losses of the log into loss.png."""
-        if self._folder is None:
-            return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
 
-        entries = read_log(self._folder.path)
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for name, label, color, marker in (
-            ("loss", "training, single batches", "#b8c4d6", None),
-            ("train_loss", "training", "#2f6db3", "."),
-            ("val_loss", "validation", "#d1603d", "."),
-        ):
-            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-            if points:
-                few = marker if len(points) < 50 else None
-                axes.plot(*zip(*points, strict=True), label=label, color=color, marker=few)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.set_title(self._folder.path.name, parse_math=False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        partial = self._folder.path / "loss.png.partial"
-        figure.savefig(partial, format="png", dpi=120)
-        partial.replace(self._folder.path / "loss.png")
+def plot_losses(run: Path) -> None:
+    """Plot the losses in the log of a run folder into its loss.png."""
+    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.ticker import MaxNLocator
 
-    def close(self) -> None:
-        """End the bar and TensorBoard's file."""
-        self._bar.close()
-        if self._board is not None:
-            self._board.close()
+    entries = read_log(run)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, color, marker in (
+        ("loss", "training, single batches", "#b8c4d6", None),
+        ("train_loss", "training", "#2f6db3", "."),
+        ("val_loss", "validation", "#d1603d", "."),
+    ):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if points:
+            few = marker if len(points) < 50 else None
+            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=few)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(run.name, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    partial = run / "loss.png.partial"
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(run / "loss.png")
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction for people; "unknown" for None."""
+    """Format a fraction as a percentage; None is "unknown"."""
     return "unknown" if fraction is None else f"{100 * fraction:.1f}%"
 
 
 def require_tensorboard() -> Any:
-    """The class that writes TensorBoard's files. Raises ValueError where it is not installed."""
+    """Import TensorBoard's `SummaryWriter`; raise ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

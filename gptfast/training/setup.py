@@ -1,75 +1,199 @@
-"""What a run begins with: data, tokenizer, model, and the settings that fit them."""
+"""Builds a run from its config: processes, text, model, training step, run folder."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gptfast import tokenizers
+from gptfast import devices, flops, hardware, optim, tokenizers
+from gptfast.backend import parse
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import read_json
-from gptfast.checkpoint.manager import Checkpoints
-from gptfast.data import batches, corpus, shards
-from gptfast.data.batches import Split
+from gptfast.checkpoint.manager import Checkpoint, Checkpoints
+from gptfast.checkpoint.run_folder import RunFolder
+from gptfast.distributed import World
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
-from gptfast.training import finetuning
+from gptfast.training import dataset, finetuning, progress
 from gptfast.training.config import FIXED, TrainConfig
+from gptfast.training.dataset import Dataset
+from gptfast.training.finetuning import PretrainedInit
+from gptfast.training.progress import Progress
+from gptfast.training.saver import Saver
+from gptfast.training.throughput import Throughput
+from gptfast.training.train_state import TrainState
+from gptfast.training.train_step import TrainStep
+from gptfast.training.validation import Evaluator
 
 
-class Start:
-    """What a run begins with.
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step.
 
     Args:
-        config: the settings, which are the run's own where `config.resume` finds one.
-        device: where the model is to be.
-        asked: choices of the backend, parsed.
+        config: the settings, with the model's final shape.
+        world: the processes.
+        dataset: tokenizer and text.
+        state: model, optimizers and training step.
+        evaluator: measures losses and writes samples.
+        saver: writes weights and checkpoints.
+        throughput: measures speed.
+        progress: shows and logs the run.
+        first: steps done before.
+    """
 
-    Attributes:
-        config: the settings, with the vocabulary of the tokenizer and the size of the weights given.
-        tokenizer: the run's.
-        train_split: what is trained on.
-        val_split: what is held out.
-        model: on the device, with its first weights.
+    config: TrainConfig
+    world: World
+    dataset: Dataset
+    state: TrainState
+    evaluator: Evaluator
+    saver: Saver
+    throughput: Throughput
+    progress: Progress
+    first: int
+
+
+@contextlib.contextmanager
+def setup(config: TrainConfig, name: str) -> Iterator[Run]:
+    """Build a run, and release its folder and its processes at the end.
+
+    The folder is made after everything that can be wrong with settings or data has been checked. It is removed again
+    if the first step fails.
+
+    Args:
+        config: the settings.
+        name: name of the folder below runs/ if `config.out` is None.
 
     Raises:
         ValueError: settings, data or weights that are wrong or do not fit each other.
+        OSError: the folder cannot be written.
     """
+    world = World.from_environment()
+    device = world.device(devices.resolve(config.device))
+    dtype = devices.resolve_dtype(config.dtype, device)
+    if config.batch_size % (world.size * config.accumulation) != 0:
+        raise ValueError(
+            f"batch_size must be a multiple of {world.size} processes times accumulation={config.accumulation}, got "
+            f"{config.batch_size}"
+        )
+    devices.keep_freed_memory()
+    if world.restarts > 0:
+        config = dataclasses.replace(config, resume=True)
+    if config.tensorboard:
+        progress.require_tensorboard()
+    config, data, model = _build_model(config, device)
+    peak = hardware.peak_flops(device, dtype)
+    roofline = flops.most_tokens_per_second(config.model, None if peak is None else peak * world.size)
+    with world:
+        world.connect(device)
+        with _open_folder(config, name, world) as (path, folder):
+            checkpoints = Checkpoints(path / "checkpoints", config.keep_checkpoints)
+            saved, damaged = checkpoints.latest() if config.resume else (None, [])
+            first = 0 if saved is None else saved.step
+            _require_steps(first, config, path, world)
+            state = _build_state(config, model, dtype, world, saved)
+            evaluator = Evaluator(config, data, dtype, world)
+            best = {"val_loss": None, "train_loss": None}
+            if saved is not None:
+                _require_same_data(saved, data, config, path)
+                best = saved.state["best"]
+            if folder is not None:
+                for problem in damaged:
+                    print(f"continuing from an older checkpoint: {problem}", flush=True)
+                checkpoints.clean()
+                folder.forget_log_after(first)
+                folder.write_json("config.json", dataclasses.asdict(config))
+                folder.write_json("tokenizer.json", data.tokenizer.to_json())
+            del saved  # the run needs its memory
+            saver = Saver(state, path, folder, checkpoints, best, data.fingerprints)
+            throughput = Throughput(config.batch_size * config.model.block_size, roofline)
+            bar = Progress(folder, config.steps, first, config.tensorboard)
+            yield Run(config, world, data, state, evaluator, saver, throughput, bar, first)
 
-    def __init__(self, config: TrainConfig, device: torch.device, asked: dict[str, str]) -> None:
-        saved = Path(config.out) if config.resume and config.out and run_folder.is_run(Path(config.out)) else None
-        # what a run began with is in its checkpoints, and need no longer be there
-        begins = saved is None or not Checkpoints(saved / "checkpoints", 1).exist()
-        initial = finetuning.initial(config.init_from, config.model) if config.init_from and begins else None
-        tokenizer = initial.tokenizer if initial else None
-        if saved is not None:
-            tokenizer = tokenizers.from_json(read_json(saved / "tokenizer.json"))
-        self.tokenizer, self.train_split, self.val_split = _load(config, tokenizer)
-        if config.sample_tokens and config.sample_prompt:
-            _require_tokens(self.tokenizer, config.sample_prompt)
-        if initial is not None:
-            finetuning.require_vocabulary(initial, self.tokenizer)
-            shape = initial.model.config
-        elif config.init_from and saved is not None:
-            shape = finetuning.shaped(run_folder.read_config(saved)[1], config.model)
-        else:
-            shape = dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
-        self.config = dataclasses.replace(config, model=shape)
-        if saved is not None:
-            _require_same(self.config, saved)
-        torch.manual_seed(config.seed)
-        self.model = GPT(shape, asked) if initial is None else initial.model
-        self.model.to(device).set_backend(asked)
-        if config.residual_dtype != "auto":
-            self.model.set_residual_dtype(getattr(torch, config.residual_dtype))
-        self.model.set_activation_checkpointing(config.checkpoint_activations)
-        finetuning.restrict(self.model, self.config)
+
+def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Dataset, GPT]:
+    """Load text and first weights; also returns the config with the model's final shape."""
+    resumed = Path(config.out) if config.resume and config.out and run_folder.is_run(Path(config.out)) else None
+    # a run with checkpoints no longer needs the weights that it started with
+    starts = resumed is None or not Checkpoints(resumed / "checkpoints", 1).exist()
+    init = PretrainedInit.load(config.init_from, config.model) if config.init_from and starts else None
+    tokenizer: Tokenizer | None = init.tokenizer if init else None
+    if resumed is not None:
+        tokenizer = tokenizers.from_json(read_json(resumed / "tokenizer.json"))
+    data = dataset.load(config, tokenizer)
+    _require_prompt(config, data.tokenizer)
+    if init is not None:
+        init.require_vocabulary(data.tokenizer)
+        shape = init.model.config
+    elif config.init_from and resumed is not None:
+        shape = finetuning.merge_config(run_folder.read_config(resumed)[1], config.model)
+    else:
+        shape = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=shape)
+    if resumed is not None:
+        _require_same_settings(config, resumed)
+    backend = parse(config.backend)
+    torch.manual_seed(config.seed)
+    model = GPT(shape, backend) if init is None else init.model
+    model.to(device).set_backend(backend)
+    if config.residual_dtype != "auto":
+        model.set_residual_dtype(getattr(torch, config.residual_dtype))
+    model.set_activation_checkpointing(config.checkpoint_activations)
+    finetuning.select_trainable(model, config)
+    return config, data, model
 
 
-def _require_tokens(tokenizer: Tokenizer, prompt: str) -> None:
-    """Raise ValueError unless samples can continue a prompt."""
+def _build_state(
+    config: TrainConfig, model: GPT, dtype: torch.dtype, world: World, saved: Checkpoint | None
+) -> TrainState:
+    """Wrap the model, build optimizers and step, and load a checkpoint into them."""
+    if saved is not None:
+        TrainState.load_weights(model, saved)
+    wrapped = world.wrap(model, model.transformer.h, config.parallel, config.compile)
+    betas, device_type = (config.beta1, config.beta2), model.lm_head.weight.device.type
+    optimizers = optim.build(
+        config.optimizer, model.named_parameters(), config.weight_decay, config.learning_rate, betas, device_type
+    )
+    compiled = config.compile and world.is_single  # else `wrap` has compiled the model
+    step = TrainStep(wrapped, optimizers, config.accumulation, config.grad_clip, dtype, compiled)
+    state = TrainState(model, step)
+    if saved is not None:
+        state.load_optimizers(saved)
+    return state
+
+
+@contextlib.contextmanager
+def _open_folder(config: TrainConfig, name: str, world: World) -> Iterator[tuple[Path, RunFolder | None]]:
+    """Create or reopen the run folder on rank 0; every rank gets its path."""
+    folder: RunFolder | None = None
+
+    def open_on_main() -> str:
+        nonlocal folder
+        folder = RunFolder(Path(config.out) if config.out else _unused_path(name), config.resume)
+        return str(folder.path)
+
+    path = Path(world.run_on_main(open_on_main))
+    with folder or contextlib.nullcontext():
+        yield path, folder
+
+
+def _unused_path(name: str) -> Path:
+    path, number = Path("runs", name), 2
+    while path.exists():
+        path, number = Path("runs", f"{name}-{number}"), number + 1
+    return path
+
+
+def _require_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the tokenizer can encode the prompt of samples."""
+    prompt = config.sample_prompt
+    if not (config.sample_tokens and prompt):
+        return
     try:
         ids = tokenizer.encode(prompt)
     except ValueError as error:
@@ -78,47 +202,34 @@ def _require_tokens(tokenizer: Tokenizer, prompt: str) -> None:
         raise ValueError(f"sample_prompt {prompt!r} has no tokens; give at least one word with --sample-prompt")
 
 
-def _require_same(config: TrainConfig, path: Path) -> None:
-    """Raise ValueError unless the settings are those of the run in a folder, but for what may change."""
+def _require_same_settings(config: TrainConfig, path: Path) -> None:
+    """Raise ValueError if a setting differs from the run's that a resumed run cannot change."""
     settings, model = run_folder.read_config(path)
+    # padding of the vocabulary may change: checkpoints leave it out
     saved, ours = ({**one, "pad_vocab_size_to": None} for one in map(dataclasses.asdict, (model, config.model)))
     saved |= {name: settings.get(name) for name in FIXED}
     ours |= {name: getattr(config, name) for name in FIXED}
     for name, given in ours.items():
-        given = list(given) if isinstance(given, tuple) else given
+        given = list(given) if isinstance(given, tuple) else given  # as JSON has it
         if given != saved[name]:
             raise ValueError(
                 f"the run in {path} has {name}={saved[name]!r}, which cannot change to {given!r}; give a new --out"
             )
 
 
-def _load(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Split, Split]:
-    """The tokenizer, unless it is given, and the splits of training and validation."""
-    folder, block_size = Path(config.data).expanduser(), config.model.block_size
-    if not (folder.is_dir() and shards.is_prepared(folder)):
-        text = corpus.load(config.data)
-        if tokenizer is None:
-            tokenizer = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
-        ids = tokenizer.encode(text).astype(shards.DTYPES[shards.dtype_for(tokenizer.vocab_size)])
-        return tokenizer, *batches.split(ids, block_size, config.held_out)
-    saved = folder / "tokenizer.json"
-    if saved.is_file():
-        own = tokenizers.from_json(read_json(saved))
-        if tokenizer is not None and tokenizer.to_json() != own.to_json():
-            raise ValueError(f"{folder} was prepared with another tokenizer than the model's; prepare the text with it")
-        tokenizer = own
-    elif tokenizer is None and config.tokenizer in ("char", "word"):
-        raise ValueError(
-            f"{folder} has no tokenizer.json, and {config.tokenizer!r} cannot be told from its tokens; give "
-            "--tokenizer gpt2 if these are GPT-2's, or prepare the text again"
-        )
-    elif tokenizer is None:
-        tokenizer = tokenizers.for_documents(config.tokenizer, [], vocabulary=config.vocabulary)
-    splits = batches.prepared(folder, block_size)
-    largest = max(int(split.probe().max()) for split in splits)
-    if largest >= tokenizer.vocab_size:
-        raise ValueError(
-            f"{folder} has a token {largest}, and {config.tokenizer!r} {tokenizer.vocab_size} of them; give the "
-            "tokenizer that it was prepared with"
-        )
-    return tokenizer, *splits
+def _require_same_data(saved: Checkpoint, data: Dataset, config: TrainConfig, path: Path) -> None:
+    """Raise ValueError if the text is not the one that the run was trained on."""
+    for split, fingerprint in data.fingerprints.items():
+        if saved.state["data"][split] != fingerprint:
+            raise ValueError(
+                f"{config.data} is not what the run in {path} was trained on: {split} was "
+                f"{saved.state['data'][split]}, and is {fingerprint}"
+            )
+
+
+def _require_steps(first: int, config: TrainConfig, path: Path, world: World) -> None:
+    """Raise ValueError unless steps are left, and every rank sees the same checkpoint."""
+    if int(world.sum(torch.tensor(first))) != first * world.size:
+        raise ValueError(f"processes see different checkpoints in {path}; give an --out that all of them share")
+    if first >= config.steps:
+        raise ValueError(f"the run in {path} has done {first} steps; give more than that with --steps to continue it")

@@ -1,4 +1,4 @@
-"""Signals that ask a training run to end: it finishes its step first."""
+"""Signals that interrupt a training run after its current step."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from types import FrameType
 
 
 class Interrupts:
-    """As a context manager notes SIGINT (Ctrl-C) and SIGTERM, and a second Ctrl-C interrupts at once.
+    """Context manager that records SIGINT (Ctrl-C) and SIGTERM instead of dying of them.
+
+    A second SIGINT raises KeyboardInterrupt at once; SIGTERM, which process managers repeat, never does.
 
     Attributes:
-        asked: whether one has come.
+        requested: True once a signal has come.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
+        self.requested = False
+        self._previous: dict[int, object] = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ class TrainState:
     """
 
     def __init__(self, model: GPT, step: TrainStep) -> None:
-        self._model, self._step = model, step
+        self.model, self.step = model, step
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     @property
@@ -37,13 +37,13 @@ class TrainState:
         weights = {name: _copy(self._shown(name, parameter)) for parameter, name in self._names.items()}
         moments = {
             name: _copy(self._shown(name.rpartition("/")[0], tensor))
-            for name, tensor in optim.state_dict(self._step.optimizers, self._names).items()
+            for name, tensor in optim.state_dict(self.step.optimizers, self._names).items()
         }
-        moments |= {_STEP + name: _copy(tensor) for name, tensor in self._step.state_dict().items()}
+        moments |= {_STEP + name: _copy(tensor) for name, tensor in self.step.state_dict().items()}
         return Checkpoint(steps, weights, moments, state)
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
-        return vocab_padding.shown(self._model, name, full_tensor(tensor.detach()))
+        return vocab_padding.shown(self.model, name, full_tensor(tensor.detach()))
 
     @staticmethod
     @torch.no_grad()
@@ -77,22 +77,22 @@ class TrainState:
             if name.startswith(_STEP):
                 step[name.removeprefix(_STEP)] = tensor
             elif parameter in parameters:
-                tensor = vocab_padding.padded(self._model, parameter, tensor)
+                tensor = vocab_padding.padded(self.model, parameter, tensor)
                 moments[name] = distribute_like(tensor, parameters[parameter])
-        optim.load_state_dict(self._step.optimizers, self._names, moments)
-        self._step.load_state_dict(step)
+        optim.load_state_dict(self.step.optimizers, self._names, moments)
+        self.step.load_state_dict(step)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Copies for files: weights that any GPT loads, tied ones once, and adapters, if there are some, apart."""
-        if not lora.is_applied(self._model):
+        if not lora.is_applied(self.model):
             weights = {name: self._shown(name, parameter) for parameter, name in self._names.items()}
             found = {"model.safetensors": weights}
         else:
             found = {
-                "model.safetensors": lora.merged_state_dict(self._model),
-                "adapters.safetensors": lora.adapters(self._model),
+                "model.safetensors": lora.merged_state_dict(self.model),
+                "adapters.safetensors": lora.adapters(self.model),
             }
-            if self._model.config.tie_weights:
+            if self.model.config.tie_weights:
                 del found["model.safetensors"]["lm_head.weight"]
         return {file: {name: _copy(tensor) for name, tensor in tensors.items()} for file, tensors in found.items()}
 

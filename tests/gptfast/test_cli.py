@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptfast import cli
-from gptfast.training import trainer
+from tests.support.tiny_runs import before_step, raising
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--steps", "20", "--batch-size", "4"]
@@ -259,10 +259,7 @@ def test_a_loss_that_is_no_number_is_one_line(text, capsys):
     ids=lambda error: type(error).__name__,
 )
 def test_too_little_memory_is_one_line_and_leaves_no_folder(text, monkeypatch, capsys, error):
-    def step(self, number):
-        raise error
-
-    monkeypatch.setattr("gptfast.training.trainer._Training._step", step)
+    before_step(monkeypatch, 0, raising(error))
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
     assert ended.value.code == 1
@@ -302,15 +299,8 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
 
 
 def test_an_interrupted_run_says_how_to_go_on(text, monkeypatch, capsys):
-    step = trainer._Training._step
-
-    def interrupted_step(self, number):
-        if number == 7:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, number)
-
     with monkeypatch.context() as patched:
-        patched.setattr("gptfast.training.trainer._Training._step", interrupted_step)
+        before_step(patched, 7, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", "shakespeare-char", "--data", text, "--out", "run", "--device", "cpu", *TINY])
     assert ended.value.code == 130

@@ -99,9 +99,7 @@ def test_nanogpts_tokens_need_a_tokenizer_that_is_named(tmp_path):
     for split in shards.SPLITS:
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     config = trainer.TrainConfig(data=str(tmp_path), tokenizer="char", out=str(tmp_path / "run"), device="cpu")
-    with pytest.raises(
-        ValueError, match=r"has no tokenizer.json, and 'char' cannot be told from its tokens; give --tok"
-    ):
+    with pytest.raises(ValueError, match=r"has no tokenizer.json.*'char'.*--tokenizer"):
         trainer.train(config)
 
 

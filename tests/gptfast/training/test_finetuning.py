@@ -19,6 +19,7 @@ from gptfast.checkpoint.manager import Checkpoints
 from gptfast.tokenizers import CharTokenizer
 from gptfast.training import finetuning, trainer
 from gptfast.training.config import TrainConfig
+from gptfast.training.finetuning import PretrainedInit
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 OTHER = "to no one that is; a question.\n".replace(";", ",").replace(".", ":") * 40  # of the same characters
@@ -90,7 +91,7 @@ def changed(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
 
 
 def test_the_model_of_a_run(base):
-    start = finetuning.initial(str(base), GPTConfig(block_size=16, n_layer=7, vocab_size=5))
+    start = PretrainedInit.load(str(base), GPTConfig(block_size=16, n_layer=7, vocab_size=5))
     expected, tokenizer = run_folder.load(base, CPU, "eager")
     assert start.source == str(base)
     assert start.model.config == expected.config
@@ -100,7 +101,7 @@ def test_the_model_of_a_run(base):
 
 
 def test_the_model_of_a_folder_in_hugging_faces_layout(hugging_face):
-    start = finetuning.initial(str(hugging_face), GPTConfig(block_size=24))
+    start = PretrainedInit.load(str(hugging_face), GPTConfig(block_size=24))
     expected = GPT.from_pretrained(str(hugging_face))
     assert start.tokenizer is None
     assert start.model.config == expected.config
@@ -109,14 +110,14 @@ def test_the_model_of_a_folder_in_hugging_faces_layout(hugging_face):
 
 def test_the_home_folder_may_be_a_tilde(base, monkeypatch):
     monkeypatch.setenv("HOME", str(base.parent))
-    assert finetuning.initial("~/run", GPTConfig(block_size=16)).model.config.n_layer == 2
+    assert PretrainedInit.load("~/run", GPTConfig(block_size=16)).model.config.n_layer == 2
 
 
 def test_block_size_dropout_and_padding_are_those_wanted(base, hugging_face):
     for source in (base, hugging_face):
         wanted = GPTConfig(block_size=8, dropout=0.25, pad_vocab_size_to=64)
-        model = finetuning.initial(str(source), wanted).model
-        whole = finetuning.initial(str(source), GPTConfig(block_size=16)).model
+        model = PretrainedInit.load(str(source), wanted).model
+        whole = PretrainedInit.load(str(source), GPTConfig(block_size=16)).model
         assert model.config == dataclasses.replace(whole.config, block_size=8, dropout=0.25, pad_vocab_size_to=64)
         assert model.transformer.wte.weight.shape[0] == -(-whole.config.vocab_size // 64) * 64
         assert model.transformer.wpe.weight.shape == (8, 16)
@@ -135,8 +136,8 @@ def logits_in_training(model: GPT) -> Tensor:
 @pytest.mark.parametrize("position", ["sinusoidal", "none"])
 def test_positions_that_are_not_learned_are_cropped_too(tmp_path, position: str):
     trainer.train(settings(tmp_path, model=GPTConfig(block_size=16, **SIZES, position=position), steps=1))
-    model = finetuning.initial(str(tmp_path / "run"), GPTConfig(block_size=8)).model
-    whole = finetuning.initial(str(tmp_path / "run"), GPTConfig(block_size=16)).model
+    model = PretrainedInit.load(str(tmp_path / "run"), GPTConfig(block_size=8)).model
+    whole = PretrainedInit.load(str(tmp_path / "run"), GPTConfig(block_size=16)).model
     assert model.config == dataclasses.replace(whole.config, block_size=8)
     torch.testing.assert_close(logits(model), logits(whole))
 
@@ -146,34 +147,34 @@ def test_a_context_that_is_too_short(base, hugging_face):
         with pytest.raises(
             ValueError, match=rf"{source} has block_size={size}, less than the 25 asked for; give --block-size {size}$"
         ):
-            finetuning.initial(str(source), GPTConfig(block_size=25))
+            PretrainedInit.load(str(source), GPTConfig(block_size=25))
 
 
 def test_sources_that_are_none(base, tmp_path):
     with pytest.raises(ValueError, match=r"no pretrained model 'nowhere/at/all'; accepted: gpt2, .*or a local folder"):
-        finetuning.initial("nowhere/at/all", GPTConfig())
+        PretrainedInit.load("nowhere/at/all", GPTConfig())
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        finetuning.initial(str(tmp_path), GPTConfig())
+        PretrainedInit.load(str(tmp_path), GPTConfig())
     shutil.copytree(base, tmp_path / "run")
     path = tmp_path / "run/model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its checksum is another"):
-        finetuning.initial(str(tmp_path / "run"), GPTConfig(block_size=16))
+        PretrainedInit.load(str(tmp_path / "run"), GPTConfig(block_size=16))
     path.unlink()
     with pytest.raises(ValueError, match=r"is not a run folder with weights: it has no model\.safetensors"):
-        finetuning.initial(str(tmp_path / "run"), GPTConfig(block_size=16))
+        PretrainedInit.load(str(tmp_path / "run"), GPTConfig(block_size=16))
 
 
 def test_the_vocabulary_has_to_be_the_tokenizers(base):
-    start = finetuning.initial(str(base), GPTConfig(block_size=16))
-    finetuning.require_vocabulary(start, start.tokenizer)
+    start = PretrainedInit.load(str(base), GPTConfig(block_size=16))
+    start.require_vocabulary(start.tokenizer)
     size = start.model.config.vocab_size
     with pytest.raises(ValueError, match=rf"run has a vocabulary of {size} tokens, the tokenizer one of 3; give the"):
-        finetuning.require_vocabulary(start, CharTokenizer("abc"))
-    padded = finetuning.initial(str(base), GPTConfig(block_size=16, pad_vocab_size_to=64))
-    finetuning.require_vocabulary(padded, start.tokenizer)
+        start.require_vocabulary(CharTokenizer("abc"))
+    padded = PretrainedInit.load(str(base), GPTConfig(block_size=16, pad_vocab_size_to=64))
+    padded.require_vocabulary(start.tokenizer)
 
 
 def build() -> GPT:
@@ -183,38 +184,38 @@ def build() -> GPT:
 
 def test_nothing_asked_for_restricts_nothing():
     model = build()
-    finetuning.restrict(model, TrainConfig())
+    finetuning.select_trainable(model, TrainConfig())
     assert all(p.requires_grad for p in model.parameters())
     assert not lora.is_applied(model)
 
 
 def test_frozen_by_pattern():
     model = build()
-    finetuning.restrict(model, TrainConfig(freeze=("transformer.h.0.*", "*.bias")))
+    finetuning.select_trainable(model, TrainConfig(freeze=("transformer.h.0.*", "*.bias")))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n in weights(model) if n.startswith("transformer.h.0.") or n.endswith(".bias")}
     with pytest.raises(ValueError, match=r"no parameter matches 'h\.0'"):
-        finetuning.restrict(build(), TrainConfig(freeze=("h.0",)))
+        finetuning.select_trainable(build(), TrainConfig(freeze=("h.0",)))
 
 
 def test_adapters_by_rank_size_and_pattern():
     model = build()
-    finetuning.restrict(model, TrainConfig(lora_rank=3, lora_alpha=6.0, lora_targets=("*.1.attn.*",)))
+    finetuning.select_trainable(model, TrainConfig(lora_rank=3, lora_alpha=6.0, lora_targets=("*.1.attn.*",)))
     layers = [f"transformer.h.1.attn.{name}" for name in ("c_attn", "c_proj")]
     assert list(lora.adapters(model)) == [f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"]
     assert lora.adapters(model)[f"{layers[0]}.lora_a"].shape == (3, 16)
     assert model.get_submodule(layers[0]).parametrizations.weight[0].scale == 2.0
     assert sum(p.requires_grad for p in model.parameters()) == 4
     every = build()
-    finetuning.restrict(every, TrainConfig(lora_rank=1))
+    finetuning.select_trainable(every, TrainConfig(lora_rank=1))
     assert len(lora.adapters(every)) == 2 * 2 * 4  # every linear layer of two blocks
     with pytest.raises(ValueError, match="no linear layer matches 'c_attn'"):
-        finetuning.restrict(build(), TrainConfig(lora_rank=1, lora_targets=("c_attn",)))
+        finetuning.select_trainable(build(), TrainConfig(lora_rank=1, lora_targets=("c_attn",)))
 
 
 def test_adapters_are_not_for_parameters_in_parts():
     with pytest.raises(ValueError, match="adapters work with --parallel ddp, not with fsdp"):
-        finetuning.restrict(build(), TrainConfig(lora_rank=2, parallel="fsdp"))
+        finetuning.select_trainable(build(), TrainConfig(lora_rank=2, parallel="fsdp"))
 
 
 STEPS = 12
@@ -275,7 +276,7 @@ def test_the_merged_weights_are_a_file_like_any_other(base, adapted):
     saved = json.loads((adapted / "config.json").read_text())
     assert (saved["lora_rank"], saved["lora_alpha"], saved["init_from"]) == (2, 8.0, str(base))
     assert saved["model"] == json.loads((base / "config.json").read_text())["model"]
-    again = finetuning.initial(str(adapted), GPTConfig(block_size=16)).model
+    again = PretrainedInit.load(str(adapted), GPTConfig(block_size=16)).model
     assert changed(again.state_dict(), run_folder.load(adapted, CPU, "eager")[0].state_dict()) == set()
     assert not (base / "adapters.safetensors").exists()
 
@@ -315,7 +316,7 @@ def test_all_is_trained_where_nothing_restricts_it(base, tmp_path):
     assert model.config == dataclasses.replace(shape, block_size=8, dropout=0.1)
     assert tokenizer.decode(tokenizer.encode("question").tolist()) == "question"
     assert summary["params"] == model.get_num_params(non_embedding=False)
-    before = weights(finetuning.initial(str(base), GPTConfig(block_size=8)).model)
+    before = weights(PretrainedInit.load(str(base), GPTConfig(block_size=8)).model)
     assert changed(before, weights(model)) == before.keys()
 
 

@@ -36,15 +36,13 @@ def folder(tmp_path):
 
 
 def logged(folder: RunFolder, *entries: dict, first: int = 0, tensorboard: bool = False, sample: str | None = None):
-    shown = Progress(folder, 20, first, tensorboard)
-    for entry in entries:
-        shown.advance(entry["step"])
-        if "val_loss" in entry:
-            shown.evaluation(entry, sample)
-        else:
-            shown.step(entry)
-    shown.close()
-    return shown
+    with Progress(folder, 20, first, tensorboard) as shown:
+        for entry in entries:
+            shown.advance(entry["step"])
+            if "val_loss" in entry:
+                shown.evaluation(entry, sample)
+            else:
+                shown.step(entry)
 
 
 def test_the_log_holds_what_was_measured(folder):
@@ -79,14 +77,13 @@ def test_a_terminal_shows_a_bar(folder, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "150")
-    shown = Progress(folder, 20, 4, False)
-    shown.advance(6)
-    shown.step({**STEP, "step": 6})
-    assert "| 6/20 [" in terminal.getvalue()
-    assert "loss 3.250, 12,346 tokens/s, MFU 12.5%, 1.5 GiB]" in terminal.getvalue()
-    shown.advance(7)
-    shown.step({**STEP, **UNKNOWN, "step": 7})
-    shown.close()
+    with Progress(folder, 20, 4, False) as shown:
+        shown.advance(6)
+        shown.step({**STEP, "step": 6})
+        assert "| 6/20 [" in terminal.getvalue()
+        assert "loss 3.250, 12,346 tokens/s, MFU 12.5%, 1.5 GiB]" in terminal.getvalue()
+        shown.advance(7)
+        shown.step({**STEP, **UNKNOWN, "step": 7})
     assert "loss 3.250, 12,346 tokens/s, MFU unknown]" in terminal.getvalue()
     assert "| 7/20 [" in terminal.getvalue()
 
@@ -100,7 +97,7 @@ def test_processes_other_than_the_first_write_and_print_nothing(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    logged(None, STEP, EVALUATION, tensorboard=True, sample="text").plot()
+    logged(None, STEP, EVALUATION, tensorboard=True, sample="text")
     assert capsys.readouterr().out == terminal.getvalue() == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +168,7 @@ def colors(image: np.ndarray) -> set[str]:
 
 def drawn(folder: RunFolder) -> np.ndarray:
     """The plot: [rows, columns, 3 or 4], from 0 to 1."""
-    logged(folder).plot()
+    progress.plot_losses(folder.path)
     assert not (folder.path / "loss.png.partial").exists()
     return matplotlib.image.imread(folder.path / "loss.png", format="png")
 

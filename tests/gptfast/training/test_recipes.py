@@ -23,10 +23,9 @@ from gptfast.distributed import World
 from gptfast.generation import text as texts
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.special import END_OF_TEXT
-from gptfast.training import recipes, trainer
+from gptfast.training import dataset, recipes, trainer
 from gptfast.training.recipes import RECIPES
-from gptfast.training.setup import Start
-from gptfast.training.validation import Sequences
+from gptfast.training.validation import EvalSet
 from tests.support import gpt2_files
 
 CPU = torch.device("cpu")
@@ -139,9 +138,9 @@ def test_word_gpt_is_the_architecture_that_it_says():
     model = RECIPES["word-gpt"].model
     assert (model.n_embd, model.n_layer, model.n_head, model.block_size, model.dropout) == (128, 2, 8, 10, 0.1)
     assert (model.activation, model.norm_position, model.position) == ("relu", "post", "sinusoidal")
-    start = Start(RECIPES["word-gpt"], CPU, {})
-    assert len(start.train_split.tokens) == 33
-    starts = {tuple(row) for step in range(100) for row in start.train_split.random_batch(23, 1337, step)[0].tolist()}
+    split = dataset.load(RECIPES["word-gpt"]).train
+    assert len(split.tokens) == 33
+    starts = {tuple(row) for step in range(100) for row in split.random_batch(23, 1337, step)[0].tolist()}
     assert len(starts) == 23  # every place where a window can begin
 
 
@@ -205,7 +204,7 @@ def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
     assert tokenizer.to_json() == run_folder.load(simple_gpt, CPU)[1].to_json()
     whole = batches.split(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
     losses = [
-        Sequences(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.from_environment())
+        EvalSet(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.from_environment())
         for folder in (simple_gpt, out)
     ]
     assert losses[0] > 3.0

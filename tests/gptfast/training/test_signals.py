@@ -21,9 +21,9 @@ def handlers():
 @pytest.mark.parametrize("number", BOTH)
 def test_a_signal_is_noted_and_interrupts_nothing(number):
     with Interrupts() as interrupts:
-        assert not interrupts.asked
+        assert not interrupts.requested
         signal.raise_signal(number)
-        assert interrupts.asked
+        assert interrupts.requested
 
 
 @pytest.mark.parametrize("first", BOTH)
@@ -44,7 +44,7 @@ def test_more_of_sigterm_does_not(first):
                 signal.raise_signal(number)
         except KeyboardInterrupt as error:  # which would end pytest
             raised.append(error)
-    assert (interrupts.asked, raised) == (True, [])
+    assert (interrupts.requested, raised) == (True, [])
 
 
 def current() -> list:
@@ -64,9 +64,9 @@ def test_one_within_the_other(handlers):
     with Interrupts() as outer:
         with Interrupts() as inner:
             signal.raise_signal(signal.SIGINT)
-        assert (outer.asked, inner.asked) == (False, True)
+        assert (outer.requested, inner.requested) == (False, True)
         signal.raise_signal(signal.SIGINT)
-        assert outer.asked
+        assert outer.requested
     assert current() == handlers
 
 
@@ -76,7 +76,7 @@ def test_in_another_thread_nothing_happens(handlers):
     def elsewhere():
         with Interrupts() as interrupts:
             found.append(current())
-        found.append(interrupts.asked)
+        found.append(interrupts.requested)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

@@ -19,7 +19,7 @@ from gptfast.data.shards import Tokens
 from gptfast.distributed import World
 from gptfast.evaluation import metrics
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
-from gptfast.training.validation import Sequences
+from gptfast.training.validation import EvalSet
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32, init_std=0.3)
 TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 8
@@ -34,18 +34,18 @@ def split_of(ids: np.ndarray, block_size: int = 8) -> Split:
     return Split(Tokens([ids]), block_size)
 
 
-def random_sequences(count: int, batch_size: int) -> Sequences:
+def random_sequences(count: int, batch_size: int) -> EvalSet:
     ids = np.random.default_rng(0).integers(31, size=8 * count + 1)
-    found = Sequences(split_of(ids), batches=100, batch_size=batch_size)
+    found = EvalSet(split_of(ids), batches=100, batch_size=batch_size)
     assert sum(len(idx) for idx, _ in found.split.eval_batches(100, batch_size)) == count
     return found
 
 
-def mean_loss(sequences: Sequences, model: nn.Module, world: World | None = None) -> float:
+def mean_loss(sequences: EvalSet, model: nn.Module, world: World | None = None) -> float:
     return sequences.mean_loss(model, torch.float32, world or World())
 
 
-def loss_by_hand(sequences: Sequences, model: GPT) -> float:
+def loss_by_hand(sequences: EvalSet, model: GPT) -> float:
     """Each sequence's mean by itself, and their mean, in float64."""
     exact, losses = copy.deepcopy(model).double().eval(), []
     for idx, targets in sequences.split.eval_batches(sequences.batches, sequences.batch_size):
@@ -64,7 +64,7 @@ def test_every_sequence_weighs_the_same():
 
 def test_at_most_so_many_batches():
     sequences, model = random_sequences(13, batch_size=3), build()
-    few = Sequences(sequences.split, batches=2, batch_size=3)
+    few = EvalSet(sequences.split, batches=2, batch_size=3)
     assert mean_loss(few, model) == pytest.approx(loss_by_hand(few, model), rel=1e-5)
     assert mean_loss(few, model) != pytest.approx(mean_loss(sequences, model), rel=1e-3)
 
@@ -118,7 +118,7 @@ class Process:
         return torch.stack(self._given).sum(0)
 
 
-def losses_of(size: int, sequences: Sequences, model: GPT) -> tuple[list[float], list[Recorded]]:
+def losses_of(size: int, sequences: EvalSet, model: GPT) -> tuple[list[float], list[Recorded]]:
     """What each of `size` processes finds, and their models."""
     barrier, given = threading.Barrier(size), [None] * size
     models = [Recorded(copy.deepcopy(model)) for _ in range(size)]
@@ -164,10 +164,10 @@ KEEPING: dict[str, Tokenizer] = {
 }
 
 
-def all_of(tokenizer: Tokenizer, ids: np.ndarray) -> Sequences:
+def all_of(tokenizer: Tokenizer, ids: np.ndarray) -> EvalSet:
     """As few sequences as cover all tokens but the first, which nothing predicts."""
     block = next(size for size in (8, 7, 6, 5, 4, 3, 2, 1) if (len(ids) - 1) % size == 0)
-    return Sequences(split_of(ids, block), batches=1000, batch_size=16)
+    return EvalSet(split_of(ids, block), batches=1000, batch_size=16)
 
 
 @pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
