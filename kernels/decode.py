@@ -1,9 +1,13 @@
-"""Attention of the last tokens of sequences over caches of keys and values: what generation does for every token.
+"""Attention of the last tokens of sequences over KV caches, for generation.
 
-The work is reading the cache. It is split over the keys as well as over the heads, so that few sequences fill the GPU
-too; each part keeps its own softmax, and a second kernel merges them (Dao et al. 2023, "Flash-Decoding"). How many
-parts is decided from the shapes alone, how long they are from the lengths, on the device: nothing waits for the host.
-Each query has programs of its own; those of one head run side by side, and all but one find its keys in the L2 cache.
+Reading the cache takes the time. It is split over keys as well as heads, so that a few sequences fill the GPU. Each
+part has its own softmax, and a second kernel merges the parts (Dao et al. 2023, "Flash-Decoding"). The shapes decide
+the number of parts, and the lengths decide on the device how long each is: the host never synchronises. Each query has
+its own programs; those of one head run side by side and share its keys through the L2 cache.
+
+Tiles: b_q [BD] is one query, padded from D to BD; b_k and b_v [BN, BD] hold keys and values, b_s and b_p [BN] their
+scores and probabilities. m_i is the running maximum, l_i the running sum, kept per lane, and acc [BD] the unnormalised
+output. Scores and lse are in units of log2.
 """
 
 from __future__ import annotations
@@ -29,38 +33,40 @@ def _decode_part_kernel(
     stride_v_batch, stride_v_head, stride_v_row, n_heads, n_queries, n_keys, scale_log2,
     PARTS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys that one query sees: its softmax-weighted values, and their log2-sum-exp2."""
+    """Attend from one query to one part of the keys, and store the output and its log2-sum-exp2."""
     row, part = tl.program_id(0), tl.program_id(1)
     batch_head, query = row // n_queries, row % n_queries
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
-    # a length beyond the cache would read what is not its own
+    # a length beyond the cache would read out of bounds
     length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), n_keys)
     length = tl.maximum(length - (n_queries - 1 - query), 0)
     rows = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
     first, last = part * rows, tl.minimum((part + 1) * rows, length)
     cols = tl.arange(0, BD)
     q_ptr += batch * stride_q_batch + head * stride_q_head + query.to(tl.int64) * stride_q_row
-    q = tl.load(q_ptr + cols, mask=cols < D, other=0.0)  # [BD]
-    q = q.to(tl.float32) * scale_log2
+    b_q = tl.load(q_ptr + cols, mask=cols < D, other=0.0)  # [BD]
+    b_q = b_q.to(tl.float32) * scale_log2
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
     acc = tl.zeros([BD], dtype=tl.float32)
-    total = tl.zeros([BN], dtype=tl.float32)  # of each lane; added up at the end
-    highest = tl.full([1], float("-inf"), dtype=tl.float32)
+    l_i = tl.zeros([BN], dtype=tl.float32)
+    m_i = tl.full([1], float("-inf"), dtype=tl.float32)
     for start in range(first, last, BN):
         keys = start + tl.arange(0, BN)
         mask = (keys < last)[:, None] & (cols < D)[None, :]
-        k = tl.load(k_ptr + keys.to(tl.int64)[:, None] * stride_k_row + cols[None, :], mask=mask, other=0.0)  # [BN, BD]
-        scores = tl.where(keys < last, tl.sum(k.to(tl.float32) * q[None, :], axis=1), float("-inf"))  # [BN]
-        higher = tl.maximum(highest, tl.max(scores, axis=0))
-        shrink = tl.exp2(highest - higher)
-        p = tl.exp2(scores - higher)
-        v = tl.load(v_ptr + keys.to(tl.int64)[:, None] * stride_v_row + cols[None, :], mask=mask, other=0.0)  # [BN, BD]
-        acc = acc * shrink + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
-        total = total * shrink + p
-        highest = higher
-    sum_p = tl.sum(total, axis=0)
-    # a part without keys has the weight 0 and the value 0
+        p_k = k_ptr + keys.to(tl.int64)[:, None] * stride_k_row + cols[None, :]
+        b_k = tl.load(p_k, mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
+        b_s = tl.where(keys < last, tl.sum(b_k * b_q[None, :], axis=1), float("-inf"))  # [BN]
+        m_new = tl.maximum(m_i, tl.max(b_s, axis=0))
+        alpha = tl.exp2(m_i - m_new)
+        b_p = tl.exp2(b_s - m_new)
+        p_v = v_ptr + keys.to(tl.int64)[:, None] * stride_v_row + cols[None, :]
+        b_v = tl.load(p_v, mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
+        acc = acc * alpha + tl.sum(b_p[:, None] * b_v, axis=0)
+        l_i = l_i * alpha + b_p
+        m_i = m_new
+    sum_p = tl.sum(l_i, axis=0)
+    # a part without keys has weight 0 and value 0
     sum_p = tl.where(sum_p > 0.0, sum_p, 1.0)
     acc = acc / sum_p
     if PARTS == 1:
@@ -68,52 +74,53 @@ def _decode_part_kernel(
     else:
         slot = row.to(tl.int64) * PARTS + part
         tl.store(part_o_ptr + slot * D + cols, acc, mask=cols < D)
-        tl.store(part_lse_ptr + slot + tl.arange(0, 1), highest + tl.log2(sum_p))
+        tl.store(part_lse_ptr + slot + tl.arange(0, 1), m_i + tl.log2(sum_p))
 
 
 @triton.jit
 def _decode_merge_kernel(
     part_o_ptr, part_lse_ptr, o_ptr, PARTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """The values of all parts of one query, weighted by their sums of exponentials."""
+    """Merge the parts of one query, weighted by their sums of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     slots = row * PARTS + tl.arange(0, PARTS)
     cols = tl.arange(0, BD)
     lse = tl.load(part_lse_ptr + slots)  # [PARTS]
-    highest = tl.max(lse, axis=0)
-    # without any key all are -inf, and -inf less -inf is no number
-    weight = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weight, axis=0)
-    o = tl.load(part_o_ptr + slots[:, None] * D + cols[None, :], mask=(cols < D)[None, :], other=0.0)  # [PARTS, BD]
-    o = tl.sum(o * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    m_i = tl.max(lse, axis=0)
+    # without any key all are -inf, and -inf - -inf is NaN
+    weight = tl.exp2(lse - tl.where(m_i == float("-inf"), 0.0, m_i))
+    l_i = tl.sum(weight, axis=0)
+    p_o = part_o_ptr + slots[:, None] * D + cols[None, :]
+    b_o = tl.load(p_o, mask=(cols < D)[None, :], other=0.0)  # [PARTS, BD]
+    o = tl.sum(b_o * weight[:, None], axis=0) / tl.where(l_i > 0.0, l_i, 1.0)
     tl.store(o_ptr + row * D + cols, o.to(o_ptr.dtype.element_ty), mask=cols < D)
 
 
-def _blocks(head_size: int, elements: int, warps: int) -> Config:
-    """About `elements` numbers of keys and as many of values on their way for each program.
+def _config(head_size: int, elements: int, warps: int) -> Config:
+    """Return a tile of about `elements` numbers of keys.
 
-    Programs for `per_processor` on each, and parts of no less than `shortest` keys: merging more costs more than it
-    saves.
+    `per_processor` is the number of programs on each multiprocessor. A part has at least `shortest` keys: below that,
+    merging costs more than splitting saves.
     """
     keys = max(16, min(256, elements // head_size))
-    warps = max(warps, 8) if head_size > 128 else warps  # rows of such heads are long
+    warps = max(warps, 8) if head_size > 128 else warps
     return {"BN": keys, "num_warps": warps, "per_processor": 4, "shortest": max(keys, 128)}
 
 
-def _choices(architecture: str, head_size: int, keys: int, heads: int, dtype: torch.dtype) -> list[Config]:
-    # of float32, 4096 numbers by four warps would spill
+def _configs(architecture: str, head_size: int, keys: int, heads: int, dtype: torch.dtype) -> list[Config]:
+    # in float32, 4096 numbers in four warps spill
     sizes = ((2048, 4), (8192, 8)) if dtype == torch.float32 else ((4096, 4), (8192, 8), (2048, 4))
-    return [_blocks(head_size, elements, warps) for elements, warps in sizes]
+    return [_config(head_size, elements, warps) for elements, warps in sizes]
 
 
-_PART = Tunable("decode", _choices)
-_MOST_PARTS = 64
+_PART = Tunable("decode", _configs)
+_MAX_PARTS = 64
 
 
-def _parts(rows: int, n_keys: int, device: torch.device, options: Config) -> int:
-    """How many parts the keys are split into: a power of two, from the shapes alone."""
-    programs = runtime.program_count(device, options["per_processor"])
-    parts = min(runtime.cdiv(programs, rows), runtime.cdiv(n_keys, options["shortest"]), _MOST_PARTS)
+def _parts(rows: int, n_keys: int, device: torch.device, config: Config) -> int:
+    """Return the number of parts that the keys are split into: a power of two, from the shapes alone."""
+    programs = runtime.program_count(device, config["per_processor"])
+    parts = min(runtime.cdiv(programs, rows), runtime.cdiv(n_keys, config["shortest"]), _MAX_PARTS)
     return runtime.next_power_of_2(max(parts, 1))
 
 
@@ -127,8 +134,8 @@ def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale
     lengths = lengths.contiguous()
     width = runtime.padded_head_size(head_size)
 
-    def launch(options: Config) -> None:
-        parts = _parts(rows, n_keys, q.device, options)
+    def launch(config: Config) -> None:
+        parts = _parts(rows, n_keys, q.device, config)
         slots = rows * parts if parts > 1 else 0
         part_o = torch.empty(slots, head_size, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
@@ -136,7 +143,7 @@ def _compute(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale
             _decode_part_kernel[(rows, parts)](
                 q, k_cache, v_cache, lengths, o, part_o, part_lse, *q.stride()[:3],
                 *k_cache.stride()[:3], *v_cache.stride()[:3], heads, n_queries, n_keys, scale * runtime.LOG2_E,
-                PARTS=parts, D=head_size, BD=width, BN=options["BN"], num_warps=options["num_warps"],
+                PARTS=parts, D=head_size, BD=width, BN=config["BN"], num_warps=config["num_warps"],
             )  # fmt: skip
             if parts > 1:
                 _decode_merge_kernel[(rows,)](part_o, part_lse, o, PARTS=parts, D=head_size, BD=width, num_warps=8)
@@ -155,33 +162,33 @@ def _(q, k_cache, v_cache, lengths, scale):
 
 @register_flop_formula(torch.ops.gptfast.decode_attention)
 def _flops(q_shape, k_shape, *args, **kwargs) -> int:
-    """Two products with the whole cache: the lengths are not known from shapes."""
+    """Two matmuls with the whole cache: shapes do not tell the lengths."""
     return 4 * q_shape.numel() * k_shape[2]
 
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale * q @ k.T) @ v of each sequence's last T tokens over the first `lengths` keys of its cache.
+    """Compute softmax(scale * q @ k.T) @ v of each sequence's last T tokens over the first `lengths` keys of its cache.
 
-    Those keys are the tokens' own too: the last query sees all of them, each before it one less. For generation: no
-    gradient. Split over the keys (Dao et al. 2023, "Flash-Decoding"), bitwise the same on every run, without a look at
-    the lengths from the host: CUDA graphs may replay it while the lengths grow. Where Triton cannot run (CPU tensors),
-    this is `kernels.reference.decode_attention`.
+    The keys include those of the T tokens: the last query attends to all of them, each query before it to one less. For
+    generation, without gradients. The keys are split (Dao et al. 2023, "Flash-Decoding"), and results are bitwise
+    reproducible. The host never reads the lengths: CUDA graphs may replay the call while they grow. Where Triton cannot
+    run (CPU tensors), this is `kernels.reference.decode_attention`.
 
     Args:
-        q: [B, H, T, D], T at least 1 and mostly 1, D at most 256, float32, float16 or bfloat16.
+        q: [B, H, T, D], T at least 1 and usually 1, D at most 256, float32, float16 or bfloat16.
         k_cache: [B, H, S, D], any strides.
         v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, on the device of q: how many keys of each sequence count. Beyond S they are S; a
-            query that sees none has the result 0.
-        scale: multiplies the scores; D**-0.5 if None.
+        lengths: [B] int32 or int64, on the device of q: the number of keys of each sequence. Lengths above S count as
+            S. A query without keys returns 0.
+        scale: multiplies the scores; None is D**-0.5.
 
     Returns:
         [B, H, T, D], contiguous, in the dtype of the inputs, or autocast's.
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
         RuntimeError: a derivative.
     """
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)

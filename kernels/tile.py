@@ -1,16 +1,19 @@
-"""Device functions that several kernels share, and where kernels can be launched."""
+"""Device functions that several kernels share, and the devices that kernels launch on.
+
+Tiles: b_a [BM, BK] and b_b [BK, BN] are tiles of the operands of a @ b, acc [BM, BN] is a float32 accumulator.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1 has kernels executed on CPU tensors; Triton reads it when it is imported, and so does this
+# TRITON_INTERPRET=1 runs kernels on CPU tensors; Triton reads it on import
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 def launchable(device: torch.device) -> bool:
-    """Whether operators run as kernels on tensors of `device`. On the meta device they have shapes alone."""
+    """Return True if operators launch kernels on `device`, or compute shapes on the meta device."""
     return device.type in ("cuda", "meta") or (_INTERPRETED and device.type == "cpu")
 
 
@@ -18,7 +21,7 @@ def launchable(device: torch.device) -> bool:
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a @ b in float32, for tiles a [M, K], b [K, N] and acc [M, N]."""
     if INTERPRETED:
-        # the interpreter holds bf16 as raw integers and gets products of them silently wrong
+        # the interpreter stores bf16 as integers, and its products are silently wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -30,9 +33,9 @@ def _matmul_by_strides(
     stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`matmul` of operands that pointers and strides tell.
+    """Compute `matmul` of operands with pointers and strides.
 
-    Rows and columns past the end wrap around, so that no load needs a mask for them: their results are not stored.
+    Rows and columns past the end wrap around, which saves the loads a mask: their results are not stored.
     """
     inner = tl.arange(0, BK)
     rows = ((row + tl.arange(0, BM)) % n_rows).to(tl.int64)
@@ -41,10 +44,10 @@ def _matmul_by_strides(
     p_b = b_ptr + inner[:, None].to(tl.int64) * stride_b_inner + cols[None, :] * stride_b_col  # [BK, BN]
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, n_inner, BK):
-        a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
-        b = tl.load(p_b, mask=inner[:, None] < n_inner - start, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        # strides that the compiler knows to be 1 are no tensors: cast takes both
+        b_a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
+        b_b = tl.load(p_b, mask=inner[:, None] < n_inner - start, other=0.0)
+        acc = dot(b_a, b_b, acc, PRECISION)
+        # a stride of 1 is a constant without .to(); tl.cast takes both
         p_a += BK * tl.cast(stride_a_inner, tl.int64)
         p_b += BK * tl.cast(stride_b_inner, tl.int64)
     return acc
@@ -55,15 +58,15 @@ def _matmul_by_descriptors(
     a, b, row, col, n_inner, B_BY_COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`matmul` of operands that tensor descriptors tell: the memory system copies whole tiles, zeros past the end."""
+    """Compute `matmul` of operands with tensor descriptors: TMA copies whole tiles, with zeros past the end."""
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, n_inner, BK):
-        tile_a = a.load([row, start])  # [BM, BK]
+        b_a = a.load([row, start])  # [BM, BK]
         if B_BY_COLUMNS:
-            tile_b = tl.trans(b.load([col, start]))  # [BK, BN]
+            b_b = tl.trans(b.load([col, start]))  # [BK, BN]
         else:
-            tile_b = b.load([start, col])  # [BK, BN]
-        acc = dot(tile_a, tile_b, acc, PRECISION)
+            b_b = b.load([start, col])  # [BK, BN]
+        acc = dot(b_a, b_b, acc, PRECISION)
     return acc
 
 
@@ -74,9 +77,10 @@ def matmul(
     DESCRIPTORS: tl.constexpr, B_BY_COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The float32 tile (a @ b)[row : row + BM, col : col + BN] of a [n_rows, n_inner] and b [n_inner, n_cols].
+    """Return the float32 tile (a @ b)[row : row + BM, col : col + BN] of a [n_rows, n_inner] and b [n_inner, n_cols].
 
-    a and b are pointers, or DESCRIPTORS: that of b tells [n_cols, n_inner] if B_BY_COLUMNS, and strides are not used.
+    a and b are pointers with strides, or descriptors if DESCRIPTORS; b's descriptor is of [n_cols, n_inner] if
+    B_BY_COLUMNS.
     """
     if DESCRIPTORS:
         acc = _matmul_by_descriptors(a, b, row, col, n_inner, B_BY_COLUMNS, BM, BN, BK, PRECISION)
@@ -90,9 +94,9 @@ def matmul(
 
 @triton.jit
 def grouped_tile(index, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of the tile with this index of an [n_rows, n_cols] result.
+    """Return the first row and column of the tile `index` of an [n_rows, n_cols] result.
 
-    Indices walk down GROUP tiles before they step right, so that those running together share operands in L2.
+    Indices go down GROUP tiles before they step right, so that concurrent programs share operands in the L2 cache.
     """
     row_tiles = tl.cdiv(n_rows, BM)
     group_size = GROUP * tl.cdiv(n_cols, BN)
@@ -105,13 +109,13 @@ def grouped_tile(index, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 @triton.jit
 def halves(values, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and right half of a tile [BM, BN], [BM, BN / 2] each."""
+    """Split a tile [BM, BN] into its left and right halves [BM, BN / 2]."""
     return tl.split(tl.permute(tl.reshape(values, [BM, 2, BN // 2]), [0, 2, 1]))
 
 
 @triton.jit
 def _offsets(row, col, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr):
-    """Offsets [BM, BN] of a tile of a contiguous [n_rows, n_cols], and where it is inside."""
+    """Return offsets [BM, BN] of a tile of a contiguous [n_rows, n_cols], and the mask of its elements inside."""
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     return rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask
@@ -121,7 +125,7 @@ def _offsets(row, col, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr):
 def load(
     source, row, col, n_rows, n_cols, DESCRIPTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """The tile [BM, BN] at (row, col) of a contiguous [n_rows, n_cols], zero outside."""
+    """Load the tile [BM, BN] at (row, col) of a contiguous [n_rows, n_cols], zero outside."""
     if DESCRIPTOR:
         values = source.load([row, col])
     else:
@@ -134,7 +138,7 @@ def load(
 def store(
     target, values, row, col, n_rows, n_cols, DESCRIPTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Write a tile [BM, BN] to (row, col) of a contiguous [n_rows, n_cols], in its dtype."""
+    """Store a tile [BM, BN] at (row, col) of a contiguous [n_rows, n_cols], in its dtype."""
     if DESCRIPTOR:
         target.store([row, col], values.to(target.dtype))
     else:

@@ -20,7 +20,7 @@ from benchmarks.roofline.__main__ import gpu_named
 from benchmarks.vs_nanogpt import compare, learning_curves
 from gptfast import GPTConfig
 from gptfast.training import recipes as recipes_by_name
-from kernels import attention_launch, tuning
+from kernels import attention, tuning
 from tests.support.documents import run, words
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_the_tuning_log_has_the_tiles_that_are_launched():
     rows = re.findall(r"^\| (forward|dk_dv|dq) \| (64|128) \| (\d+)x(\d+) w(\d+) s(\d+) \|", text, re.MULTILINE)
     assert len(rows) == 6
     for name, head_size, *blocks in rows:
-        launch = getattr(attention_launch, f"_{name.upper()}")
+        launch = getattr(attention, f"_{name.upper()}")
         with tuning.assume_architecture("sm_90"):
             first, *_ = launch.candidates(torch.device("cpu"), int(head_size), 4096, torch.bfloat16, False, True)
         assert first["DESCRIPTORS"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import attention_launch, checks, ffn, int8, norm_launch, runtime
+from kernels import attention, checks, ffn, int8, norm, runtime
 from kernels.tma import supports_tma
 from kernels.tuning import Tunable
 
@@ -22,14 +22,14 @@ def choose(tunable: Tunable, *problem: object) -> None:
     tunable.launch(lambda options: runtime.cdiv(1000, options["BM"]), CPU, *problem)
 
 
-def norm() -> None:
+def norm_alone() -> None:
     checks.layer_norm(X, W, B, 1e-5, None)
-    choose(norm_launch._FORWARD, 64, torch.float32, False, False)
+    choose(norm._FORWARD, 64, torch.float32, False, False)
 
 
 def norm_with_addition() -> None:
     checks.add_layer_norm(X, X, W, B, 1e-5, 0.1, None, None)
-    choose(norm_launch._FORWARD, 64, torch.float32, True, True)
+    choose(norm._FORWARD, 64, torch.float32, True, True)
 
 
 def feed_forward() -> None:
@@ -41,7 +41,7 @@ def feed_forward() -> None:
 def attend() -> None:
     checks.causal_attention(Q, Q, Q, None, 0.1, None)
     described = supports_tma(Q, Q, Q, Q)
-    choose(attention_launch._FORWARD, *attention_launch._problem(Q, Q, None, described))
+    choose(attention._FORWARD, *attention._key(Q, Q, None, described))
 
 
 def multiply_int8() -> None:
@@ -49,7 +49,7 @@ def multiply_int8() -> None:
     choose(int8._ROWS, 64, 16, torch.float32)
 
 
-@pytest.mark.parametrize("call", [norm, norm_with_addition, feed_forward, attend, multiply_int8])
+@pytest.mark.parametrize("call", [norm_alone, norm_with_addition, feed_forward, attend, multiply_int8])
 def test_checks_grid_and_configuration_take_microseconds(call: Callable[[], None]):
     """A few; the limit leaves room for machines that are slow and busy, not for a file that is read or a lost cache."""
     call()

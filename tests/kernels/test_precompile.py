@@ -66,7 +66,7 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(
     monkeypatch, config: GPTConfig, dtype: torch.dtype, autocast: bool
 ):
     # as CUDA's autocast has it
-    monkeypatch.setattr(norm, "_widened", lambda x: runtime.autocast_dtype(x.device) is not None)
+    monkeypatch.setattr(norm, "_autocasts_to_float32", lambda x: runtime.autocast_dtype(x.device) is not None)
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     context = torch.autocast(DEVICE.type, half) if autocast else nullcontext()
     with context, recorded_launches() as warmed_up:
