@@ -1,75 +1,99 @@
-"""CUDA graphs: the kernels of a function recorded once and launched together."""
+"""CUDA graphs: record the kernels of a function once and launch them together."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-_WARMUP = 2  # calls before a capture: compilation and memory settle in them
+WARMUP_CALLS = 2
+"""Eager calls before a capture, in which compilation, autotuning and memory settle."""
+
+
+def is_available(device: torch.device) -> bool:
+    """Return True if work on `device` can be captured."""
+    return device.type == "cuda"
 
 
 def capture(
-    function: Callable[[], None], pool: Any, stream: torch.cuda.Stream, generator: torch.Generator | None = None
-) -> Callable[[], None]:
-    """Record the kernels that a function launches, without running them; the result launches them again.
+    functions: Sequence[Callable[[], None]], device: torch.device, generator: torch.Generator | None = None
+) -> list[Callable[[], None]]:
+    """Record the kernels that functions launch, without running them.
 
-    What a `generator` draws in it is drawn anew by every launch, as PyTorch's own generator does without being named.
-    Other threads may meanwhile do what a capture forbids, such as pinning memory for the next batch.
+    The graphs share one memory pool, so replay them in the order of `functions`. Each replay draws new numbers from
+    `generator`; PyTorch's default generator needs no mention. Other threads may pin memory during the capture.
+
+    Returns:
+        A function per graph that launches it.
     """
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
+    pool, replays = torch.cuda.graph_pool_handle(), []
+    for function in functions:
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device), capture_error_mode="thread_local"):
+            function()
+        replays.append(graph.replay)
+    return replays
+
+
+@contextlib.contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Run work on the stream of captures, in order with the current stream.
+
+    Autograd remembers the stream of each forward and of each gradient, so warm-up and capture must share one.
+    """
+    current, stream = torch.cuda.current_stream(device), _capture_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a GPU: cuBLAS keeps a workspace for each stream that it has seen, for good."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all captures on a GPU: cuBLAS never frees the workspace that it keeps per stream."""
     return torch.cuda.Stream(device)
 
 
-class Replayed(Generic[Result]):
-    """A function of one tensor, replayed from a CUDA graph from its third call on.
+class CUDAGraphCallable(Generic[Result]):
+    """A function of one tensor that is replayed from a CUDA graph from its third call on.
 
-    Until `forget` the tensor keeps its shape, and all others that the function reads and writes keep their places.
+    The tensor keeps its shape until `reset`. All other tensors that the function reads or writes keep their addresses.
 
     Args:
-        function: what is called; all its work is the device's.
-        generator: what it draws from, if anything.
+        function: launches work on the device only.
+        generator: generator that the function draws from, besides PyTorch's default one.
     """
 
     def __init__(self, function: Callable[[Tensor], Result], generator: torch.Generator | None = None) -> None:
         self._function, self._generator = function, generator
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Capture anew."""
+    def reset(self) -> None:
+        """Drop the graph, so that the next calls warm up and capture again."""
         self._calls = 0
         self._input: Tensor | None = None
         self._replay: Callable[[], None] | None = None
-        self._results: list[Result] = []  # one, once there is one
+        self._results: list[Result] = []  # one element after the capture
 
     def __call__(self, given: Tensor) -> Result:
-        """What the function returns. The next call overwrites it."""
+        """Call the function. NOTE: the next call overwrites the result."""
         self._calls += 1
-        if self._calls <= _WARMUP:
+        if self._calls <= WARMUP_CALLS:
             return self._function(given)
         if self._input is None or self._replay is None:
-            self._input = given.clone()
-            self._replay = self._capture(self._input)
+            static = self._input = given.clone()
+
+            def call() -> None:
+                self._results[:] = [self._function(static)]
+
+            (self._replay,) = capture([call], given.device, self._generator)
         self._input.copy_(given)
         self._replay()
         return self._results[0]
-
-    def _capture(self, given: Tensor) -> Callable[[], None]:
-        def call() -> None:
-            self._results[:] = [self._function(given)]
-
-        return capture(call, torch.cuda.graph_pool_handle(), capture_stream(given.device), self._generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
-from gptfast.cuda_graphs import Replayed
+from gptfast.cuda_graphs import CUDAGraphCallable
 from gptfast.generation.kv_cache import KVCache, selected
 from gptfast.quantization import for_decoding
 
@@ -119,7 +119,7 @@ class CachedDecoder(Generic[Outcome]):
         # each sequence has a length of its own then, on the device: one that the host counts is another graph each time
         self._apart = graph or compiled
         self._next = torch.compile(self._add, fullgraph=True) if compiled else self._add
-        self._replayed = Replayed(self._step, choice.generator) if graph else None
+        self._replayed = CUDAGraphCallable(self._step, choice.generator) if graph else None
         longest = max(lengths, default=0)
         self.tokens = idx.new_zeros(idx.shape[0], longest + max_new_tokens)
         self.tokens[:, :longest] = idx[:, :longest]
@@ -190,7 +190,7 @@ class CachedDecoder(Generic[Outcome]):
     def select(self, rows: Tensor) -> None:
         """Go on with some of the sequences, in another order or several times: i is from now on what rows[i] was."""
         if self._replayed is not None and len(rows) != len(self._lengths):
-            self._replayed.forget()  # another number of sequences is another graph
+            self._replayed.reset()  # another number of sequences is another graph
         if len(set(self._lengths)) > 1:
             self._lengths = [self._lengths[row] for row in rows.tolist()]
         else:

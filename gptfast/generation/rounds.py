@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.cuda_graphs import Replayed
+from gptfast.cuda_graphs import CUDAGraphCallable
 from gptfast.generation import decoder, sampling
 from gptfast.generation.autoregressive import log_softmax_of
 from gptfast.generation.decoder import CausalLM
@@ -109,7 +109,7 @@ class Rounds:
         shape = (idx[:, : longest - 1], self.tokens.shape[1], len(idx) * max_new_tokens)
         self._target, self._proposer = (_Reader(each, *shape) for each in (model, draft))
         graph = idx.is_cuda if graph is None else graph
-        self._replayed = Replayed(lambda ends: self._round(ends, count), generator) if graph else None
+        self._replayed = CUDAGraphCallable(lambda ends: self._round(ends, count), generator) if graph else None
         # whether the draft reads the last two tokens of each again: of one, all of whose proposals stood, it lacks both
         self._behind = graph
 
@@ -153,7 +153,7 @@ class Rounds:
             self._proposer.select(kept)
             self._idle = None
             if self._replayed is not None:
-                self._replayed.forget()
+                self._replayed.reset()
             return list(range(len(places)))
         self._idle = torch.tensor(sorted(set(range(rows)) - set(places)), device=self.tokens.device)
         return list(places)

@@ -1,10 +1,11 @@
-"""One optimizer step from a batch, with nothing in it that waits for the device."""
+"""One optimizer step, captured in CUDA graphs on a GPU. The host never waits for the device in it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,32 +22,26 @@ from kernels.pytorch_internals import (
     update_grad_scale_,
 )
 
-_WARMUP = 2  # steps before a capture: compilation, memory and the optimizer's state settle in them
-
-# float16's loss is scaled up, so that small gradients are not lost: by `torch.amp.GradScaler`'s first factor, doubled
-# after so many steps and halved whenever a gradient overflows (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2)
-_FIRST_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
-
 
 class StepResult:
-    """What a step measured. Reading it waits for that step alone, not for those started since.
+    """Measurements of one step. Reading one waits for that step only, not for later ones.
 
     Attributes:
-        loss: the mean over the batch, in nats per token, before the update.
-        grad_norm: the Euclidean norm of all gradients, before clipping.
-        loss_scale: what the loss was multiplied with for the backward: 1, but for float16.
+        loss: mean over the batch in nats per token, before the update.
+        grad_norm: Euclidean norm of all gradients, before clipping.
+        loss_scale: factor of the loss in the backward, 1 except in float16.
     """
 
     def __init__(self, values: Tensor) -> None:
-        # [3]; from a CUDA GPU to pinned memory, behind the step
+        # [3]; on a GPU an asynchronous copy to pinned memory, queued behind the step
         self._values = values.to("cpu", non_blocking=values.is_cuda)
-        self._arrived = torch.cuda.Event() if values.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(values.device))
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def _read(self, index: int) -> float:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return float(self._values[index])
 
     @property
@@ -63,42 +58,41 @@ class StepResult:
 
 
 class TrainStep:
-    """Forward, loss, backward, clipping and optimizer, for the last 20% that a plain PyTorch loop leaves.
+    """Forward, backward, gradient clipping and optimizer update.
 
         step = TrainStep(model, optimizer, grad_clip=1.0, dtype=torch.bfloat16)
         for idx, targets in batches:
             result = step(idx, targets)
             if previous is not None:
-                log(previous.loss)  # one step late: the GPU is never idle
+                log(previous.loss)  # one step late: the GPU never idles
             previous = result
 
-    Matrix products run in `dtype` by `torch.autocast`; parameters, gradients, the optimizer's state and the residual
-    stream stay in the dtype of the parameters. On a GPU the first steps run as they are, then the step is captured in
-    CUDA graphs, one for each batch shape, and replayed: the host does nothing but start them. Dropout draws anew at
-    each replay. The learning rate may change from step to step, by `group["lr"] = rate` or a scheduler, and is then a
-    tensor; a change of the other settings of the optimizer, or of the model's mode, has the step captured again.
+    Matmuls run in `dtype` by `torch.autocast`; parameters, gradients, optimizer state and the residual stream keep the
+    dtype of the parameters. On a GPU the first steps run eagerly. Then the step is captured in CUDA graphs, one set per
+    batch shape, and replayed. Each replay draws new dropout masks. The learning rate may change between steps, by
+    `group["lr"] = rate` or a scheduler, and becomes a tensor. A change of other hyperparameters, or of the model's
+    mode, captures the step again.
 
-    With an optimizer of PyTorch's that is fused (AdamW and Adam with `fused=True`, as `GPT.configure_optimizers` makes
-    it) clipping is part of its pass over the parameters, and a step whose gradients are not finite changes nothing.
-    In float16 the loss is scaled, and such a step halves the scale; an optimizer that is not fused has the host wait
-    for the gradients then.
+    With a fused optimizer of PyTorch (AdamW and Adam with `fused=True`, as in `GPT.configure_optimizers`) clipping is
+    part of the optimizer's pass over the parameters, and a step with non-finite gradients changes nothing. In float16
+    the loss is scaled and such a step halves the scale; with an optimizer that is not fused the host then waits for
+    the gradients.
 
-    Processes that train together, by `DistributedDataParallel` or FSDP2's `fully_shard`, each take their rows of the
-    batch. Gradients travel once a step; loss, norm and weights are those of the whole batch.
+    Under `DistributedDataParallel` or FSDP2's `fully_shard` each process passes its rows of the batch. Gradients are
+    synchronised once a step; loss, norm and weights are those of the whole batch.
 
     Args:
-        model: `model(idx, targets)` returns (anything, mean loss): a GPT, or a module around one.
-        optimizer: of its parameters; or several, of parts of them.
-        accumulation: parts, equal in size, in which a batch goes through the model; gradients and loss are those of
-            the whole batch, whatever the number of targets that count in each part.
-        grad_clip: the largest norm of the gradients; 0 turns clipping off.
-        dtype: of matrix products: float32, bfloat16 or float16.
-        compiled: compile the model with `torch.compile(fullgraph=True)`; a model in a wrapper is to be compiled before
-            it is wrapped.
-        graph: capture the step in CUDA graphs; by default on GPUs, unless processes train together.
+        model: `model(idx, targets)` returns (anything, mean loss): a GPT, or a module that wraps one.
+        optimizer: of the model's parameters, or several optimizers of disjoint parameters.
+        accumulation: number of equal micro-batches that a batch is split into. Gradients and loss are those of the
+            whole batch, also where micro-batches have different numbers of targets that count.
+        grad_clip: maximum norm of the gradients; 0 disables clipping.
+        dtype: of matmuls: float32, bfloat16 or float16.
+        compiled: compile the model with `torch.compile(fullgraph=True)`. Compile a model yourself before you wrap it.
+        graph: capture the step in CUDA graphs; by default on GPUs, unless the model is distributed.
 
     Raises:
-        ValueError: a setting out of range, or graphs asked for where there is no GPU.
+        ValueError: an argument out of range, graphs without a GPU, or `compiled` with a distributed model.
     """
 
     def __init__(
@@ -112,84 +106,72 @@ class TrainStep:
         graph: bool | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        on_gpu = self.device.type == "cuda"
+        distributed = _is_distributed(model)
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, got {accumulation}")
         if not 0.0 <= grad_clip < float("inf"):
             raise ValueError(f"grad_clip must be at least 0 and finite, got {grad_clip}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        if graph and not on_gpu:
-            raise ValueError(f"graph=True needs a CUDA device, the model is on {self.device}")
+        if graph and not cuda_graphs.is_available(self.device):
+            raise ValueError(f"graph=True needs a CUDA device, the model is on {self.device}; use graph=False")
+        if compiled and distributed:
+            raise ValueError("compiled=True needs a model that is not distributed; compile the model, then wrap it")
         self.model = model
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.accumulation, self.grad_clip, self.dtype = accumulation, grad_clip, dtype
-        self._ranks = torch.distributed.get_world_size() if _is_shared(model) else 1
-        if compiled and _is_shared(model):
-            raise ValueError("compiled=True is for a model alone; compile the model, then wrap it")
-        self.graph = on_gpu and not _is_shared(model) if graph is None else graph
+        self.graph = cuda_graphs.is_available(self.device) and not distributed if graph is None else graph
+        self._n_ranks = torch.distributed.get_world_size() if distributed else 1
         self._forward = torch.compile(model, fullgraph=True) if compiled else model
-        scaled = dtype == torch.float16
-        self._scale = torch.full((), _FIRST_SCALE if scaled else 1.0, device=self.device)
-        self._grown = torch.zeros((), dtype=torch.int32, device=self.device) if scaled else None
-        self._graphs: dict[object, _Captured] = {}
-        self._steps_before: dict[object, int] = {}
-        self._rates: list[Tensor] = []
-        if self.graph:
-            self._capture_on(self.device)
+        self._loss_scale = _LossScale(self.device, enabled=dtype == torch.float16)
 
     def __call__(self, idx: Tensor, targets: Tensor) -> StepResult:
         """Train on a batch.
 
         Args:
-            idx: [B, T] int64 token ids, B a multiple of `accumulation`; on the model's device or, pinned at best, on
-                the host.
-            targets: [B, T] int64; negative ones do not count.
+            idx: [B, T] int64 token ids, B a multiple of `accumulation`; on the model's device or, preferably pinned,
+                on the host.
+            targets: [B, T] int64; negative targets do not count.
 
         Raises:
-            ValueError: a batch that cannot be divided.
+            ValueError: B is not a multiple of `accumulation`.
         """
         if idx.shape[0] % self.accumulation != 0:
             raise ValueError(
                 f"a batch of {idx.shape[0]} sequences cannot be divided by accumulation={self.accumulation}"
             )
-        parts = (self.accumulation, idx.shape[0] // self.accumulation)
-        idx = idx.to(self.device, non_blocking=True).reshape(*parts, -1)  # [A, B / A, T]
-        targets = targets.to(self.device, non_blocking=True).reshape(*parts, -1)  # [A, B / A, T]
-        return StepResult(self._replay(idx, targets) if self.graph else self._run(idx, targets))
+        shape = (self.accumulation, idx.shape[0] // self.accumulation, -1)
+        idx = idx.to(self.device, non_blocking=True).reshape(shape)  # [A, B / A, T]
+        targets = targets.to(self.device, non_blocking=True).reshape(shape)  # [A, B / A, T]
+        return StepResult(self._captured(idx, targets) if self.graph else self._eager(idx, targets))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state besides model and optimizers: the loss scale of float16."""
+        return self._loss_scale.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `state_dict` returned; the state of a step in another dtype is ignored."""
+        self._loss_scale.load_state_dict(state)
+
+    @cached_property
+    def _captured(self) -> _CapturedStep:
+        return _CapturedStep(self)  # made at the first call: the optimizers have loaded their state by then
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a step carries on beside model and optimizers: the scale of float16's loss."""
-        return {} if self._grown is None else {"scale": self._scale.clone(), "grown": self._grown.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from another's `state_dict`. One of another dtype has nothing to tell."""
-        if self._grown is not None and state:
-            self._scale.copy_(state["scale"])
-            self._grown.copy_(state["grown"])
-
-    def _capture_on(self, device: torch.device) -> None:
-        self.graph, self._stream = True, cuda_graphs.capture_stream(device)
-        # an optimizer that does not skip gradients itself has the host look at float16's, which no graph can
-        waits = self._grown is not None and not all(map(supports_grad_scale, self.optimizers))
-        self._captures_update = not waits and all("capturable" in group for group in self._groups)
-
-    def _run(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Loss, norm and scale, [3], step by step."""
+    def _eager(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Run one step; return loss, norm and scale, [3]."""
         self._zero_grad()
-        weights = self._weights(targets)
         losses = []
-        for number, part in enumerate(zip(idx, targets, weights, strict=True)):
-            with _gradients_stay(self.model, number < self.accumulation - 1):
-                losses.append(self._gradients(*part))
+        for number, micro_batch in enumerate(zip(idx, targets, self._weights(targets), strict=True)):
+            with _gradient_sync(self.model, number == self.accumulation - 1):
+                losses.append(self._backward(*micro_batch))
         loss = torch.stack(losses).sum()
-        if self._ranks > 1:
+        if self._n_ranks > 1:
             torch.distributed.all_reduce(loss)
-        outcome = self._update(loss / self._ranks)
+        outcome = self._update(loss / self._n_ranks)
         self._zero_grad()
         return outcome
 
@@ -198,41 +180,40 @@ class TrainStep:
             optimizer.zero_grad(set_to_none=True)
 
     def _weights(self, targets: Tensor) -> Tensor:
-        """The share of each part [A, B, T] in the targets that count, [A], of all processes.
+        """Return each micro-batch's share [A] of the targets [A, B / A, T] that count on all ranks.
 
-        Times their number: they average their gradients.
+        The shares are multiplied by the number of ranks, because DDP and FSDP average gradients over ranks.
         """
         counts = (targets >= 0).sum((1, 2))
         total = counts.sum()
-        if self._ranks > 1:
+        if self._n_ranks > 1:
             torch.distributed.all_reduce(total)
-        return counts / total * self._ranks
+        return counts / total * self._n_ranks
 
-    def _gradients(self, idx: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Add the gradients of a part of the batch; its share of the loss."""
+    def _backward(self, idx: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Accumulate the gradients of a micro-batch; return its weighted loss."""
         with devices.autocast(self.device, self.dtype):
             _, loss = self._forward(idx, targets)
-        if self.accumulation * self._ranks > 1:  # where no target counts, the part's mean is not a number
+        if self.accumulation * self._n_ranks > 1:  # the mean loss of a micro-batch without targets is NaN
             loss = torch.where(weight > 0.0, loss * weight, 0.0)
-        (loss if self._grown is None else loss * self._scale).backward()
+        self._loss_scale.apply(loss).backward()
         return loss.detach().float()
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Clip, and step the optimizers; loss, norm and scale, [3]."""
+        """Clip the gradients and step the optimizers; return loss, norm and scale, [3]."""
         gradients = [p.grad for group in self._groups for p in group["params"] if p.grad is not None]
-        scale = self._scale.clone()
+        scale = self._loss_scale.value.clone()
         norm = full_tensor(get_total_norm(gradients)) / scale
-        # `clip_grads_with_norm_`'s factor, as a divisor: the pass over the gradients that it would take is saved
+        # the factor of `clip_grads_with_norm_` as a divisor, which saves a pass over the gradients
         divisor = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0.0 else torch.ones_like(norm)
         not_finite = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
-            self._step(optimizer, divisor * scale, not_finite)
-        if self._grown is not None:
-            update_grad_scale_(self._scale, self._grown, not_finite, 2.0, 0.5, _GROWTH_INTERVAL)
+            self._step_optimizer(optimizer, divisor * scale, not_finite)
+        self._loss_scale.update(not_finite)
         return torch.stack([loss, norm, scale])
 
-    def _step(self, optimizer: Any, divisor: Tensor, not_finite: Tensor) -> None:
-        """Step with gradients that are divided first."""
+    def _step_optimizer(self, optimizer: Any, divisor: Tensor, not_finite: Tensor) -> None:
+        """Divide the gradients and step, or skip the step in float16 where they are not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if supports_grad_scale(optimizer) and not any(map(is_dtensor, parameters)):
             optimizer.grad_scale, optimizer.found_inf = divisor, not_finite
@@ -241,133 +222,147 @@ class TrainStep:
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
             return
-        if self._grown is not None and bool(not_finite):
+        if self._loss_scale.enabled and bool(not_finite):  # the host waits here
             return
-        if self._grown is not None or self.grad_clip > 0.0:
-            gradients = [to_local(p.grad) for p in parameters]
-            foreach_div_(gradients, divisor)
+        if self._loss_scale.enabled or self.grad_clip > 0.0:
+            foreach_div_([to_local(p.grad) for p in parameters], divisor)
         optimizer.step()
 
-    def _replay(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Loss, norm and scale, [3], by graphs that are captured when this kind of step has been taken a few times."""
-        self._set_rates()
-        key = (idx.shape, self.model.training, *map(_settings, self._groups))
-        before = self._steps_before.get(key, 0)
-        self._steps_before[key] = before + 1
-        if before < _WARMUP:
-            # on a stream of its own, as captures are: what autograd remembers of streams fits then
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                outcome = self._run(idx, targets)
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            return outcome
+
+class _LossScale:
+    """Dynamic loss scale on the device (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
+
+    float16 flushes small gradients to zero, so the loss is scaled up. As in `torch.amp.GradScaler` the scale halves at
+    an overflow and doubles after 2000 steps without one; unlike there, the host does not read it.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = torch.full((), 2.0**16 if enabled else 1.0, device=device)
+        self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def apply(self, loss: Tensor) -> Tensor:
+        return loss * self.value if self.enabled else loss
+
+    def update(self, not_finite: Tensor) -> None:
+        if self.enabled:
+            update_grad_scale_(self.value, self._growth_tracker, not_finite, 2.0, 0.5, 2000)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.value.clone(), "grown": self._growth_tracker.clone()} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.enabled and state:
+            self.value.copy_(state["scale"])
+            self._growth_tracker.copy_(state["grown"])
+
+
+class _CapturedStep:
+    """A step that runs eagerly a few times, then from CUDA graphs: a set of them for each shape and setting."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self._calls: Counter[object] = Counter()
+        self._graphs: dict[object, _StepGraphs] = {}
+        # in float16 the host decides whether an optimizer that is not fused skips the step, which no graph can hold
+        host_waits = step._loss_scale.enabled and not all(map(supports_grad_scale, step.optimizers))
+        self._captures_update = not host_waits and all("capturable" in group for group in step._groups)
+        self._rates = [torch.empty((), device=step.device) for _ in step._groups]
+        if self._captures_update:
+            for optimizer in step.optimizers:
+                for state in optimizer.state.values():
+                    if isinstance(state.get("step"), Tensor):  # on the host after a resume
+                        state["step"] = state["step"].to(step.device)
+                silence_capturable_warning(optimizer)  # the warm-up steps are meant to run uncaptured
+
+    def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Run one step; return loss, norm and scale, [3]."""
+        step = self._step
+        if self._captures_update:
+            self._set_rates()
+        key = (idx.shape, step.model.training, *map(_captured_settings, step._groups))
+        self._calls[key] += 1
+        if self._calls[key] <= cuda_graphs.WARMUP_CALLS:
+            with cuda_graphs.on_capture_stream(step.device):
+                return step._eager(idx, targets)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(idx, targets)
-        return self._graphs[key].replay(idx, targets, None if self._captures_update else self._update)
+            self._graphs[key] = _StepGraphs(step, idx, targets, self._captures_update)
+        return self._graphs[key].replay(idx, targets)
 
     def _set_rates(self) -> None:
-        """Learning rates as tensors, which a graph reads anew at each replay."""
-        if not self._captures_update:
-            return
-        groups = self._groups
-        if not self._rates:
-            self._rates = [torch.empty((), device=self.device) for _ in groups]
-            for optimizer in self.optimizers:
-                # a resumed optimizer may count its steps on the host
-                for state in optimizer.state.values():
-                    if isinstance(state.get("step"), Tensor):
-                        state["step"] = state["step"].to(self.device)
-                # what PyTorch would warn of is what the first steps are for
-                silence_capturable_warning(optimizer)
-        for group, rate in zip(groups, self._rates, strict=True):
+        """Copy learning rates to tensors, which each replay reads."""
+        for group, rate in zip(self._step._groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
                 group["lr"] = rate
             group["capturable"] = True
 
-    def _capture(self, idx: Tensor, targets: Tensor) -> _Captured:
-        part, part_targets = idx[0].clone(), targets[0].clone()
-        weight, total = self._weights(targets)[0].clone(), torch.zeros((), device=self.device)
-        outcome = torch.zeros(3, device=self.device)
 
-        def first() -> None:
-            self._zero_grad()  # gradients are written, not added to zeros
-            total.copy_(self._gradients(part, part_targets, weight))
+class _StepGraphs:
+    """The CUDA graphs of a step with one batch shape, and the static tensors that they read and write."""
 
-        def more() -> None:
-            total.add_(self._gradients(part, part_targets, weight))
+    def __init__(self, step: TrainStep, idx: Tensor, targets: Tensor, captures_update: bool) -> None:
+        self._step = step
+        self._inputs = (idx[0].clone(), targets[0].clone(), step._weights(targets)[0].clone())
+        self._loss = torch.zeros((), device=step.device)
+        self._outcome = torch.zeros(3, device=step.device)  # loss, norm and scale
+
+        def first_backward() -> None:
+            step._zero_grad()  # gradients are written, instead of added to zeros
+            self._loss.copy_(step._backward(*self._inputs))
+
+        def next_backward() -> None:
+            self._loss.add_(step._backward(*self._inputs))
 
         def update() -> None:
-            outcome.copy_(self._update(total))
+            self._outcome.copy_(step._update(self._loss))
 
-        pool = torch.cuda.graph_pool_handle()
-        captured = _Captured(
-            part, part_targets, weight, total, outcome, self._weights,
-            first=cuda_graphs.capture(first, pool, self._stream),
-            more=cuda_graphs.capture(more, pool, self._stream) if self.accumulation > 1 else None,
-            update=cuda_graphs.capture(update, pool, self._stream) if self._captures_update else None,
-            gradients={p: p.grad for group in self._groups for p in group["params"]},
-        )  # fmt: skip
-        if self._captures_update:  # nobody else is to add to what the graphs write
-            self._zero_grad()
-        return captured
+        functions = [first_backward, next_backward] if step.accumulation > 1 else [first_backward]
+        graphs = cuda_graphs.capture([*functions, update] if captures_update else functions, step.device)
+        self._update = graphs.pop() if captures_update else None
+        self._backward = [graphs[0], *graphs[1:] * (step.accumulation - 1)]  # per micro-batch
+        # holds the memory that the graphs write
+        self._gradients = {p: p.grad for group in step._groups for p in group["params"]}
+        if captures_update:
+            step._zero_grad()  # an eager step must not add to that memory
 
-
-@dataclass
-class _Captured:
-    """A step's graphs, and the tensors at whose addresses they read and write."""
-
-    idx: Tensor  # [B / A, T]
-    targets: Tensor  # [B / A, T]
-    weight: Tensor
-    total: Tensor  # the loss so far
-    outcome: Tensor  # [3]
-    weights: Callable[[Tensor], Tensor]
-    first: Callable[[], None]
-    more: Callable[[], None] | None
-    update: Callable[[], None] | None
-    gradients: dict[Tensor, Tensor | None]  # held, so that their memory stays the graphs'
-
-    def replay(self, idx: Tensor, targets: Tensor, update: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Loss, norm and scale, [3]; `update` takes the place of the graph where the optimizer cannot be captured."""
-        run = self.first
-        for part in zip(idx, targets, self.weights(targets), strict=True):
-            for static, given in zip((self.idx, self.targets, self.weight), part, strict=True):
+    def replay(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Run one step; return loss, norm and scale, [3]."""
+        micro_batches = zip(idx, targets, self._step._weights(targets), strict=True)
+        for backward, micro_batch in zip(self._backward, micro_batches, strict=True):
+            for static, given in zip(self._inputs, micro_batch, strict=True):
                 static.copy_(given)
-            run()
-            run = self.more or run
-        if update is not None:
-            for parameter, gradient in self.gradients.items():  # other graphs and steps have others
-                parameter.grad = gradient
-            return update(self.total)
-        if self.update is not None:
-            self.update()
-        return self.outcome
+            backward()
+        if self._update is not None:
+            self._update()
+            return self._outcome
+        for parameter, gradient in self._gradients.items():  # graphs of other shapes have other gradients
+            parameter.grad = gradient
+        return self._step._update(self._loss)
 
 
-def _is_shared(model: nn.Module) -> bool:
-    """Whether processes train the model together."""
+def _captured_settings(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the hyperparameters of a parameter group that a graph holds as constants: all but the learning rate."""
+    changing = ("params", "lr", "initial_lr", "capturable")
+    return tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in group.items() if n not in changing)
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    """Return True for a model wrapped by DDP or FSDP2."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
     return isinstance(model, (nn.parallel.DistributedDataParallel, FSDPModule))
 
 
 @contextlib.contextmanager
-def _gradients_stay(model: Any, wait: bool) -> Iterator[None]:
-    """Within it processes keep their gradients to themselves if they are to `wait` for a later part's."""
-    if hasattr(model, "no_sync") and wait:
+def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
+    """Skip gradient synchronisation of DDP or FSDP2 unless `enabled`."""
+    if hasattr(model, "no_sync") and not enabled:
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(not wait)
-        yield
     else:
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(enabled)
         yield
-
-
-def _settings(group: dict) -> tuple:
-    """What a graph takes for given of a group's settings: all but the learning rate."""
-    changing = ("params", "lr", "initial_lr", "capturable")
-    return tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in group.items() if n not in changing)

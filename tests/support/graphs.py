@@ -57,12 +57,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Generator | None]:
     made: list[torch.Generator | None] = []
     capture = gptfast.cuda_graphs.capture
 
-    def noted(function, pool, stream, generator=None):
-        made.append(generator)
-        return capture(function, pool, stream, generator) if DEVICE.type == "cuda" else replayed(function)
+    def noted(functions, device, generator=None):
+        made.extend([generator] * len(functions))
+        return capture(functions, device, generator) if DEVICE.type == "cuda" else [*map(replayed, functions)]
 
     monkeypatch.setattr(gptfast.cuda_graphs, "capture", noted)
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(gptfast.cuda_graphs, "capture_stream", lambda device: None)
     return made
