@@ -32,7 +32,7 @@ def tokens_per_second(batch: float, length: int, seconds: float) -> float:
     return batch * length / seconds
 
 
-def most_tokens_per_second(
+def roofline_tokens_per_second(
     config: GPTConfig, peak: float | None, length: int | None = None, causal: bool = False
 ) -> float | None:
     """The speed of training that `peak` FLOP/s allow: one more token for each `training_flops_per_token` of them.

@@ -1,4 +1,7 @@
-"""GPT-2 and its relatives, with nanoGPT's names for fields, parameters and methods."""
+"""GPT-2 and its relatives. Settings, parameters and methods have nanoGPT's names.
+
+Shapes: B sequences, T tokens each, C channels, H heads of D = C / H channels, V vocabulary, S cached keys.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import flops, hardware, optim
-from gptfast.backend import Backend, Request, Switched, parse, resolve
+from gptfast import backend as backends
+from gptfast import flops, hardware, huggingface, lora, optim
+from gptfast.backend import IGNORE_INDEX, Backend, BackendModule, BackendSpec
 from gptfast.checkpoint import nanogpt, vocab_padding
+from gptfast.checkpoint.atomic_files import require_fit
 from gptfast.config import GPTConfig
 from gptfast.generation import generate
 from gptfast.generation.kv_cache import KVCache
-from kernels import reference, runtime
+from gptfast.tokenizers import Tokenizer
+from kernels import runtime
 
-IGNORED_TARGET = -1
 
-
-class LayerNorm(Switched, nn.Module):
+class LayerNorm(BackendModule):
     """Layer norm over the last dimension, [..., C] -> [..., C], with an optional bias.
 
-    Given a residual stream as well, x is added to it first, through dropout: the call returns the norm of the sum and
-    the sum, in one pass over memory where the backend has one. What it returns for a matrix product is in the product's
-    dtype, so that nobody casts it; what stays the residual stream is in that of the stream.
+    Given a residual stream, it first adds x to the stream through dropout, and returns the norm of the sum and the sum.
+    Outputs that feed a matmul are produced in the matmul's dtype, which saves a cast; the stream keeps its own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -38,7 +41,7 @@ class LayerNorm(Switched, nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.dropout = config.dropout
-        self.before_product = config.norm_position == "pre"
+        self.feeds_matmul = config.norm_position == "pre"
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -47,23 +50,23 @@ class LayerNorm(Switched, nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        dtype = (runtime.autocast_dtype(x.device) or self.weight.dtype) if self.before_product else None
+        dtype = (runtime.autocast_dtype(x.device) or self.weight.dtype) if self.feeds_matmul else None
         if residual is None:
             return self.backend.layer_norm(x, self.weight, self.bias, dtype=dtype)
         dropout = self.dropout if self.training else 0.0
         return self.backend.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout, dtype=dtype)
 
 
-class CausalSelfAttention(Switched, nn.Module):
+class CausalSelfAttention(BackendModule):
     """Multi-head causal self-attention, [B, T, C] -> [B, T, C].
 
-    With a cache the T tokens follow those that are in it, whose keys and values they see and to which theirs are added.
+    With a cache the T tokens follow the cached ones: they attend to them, and their keys and values are appended.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        # query, key and value of all heads in one product
+        # queries, keys and values of all heads in one matmul
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
@@ -71,26 +74,26 @@ class CausalSelfAttention(Switched, nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # [B, T, 3, H, D]
         dropout = self.dropout if self.training else 0.0
         if cache is None:
+            # packed: the backward writes one gradient, without a split or a concatenation
             y = self.backend.causal_attention_qkvpacked(qkv, dropout_p=dropout)  # [B, T, H, D]
             return self.c_proj(y.reshape(B, T, C))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
         if (T == 1 or cache.lengths is not None) and dropout == 0.0:
-            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))
+            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))  # [B, H, T, D]
         else:
             seen = cache.length + T
-            y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)
+            y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)  # [B, H, T, D]
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(Switched, nn.Module):
-    """The feed-forward, [B, T, C] -> [B, T, C], four times as wide inside.
+class MLP(BackendModule):
+    """Feed-forward, [B, T, C] -> [B, T, C], with 4 C hidden channels.
 
-    `c_fc` and `c_proj` hold the weights alone: both products are one operator's, with either backend, so that forward
-    hooks on these two modules never run. Hooks on the MLP itself do.
+    NOTE: hooks on c_fc and c_proj never run; the MLP hands their weights to one operator. Hooks on the MLP run.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -120,10 +123,10 @@ class MLP(Switched, nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, on a residual stream [B, T, C] and a sublayer's output that is yet to be added to it.
+    """Transformer block on a residual stream x [B, T, C].
 
-    The addition belongs to the norm that follows it, so that both are one pass: a block returns its last sublayer's
-    output unadded. Norms after the sublayers take the addition with them, and leave nothing to be added.
+    The last sublayer's output is returned unadded (`pending`): the next norm adds it, in the same pass over memory.
+    Post-norm blocks end with a norm and leave nothing pending.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -150,7 +153,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything below the output head: token ids [B, T] -> [B, T, C]."""
+    """Embeddings, blocks and final norm: token ids [B, T] -> hidden states [B, T, C]."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -158,7 +161,6 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        # post-norm blocks end in a norm of their own
         self.ln_f = LayerNorm(config) if config.norm_position == "pre" else None
         self.sinusoidal = config.position == "sinusoidal"
         self.dropout = config.dropout
@@ -168,12 +170,12 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.wte(idx)  # [B, T, C]
         T = idx.shape[1]
-        # [T], or [B, T] of sequences that differ in length
+        # [T], or [B, T] if cached sequences differ in length
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
         if self.wpe is not None:
             x = x + self.wpe(positions)
         elif self.sinusoidal:
-            # the embedding is scaled to the size of the sinusoids: Vaswani et al. 2017, section 3.4
+            # sqrt(C) brings the embedding to the size of the sinusoids: Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(x.shape[-1]) + sinusoids(positions, x.shape[-1], x.dtype)
         x = self.drop(x)
         if self.residual_dtype is not None:
@@ -185,36 +187,40 @@ class Transformer(nn.Module):
             else:
                 x, pending = block(x, pending, cache)
         if cache is not None:
-            cache.advance(idx.shape[1])
+            cache.advance(T)
         return x if self.ln_f is None else self.ln_f(pending, x)[0]
 
     def _checkpointed(self, block: nn.Module, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A block that keeps its inputs alone, and runs a second time in the backward with the same dropout."""
-        draws = self.training and self.dropout > 0.0
-        if draws and x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        """Run a block that keeps only its inputs. The backward runs it again, with the same dropout."""
+        random = self.training and self.dropout > 0.0
+        if random and x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
-                "activation checkpointing draws dropout twice, which a CUDA graph cannot; use torch.compile, or "
+                f"activation checkpointing cannot replay dropout={self.dropout} in a CUDA graph; use torch.compile, or "
                 "dropout=0"
             )
-        return checkpoint(block, x, pending, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(block, x, pending, use_reentrant=False, preserve_rng_state=random)
 
 
 class GPT(nn.Module):
-    """A GPT language model.
+    """GPT language model.
 
-    The Triton loss takes the head's weight in the forward of the whole model: hooks on `lm_head` do not run in training
-    then, and FSDP must not shard that layer apart from the model.
+    NOTE: in training the Triton loss reads the weight of `lm_head`: hooks on that layer do not run, and FSDP must not
+    shard it apart from the model.
 
     Args:
-        config: its shape.
-        backend: "auto" (Triton where it can run, else eager), "triton", "eager", or a mapping from operator
-            (`layer_norm`, `ffn`, `attention`, `loss`) to one of these; operators not named are "auto".
+        config: the model's shape.
+        backend: "triton", "cpu" (faster forms of PyTorch), "eager" (plain PyTorch), "auto" (Triton on GPUs where it can
+            run, cpu on CPUs, else eager), or a mapping from operator (`layer_norm`, `ffn`, `attention`, `loss`) to one
+            of these; operators that are not named get "auto".
+
+    Attributes:
+        requested_backend: the request for each operator, as `set_backend` got it.
 
     Raises:
-        ValueError: an unknown backend, or Triton asked for where it cannot run.
+        ValueError: an unknown backend, or "triton" or "cpu" where it cannot run.
     """
 
-    def __init__(self, config: GPTConfig, backend: Request = "auto") -> None:
+    def __init__(self, config: GPTConfig, backend: BackendSpec = "auto") -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
@@ -222,12 +228,12 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()
-        vocab_padding.hide(self)
-        nanogpt.remember_activation(self)
+        vocab_padding.hide_in_state_dict(self)
+        nanogpt.keep_activation_in_state_dict(self)
         self.set_backend(backend)
 
     def _init_weights(self) -> None:
-        """GPT-2's initialisation: normal weights, zero biases, residual projections scaled by 1/sqrt(2 n_layer)."""
+        """Initialise as GPT-2: normal weights, zero biases, residual projections scaled by 1/sqrt(2 n_layer)."""
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -237,96 +243,85 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
-        vocab_padding.clear(self)
+        with torch.no_grad():
+            # padding stays zero: no token looks it up, and the loss sends it no gradient
+            for weight in (self.transformer.wte.weight, self.lm_head.weight):
+                weight[self.config.vocab_size :] = 0.0
 
     @property
     def backend(self) -> Backend:
-        """The choice in force for each operator, `"triton"` or `"eager"`."""
+        """Choice in force for each operator: "triton", "cpu" or "eager"."""
         return self._backend
 
-    def set_backend(self, backend: Request) -> None:
-        """Choose the implementation of the operators anew; weights are untouched. Arguments and errors as `GPT`."""
-        asked = parse(backend)
-        self._install(resolve(asked, *self._placement(), self.config.head_size))
-        self._asked = asked
+    def set_backend(self, backend: BackendSpec) -> None:
+        """Change the implementation of the operators; weights are untouched. Arguments and errors as for `GPT`."""
+        requested = backends.parse_backend(backend)
+        self._install_backend(requested)
+        self.requested_backend = requested
 
-    def _placement(self) -> tuple[torch.device, torch.dtype]:
+    def _install_backend(self, requested: Mapping[str, str]) -> None:
         weight = self.transformer.wte.weight
-        return weight.device, weight.dtype
-
-    def _install(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend = backends.resolve_backend(requested, weight.device, weight.dtype, self.config.head_size)
         for module in self.modules():
-            if isinstance(module, Switched):
-                module.backend = backend
+            if isinstance(module, BackendModule):
+                module.backend = self._backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
-        """What `to`, `cuda`, `half` and the like go through: "auto" is decided anew for the new device and dtype."""
+        """`to`, `cuda`, `half` and the like end here: resolve "auto" for the new device and dtype."""
         super()._apply(fn, recurse)
-        self._install(resolve(self._asked, *self._placement(), self.config.head_size))
+        self._install_backend(self.requested_backend)
         return self
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits and, given targets, the mean cross-entropy.
+        """Compute logits and, given targets, the mean cross-entropy.
 
         Args:
             idx: [B, T] int64 token ids, T at most `block_size`.
-            targets: [B, T] int64, the token that follows each position; negative ones (nanoGPT's -1, PyTorch's -100)
-                are left out of the loss.
-            cache: keys and values of the tokens before `idx`, to which those of `idx` are added; together at most
-                `block_size` tokens.
+            targets: [B, T] int64, the token after each position; the loss leaves out negative ones (nanoGPT's -1,
+                PyTorch's -100).
+            cache: keys and values of the tokens before `idx`; those of `idx` are appended. At most `block_size` tokens
+                in total.
 
         Returns:
-            Without targets logits [B, 1, V] of the last position, and None. With targets logits [B, T, V] and the loss
-            in float32; in training mode, a backend whose "loss" is "triton" gives None for the logits: it never has
-            them all.
+            Without targets, logits [B, 1, V] of the last position, and None. With targets, logits [B, T, V] and the
+            loss in float32. In training mode the Triton loss never holds all logits, and None stands in their place.
 
         Raises:
-            ValueError: a shape, length or token id out of range. On a GPU, ids are checked by PyTorch's own kernels,
-                and targets that are out of range make the loss NaN.
+            ValueError: a shape, length or token id out of range. On a GPU PyTorch's kernels check token ids, and
+                targets out of range make the loss NaN.
         """
-        self._check_tokens(idx, targets, 0 if cache is None else cache.length)
+        self._check_tokens(idx, targets, cached=0 if cache is None else cache.length)
         x = self.transformer(idx, cache)  # [B, T, C]
         if targets is None:
             return self.logits(x[:, -1:]), None  # [B, 1, V]: generation needs no more
-        targets = targets.clamp(min=IGNORED_TARGET)
-        if self.backend["loss"] == "eager":
-            logits = self.logits(x)  # [B, T, V]
-            return logits, reference.cross_entropy(logits, targets, IGNORED_TARGET)
-        loss = self.backend.linear_cross_entropy(
-            x, self.lm_head.weight, targets, IGNORED_TARGET, vocab_size=self.config.vocab_size
-        )
-        return None if self.training else self.logits(x), loss
+        targets = targets.clamp(min=IGNORE_INDEX)
+        return self.backend.loss(x, self.lm_head, targets, self.config.vocab_size, need_logits=not self.training)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., V], without those of the padding."""
-        logits = self.lm_head(x)
-        padded = self.config.padded_vocab_size > self.config.vocab_size
-        return logits[..., : self.config.vocab_size] if padded else logits
+        """Map hidden states [..., C] to logits [..., V]."""
+        return backends.logits(self.lm_head, x, self.config.vocab_size)
 
-    def _check_tokens(self, idx: Tensor, targets: Tensor | None, before: int) -> None:
+    def _check_tokens(self, idx: Tensor, targets: Tensor | None, cached: int) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
-        length = before + idx.shape[1]
+        length = cached + idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than block_size={self.config.block_size}; crop it"
             )
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")
-        # reading values on a GPU would stall it, and inside a compiled graph it would break the graph
+        # reading values would synchronise a GPU, and break a compiled graph
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_range("token id", idx, lowest=0)
+            self.require_tokens(idx)
             if targets is not None:
                 self._check_range("target", targets, lowest=None)
-            reason = runtime.unsupported_reason(idx.device) if "triton" in self.backend.values() else None
-            if reason is not None:
-                raise ValueError(f"backend 'triton' cannot run: {reason}; move the model to a GPU or use 'auto'")
+            self.backend.require_device(idx.device)
 
     def require_tokens(self, idx: Tensor) -> None:
-        """Raise ValueError for token ids out of range; on a GPU PyTorch's own kernels find them."""
+        """Raise ValueError for token ids out of range. On a GPU PyTorch's own kernels check them."""
         if idx.device.type == "cpu":
             self._check_range("token id", idx, lowest=0)
 
@@ -353,45 +348,46 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) that decays matrices and embeddings alone.
+        """Build AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) for the parameters that require gradients.
 
         Args:
-            weight_decay: for parameters with two or more dimensions; biases and norms get none.
+            weight_decay: for parameters with two or more dimensions; biases and norms do not decay.
             learning_rate: the initial learning rate.
-            betas: of the two moment averages.
-            device_type: nanoGPT's argument, "cuda" or "cpu"; the fused implementation serves both.
+            betas: decay rates of the two moments.
+            device_type: nanoGPT's argument, "cuda" or "cpu"; both use the fused implementation.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         return optim.adamw(trained, weight_decay, learning_rate, betas, device_type)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, tied ones counted once; by default without the position embedding, as nanoGPT's."""
+        """Count parameters, tied ones once; by default without the position embedding, as nanoGPT does."""
         count = sum(p.numel() for p in self.parameters())
-        padded = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        count -= padded * (1 if self.config.tie_weights else 2)
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        count -= padding * (1 if self.config.tie_weights else 2)
         if non_embedding and self.transformer.wpe is not None:
             count -= self.transformer.wpe.weight.numel()
         return count
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
-        """Model FLOPs utilisation: the share of the device's peak that training reached.
+        """Estimate model FLOPs utilisation, as a fraction of the device's dense matmul peak (`gptfast.hardware`).
+
+        FLOPs follow PaLM's convention, see `gptfast.flops`. As in nanoGPT, a GPU's peak is that of bfloat16.
 
         Args:
             fwdbwd_per_iter: sequences of `block_size` tokens that went forward and backward.
-            dt: the seconds that took.
+            dt: seconds they took.
 
         Returns:
-            A fraction of the dense matrix peak (see `gptfast.hardware`; the work by PaLM's count, full attention, see
-            `gptfast.flops`), on a GPU that for bfloat16, as nanoGPT counts; nan where that peak is not known.
+            The fraction; nan where the peak is not known.
         """
-        device, dtype = self._placement()
-        peak = hardware.peak_flops(device, torch.bfloat16 if device.type == "cuda" else dtype)
+        weight = self.transformer.wte.weight
+        peak = hardware.peak_flops(weight.device, torch.bfloat16 if weight.is_cuda else weight.dtype)
         speed = flops.tokens_per_second(fwdbwd_per_iter, self.config.block_size, dt)
-        mfu = flops.utilisation(speed, flops.most_tokens_per_second(self.config, peak))
+        mfu = flops.utilisation(speed, flops.roofline_tokens_per_second(self.config, peak))
         return math.nan if mfu is None else mfu
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the longest sequence to `block_size`, dropping the positions beyond it.
+        """Shorten the context to `block_size` tokens, dropping the positions beyond it.
 
         Raises:
             ValueError: `block_size` is below 1 or above the present one.
@@ -404,49 +400,96 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep the inputs of each block alone for the backward, which runs the block a second time (Chen et al. 2016,
-        arXiv:1604.06174): less memory for a third more of the blocks' arithmetic. The gradients are the same.
+        """Keep only the inputs of each block for the backward, which recomputes the block (Chen et al. 2016,
+        arXiv:1604.06174): less memory for a third more arithmetic in the blocks. Gradients stay the same.
         """
         self.transformer.checkpointing = enabled
 
     def set_residual_dtype(self, dtype: torch.dtype | None) -> None:
-        """Keep the residual stream in `dtype`, from the embedding to the last norm; None for that of the embedding.
+        """Keep the residual stream in `dtype`, from the embedding to the last norm; None keeps the embedding's dtype.
 
-        Under bfloat16 autocast a float32 model's stream is float32. In bfloat16 it is half the memory and traffic, as
-        in llm.c, at the price of rounding every addition.
+        Under bfloat16 autocast a float32 model's stream is float32. A bfloat16 stream halves its memory and traffic, as
+        in llm.c, and rounds every addition.
 
         Raises:
-            ValueError: norms stand after the additions: their results are the stream, and round it themselves.
+            ValueError: a post-norm model, whose norms produce the stream.
         """
         if dtype is not None and self.config.norm_position == "post":
-            raise ValueError('a residual stream of its own dtype needs norm_position="pre", the model has "post"')
+            raise ValueError(f'residual dtype {dtype} needs norm_position="pre", the model has "post"; use None')
         self.transformer.residual_dtype = dtype
 
     @classmethod
     def from_pretrained(
-        cls, model_type: str | Path, override_args: dict[str, float] | None = None, backend: Request = "auto"
+        cls,
+        model_type: str | Path,
+        override_args: Mapping[str, Any] | None = None,
+        backend: BackendSpec = "auto",
     ) -> GPT:
-        """A model from a folder or the Hugging Face hub; see `gptfast.huggingface.read.from_pretrained`."""
-        from gptfast.huggingface.read import from_pretrained
+        """Load a model in Hugging Face's layout, in float32 and without dropout; see `gptfast.huggingface.read`.
 
-        return from_pretrained(model_type, override_args, backend)
+        Args:
+            model_type: a folder, a repository OWNER/MODEL on the hub, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+            override_args: values for "dropout" and "pad_vocab_size_to".
+            backend: as for `GPT`.
+
+        Raises:
+            ValueError: an unknown name, files that are missing, damaged or do not fit each other, an architecture other
+                than GPT-2's, or a hub that cannot be reached.
+        """
+        config, state_dict = huggingface.read(model_type, override_args)
+        return cls.from_state_dict(config, state_dict, backend, f"{model_type} does not fit its config.json")
 
     @classmethod
     def from_nanogpt(
-        cls, path: str | Path, override_args: Mapping[str, Any] | None = None, backend: Request = "auto"
+        cls, path: str | Path, override_args: Mapping[str, Any] | None = None, backend: BackendSpec = "auto"
     ) -> GPT:
-        """The model of a checkpoint that nanoGPT's train.py has written; see `gptfast.checkpoint.nanogpt.load`."""
-        return nanogpt.load(path, override_args, backend)
+        """Load a checkpoint of nanoGPT's train.py, in float32; see `gptfast.checkpoint.nanogpt.read`.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that Hugging Face's `transformers` loads; see `gptfast.huggingface.save.save`."""
-        from gptfast.huggingface import save
+        Raises:
+            ValueError: a file that is missing, damaged or no checkpoint of nanoGPT, or weights that do not fit its
+                settings.
+        """
+        config, state_dict = nanogpt.read(path, override_args)
+        return cls.from_state_dict(config, state_dict, backend, f"{path} does not fit its model_args")
 
-        save.save(self, folder)
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: GPTConfig,
+        state_dict: Mapping[str, Tensor],
+        backend: BackendSpec = "auto",
+        problem: str = "the state dict does not fit the config",
+    ) -> GPT:
+        """Build a model and load its weights, after a check of their names, shapes and dtypes.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or misshapen; the message begins with `problem`.
+        """
+        model = cls(config, backend)
+        require_fit(problem, state_dict, model._shapes())
+        model.load_state_dict(state_dict)
+        return model
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.state_dict().items()}
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write a folder that `transformers` loads, with adapters merged; see `gptfast.huggingface.save`.
+
+        Raises:
+            ValueError: a setting or weights that GPT-2 in `transformers` does not have, a tokenizer that its format
+                cannot hold, or a folder that is not empty.
+            OSError: the folder cannot be written.
+        """
+        state_dict = lora.merged_state_dict(self)
+        with torch.device("meta"):
+            shapes = GPT(self.config, "eager")._shapes()
+        require_fit("the model cannot be saved in Hugging Face's layout", state_dict, shapes)
+        huggingface.save(folder, self.config, state_dict, tokenizer)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The position encoding of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), [...] -> [..., width].
+    """Compute the position encoding of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), [...] -> [..., width].
 
     Even columns are sin(t / 10000^(c / width)), odd ones the cosine of the same angle.
     """

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import kernels
-from gptfast.backend import Switched
+from gptfast.backend import BackendModule
 from kernels import onednn, reference, runtime
 
 Model = TypeVar("Model")  # an `nn.Module`; unbounded, because callers below the GPT know it by a Protocol
@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
         return onednn.packed_linear(x.to(self._dtype), self._weight, self._bias, self._activation)
 
 
-class Int8Linear(Switched, nn.Module):
+class Int8Linear(BackendModule):
     """`nn.Linear` with an 8-bit weight and an optional activation."""
 
     def __init__(self, linear: nn.Linear, activation: str | None) -> None:
@@ -69,7 +69,7 @@ def quantize(model: Model) -> Model:
     """
     quantized: Any = convert(model, Int8Linear)
     # the Triton loss multiplies by the head's weight, which it takes in floating point
-    quantized.set_backend({**quantized.backend, "loss": "eager"})
+    quantized.set_backend({**quantized.requested_backend, "loss": "eager"})
     return quantized
 
 

@@ -21,15 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptfast import tokenizers
-from gptfast.backend import Request
 from gptfast.checkpoint.atomic_files import read_json, read_tensors, write_json, write_tensors
 from gptfast.config import GPTConfig
-from gptfast.huggingface.config import is_model
-from gptfast.model import GPT
+from gptfast.tokenizers import Tokenizer
 
 
 class RunFolder:
@@ -121,8 +118,16 @@ def _lock(path: Path) -> int:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run. Folders in Hugging Face's layout have files of the same names."""
-    return all((path / name).is_file() for name in ("config.json", "tokenizer.json")) and not is_model(path)
+    """True if a folder holds a run. Folders in Hugging Face's layout have files of the same names."""
+    return all((path / name).is_file() for name in ("config.json", "tokenizer.json")) and not is_hugging_face(path)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """True if a folder holds a model in Hugging Face's layout, of any architecture."""
+    try:
+        return "model_type" in read_json(path / "config.json")
+    except (OSError, ValueError):
+        return False
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -149,35 +154,20 @@ def read_config(path: Path) -> tuple[dict[str, Any], GPTConfig]:
         raise ValueError(f"{path / 'config.json'} holds no model settings: {error}") from error
 
 
-def load(path: Path, device: torch.device, backend: Request = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
-    """The model and the tokenizer of a run folder.
+def read_model(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """Read the model's shape, its weights and the tokenizer of a run folder. Shapes are not checked.
 
     Raises:
-        ValueError: not a run folder, a file that is missing or damaged, or weights that do not fit the settings.
+        ValueError: no run folder, or a file that is missing or damaged.
     """
-    if is_model(path):
+    if is_hugging_face(path):
         raise ValueError(f"{path} is not a run folder: its config.json is that of a model in Hugging Face's layout")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
     tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
     _, config = read_config(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"{path / 'tokenizer.json'} does not fit config.json: it has {tokenizer.vocab_size} tokens, "
-            f"the model {config.vocab_size}"
-        )
-    model = GPT(config, backend="eager")
     weights = read_tensors(path / "model.safetensors")
     if config.tie_weights and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path / 'model.safetensors'} does not fit config.json: {_one_line(error)}") from error
-    model.to(device).set_backend(backend)
-    return model, tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return config, weights, tokenizer

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import tyro
 
-from gptfast.checkpoint import run_folder
-from gptfast.huggingface import save
+from gptfast import load_model
 
 
 @dataclass
@@ -31,8 +28,8 @@ def run(config: ExportConfig) -> None:
         ValueError: no run folder, a model or tokenizer that GPT-2's format cannot hold, or an output folder in use.
         OSError: the folder cannot be written.
     """
-    model, tokenizer = run_folder.load(Path(config.run).expanduser(), torch.device("cpu"), "eager")
-    save.save(model, config.out, tokenizer if config.tokenizer else None)
+    model, tokenizer = load_model.load_run(config.run)
+    model.save_pretrained(config.out, tokenizer if config.tokenizer else None)
     parameters = model.get_num_params(non_embedding=False)
     contents = f"a model of {parameters:,} parameters{' and its tokenizer' if config.tokenizer else ''}"
     print(f"{contents} in {config.out}, for transformers' from_pretrained")

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gptfast.backend import IGNORE_INDEX
 from gptfast.evaluation import metrics
 from gptfast.evaluation.metrics import Estimate
 from gptfast.evaluation.token_losses import losses
-from gptfast.model import GPT, IGNORED_TARGET
+from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 
 
@@ -178,7 +179,7 @@ def log_likelihoods(
         numbers = order[first : first + batch_size]
         longest = len(rows[numbers[0]].ids) - 1
         idx = torch.zeros(len(numbers), longest, dtype=torch.int64)  # [B, T]
-        targets = torch.full((len(numbers), longest), IGNORED_TARGET)  # [B, T]
+        targets = torch.full((len(numbers), longest), IGNORE_INDEX)  # [B, T]
         for place, number in enumerate(numbers):
             ids, asked = torch.tensor(rows[number].ids), rows[number].asked
             idx[place, : len(ids) - 1] = ids[:-1]

@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptfast import tokenizers
+from gptfast.backend import IGNORE_INDEX
 from gptfast.data.shards import Tokens
 from gptfast.evaluation import metrics
 from gptfast.evaluation.metrics import Estimate
 from gptfast.evaluation.token_losses import losses
-from gptfast.model import GPT, IGNORED_TARGET
+from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 
 
@@ -70,7 +71,7 @@ class Windows:
     def _cut(self, numbers: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(self.tokens.windows(numbers * self.stride, length + 1))  # [B, T + 1]
         targets = tokens[:, 1:].clone()
-        targets[torch.from_numpy(numbers > 0), : self.block_size - self.stride] = IGNORED_TARGET
+        targets[torch.from_numpy(numbers > 0), : self.block_size - self.stride] = IGNORE_INDEX
         return tokens[:, :-1], targets
 
 

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from gptfast import devices
 from gptfast.generation.autoregressive import evaluating
-from gptfast.model import GPT, IGNORED_TARGET
-from kernels import reference
-
-_TOGETHER = 1024  # tokens whose logits are held at a time: 200 MB of GPT-2's in float32
+from gptfast.model import GPT
 
 
 @torch.no_grad()
@@ -37,7 +34,8 @@ def losses(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Tens
     asked = targets >= 0  # [B, T]
     with evaluating(model), devices.autocast(device, dtype):
         x = model.transformer(idx.to(device))[asked.to(device)]  # [N, C]
-        found = _losses_of_rows(model, x, targets[asked].to(device)).cpu().double()  # [N]
+        wanted = targets[asked].to(device)  # [N]
+        found = model.backend.token_losses(x, model.lm_head, wanted, model.config.vocab_size).cpu().double()  # [N]
     if not found.isfinite().all():
         wrong = found[~found.isfinite()][0].item()
         raise RuntimeError(
@@ -45,13 +43,3 @@ def losses(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Tens
             f"{str(dtype).removeprefix('torch.')} can tell; try --dtype float32"
         )
     return torch.zeros(targets.shape, dtype=torch.float64).masked_scatter_(asked.cpu(), found)
-
-
-def _losses_of_rows(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
-    """[N] float32 of outputs [N, C] and the tokens [N] that follow them."""
-    if model.backend["loss"] == "triton":
-        return model.backend.linear_cross_entropy(
-            x, model.lm_head.weight, targets, IGNORED_TARGET, reduction="none", vocab_size=model.config.vocab_size
-        )
-    parts = zip(x.split(_TOGETHER), targets.split(_TOGETHER), strict=True)
-    return torch.cat([reference.cross_entropy(model.logits(rows), wanted, reduction="none") for rows, wanted in parts])

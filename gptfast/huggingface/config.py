@@ -1,4 +1,4 @@
-"""The `config.json` of GPT-2 in `transformers`, and the settings of a GPT that it stands for."""
+"""GPT-2's `config.json` in `transformers`, read into and written from a `GPTConfig`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from gptfast.checkpoint.atomic_files import read_json
 from gptfast.config import GPTConfig
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-_THEIR_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+_FROM_THEIR_ACTIVATION = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+_TO_THEIR_ACTIVATION = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 # fields that change the arithmetic, with the value that this GPT computes; all others (dropout, the heads of
-# classifiers, what generation begins and ends with) say nothing about the logits
-_FIXED = {
+# classifiers, special tokens of generation) do not change the logits
+_FIXED: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -22,7 +22,7 @@ _FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
-_OURS = {
+_OWN_NAMES = {
     "vocab_size": "vocab_size",
     "n_positions": "block_size",
     "n_embd": "n_embd",
@@ -31,10 +31,10 @@ _OURS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_weights",
 }
-# fields that theirs lacks, written where biases are zeros because the model has none: `weights.without_zeros`
-_BIASES = ("bias", "qkv_bias")
+# fields of this package: they mark biases that are zeros in the file because the model has none
+_BIAS_FIELDS = ("bias", "qkv_bias")
 _REQUIRED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# other names that transformers takes for the same fields
+# other names that transformers accepts for the same fields
 _ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -43,85 +43,67 @@ _ALIASES = {
 }
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model in Hugging Face's layout, of any architecture. A run folder is none."""
-    try:
-        return "model_type" in read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return False
-
-
-def read(path: Path) -> GPTConfig:
-    """The settings in a `config.json`, without dropout.
+def read_config(path: Path) -> GPTConfig:
+    """Read the model's shape from a `config.json`; dropout is 0.
 
     Raises:
-        ValueError: the file is damaged, of another architecture, or has a field with a value that this GPT does not
-            compute.
+        ValueError: a damaged file, another architecture, or a field with a value that this GPT does not compute.
     """
-    saved = read_json(path)
-    theirs = {_ALIASES.get(name, name): value for name, value in saved.items()}
+    theirs = {_ALIASES.get(name, name): value for name, value in read_json(path).items()}
     if theirs.get("model_type") != "gpt2":
-        raise ValueError(
-            f"{path} is no GPT-2 config: it has model_type={theirs.get('model_type')!r}, only 'gpt2' is read"
-        )
+        raise ValueError(f"{path} has model_type={theirs.get('model_type')!r}; accepted: 'gpt2'")
     missing = [name for name in _REQUIRED if name not in theirs]
     if missing:
         raise ValueError(f"{path} is no GPT-2 config: it has no {missing[0]}")
-    for name, needed in (*_FIXED.items(), ("quantization_config", None)):
-        if theirs.get(name, needed) != needed:
-            raise ValueError(f"{path} has {name}={theirs[name]!r}, only {needed!r} is supported")
     activation = theirs.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ValueError(f"{path} has activation_function={activation!r}; accepted: {', '.join(_ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in _FROM_THEIR_ACTIVATION:
+        accepted = ", ".join(_FROM_THEIR_ACTIVATION)
+        raise ValueError(f"{path} has activation_function={activation!r}; accepted: {accepted}")
     tied = theirs.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         raise ValueError(f"{path} has tie_word_embeddings={tied!r}; accepted: true, false")
-    settings = {ours: theirs[name] for name, ours in _OURS.items() if name in theirs}
-    settings |= {name: theirs[name] for name in _BIASES if isinstance(theirs.get(name), bool)}
+    settings = {own: theirs[name] for name, own in _OWN_NAMES.items() if name in theirs}
+    settings |= {name: theirs[name] for name in _BIAS_FIELDS if isinstance(theirs.get(name), bool)}
     try:
-        config = GPTConfig(**settings, activation=_ACTIVATIONS[activation])  # type: ignore[arg-type]
+        config = GPTConfig(**settings, activation=_FROM_THEIR_ACTIVATION[activation])  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{path} is no GPT-2 config: {error}") from error
-    if theirs.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(
-            f"{path} has n_inner={theirs['n_inner']!r}, only 4 * n_embd = {4 * config.n_embd} is supported"
-        )
+    fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in _FIXED.items()}
+    fixed |= {"quantization_config": (None,), "n_inner": (None, 4 * config.n_embd)}
+    for name, values in fixed.items():
+        if theirs.get(name, values[0]) not in values:
+            raise ValueError(f"{path} has {name}={theirs[name]!r}; accepted: {', '.join(map(repr, values))}")
     return config
 
 
-def written(config: GPTConfig, dtype: torch.dtype, end_of_text: int | None) -> dict[str, Any]:
-    """The content of `config.json`, from which `transformers` makes a model with the same logits.
+def to_json(config: GPTConfig, dtype: torch.dtype, end_of_text: int | None) -> dict[str, Any]:
+    """Return the content of a `config.json` from which `transformers` builds a model with the same logits.
 
     Args:
-        config: the settings.
+        config: the model's shape.
         dtype: of the weights.
-        end_of_text: the token between documents, where there is one.
+        end_of_text: token between documents, where there is one.
 
     Raises:
-        ValueError: a setting that GPT-2's architecture does not have; the message names the field.
+        ValueError: a setting that GPT-2 in `transformers` does not have.
     """
-    _require_expressible(config)
+    for name, accepted in (("norm_position", "pre"), ("position", "learned")):
+        if getattr(config, name) != accepted:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} cannot be saved in Hugging Face's layout; accepted: {accepted!r}"
+            )
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{name: getattr(config, ours) for name, ours in _OURS.items()},
+        **{name: getattr(config, own) for name, own in _OWN_NAMES.items()},
         "n_inner": None,
-        "activation_function": _THEIR_ACTIVATIONS[config.activation],
+        "activation_function": _TO_THEIR_ACTIVATION[config.activation],
         **({} if config.bias else {"bias": False}),
         **({} if config.has_qkv_bias == config.bias else {"qkv_bias": config.has_qkv_bias}),
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **_FIXED,
-        # theirs default to GPT-2's, which other vocabularies lack
+        # transformers' default is GPT-2's token, which other vocabularies lack
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _require_expressible(config: GPTConfig) -> None:
-    for name, needed in (("norm_position", "pre"), ("position", "learned")):
-        given = getattr(config, name)
-        if given != needed:
-            raise ValueError(
-                f"{name}={given!r} cannot be saved in Hugging Face's layout: their GPT-2 has {needed!r} alone"
-            )

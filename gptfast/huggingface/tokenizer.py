@@ -15,11 +15,11 @@ from typing import Any
 from gptfast import tokenizers
 from gptfast.checkpoint.atomic_files import read_json
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 from gptfast.tokenizers.word import UNKNOWN
 
 Json = dict[str, Any]
-OURS = "gptfast_tokenizer.json"
+OWN_FILE = "gptfast_tokenizer.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
 
 # the bytes that a byte-level vocabulary shows as themselves; the others are shown as characters from 256 on
@@ -34,8 +34,8 @@ _WORD_CHARACTER = r"[\p{L}\p{N}_]"
 _WORD = rf"{_WORD_CHARACTER}+(?:['\u2019]{_WORD_CHARACTER}+)*|[^\p{{L}}\p{{N}}_\s\x1c-\x1f]"
 
 
-def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
-    """The content of `tokenizer.json`, `tokenizer_config.json` and the file that `read` reads, by their names.
+def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
+    """The content of `tokenizer.json`, `tokenizer_config.json` and the file that `read_exported` reads, by their names.
 
     Args:
         tokenizer: one of this package's.
@@ -75,17 +75,17 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
             "split_special_tokens": True,
             **{name: token for name, token in named.items() if token in special},
         },
-        OURS: tokenizer.to_json(),
+        OWN_FILE: tokenizer.to_json(),
     }
 
 
-def read(folder: Path) -> Tokenizer | None:
+def read_exported(folder: Path) -> Tokenizer | None:
     """The tokenizer that `gptfast export` has left in a folder; None where others wrote it.
 
     Raises:
         ValueError: the file is damaged.
     """
-    path = folder / OURS
+    path = folder / OWN_FILE
     if not path.is_file():
         return None
     saved = read_json(path)
@@ -95,7 +95,7 @@ def read(folder: Path) -> Tokenizer | None:
         raise ValueError(f"{path} holds no tokenizer: {error}") from error
 
 
-def of_gpt2(folder: Path) -> Tokenizer | None:
+def read_gpt2(folder: Path) -> Tokenizer | None:
     """GPT-2's tokenizer, if a folder has it in the files of Hugging Face's models, to the byte; else None."""
     if not all((folder / name).is_file() for name in GPT2_FILES):
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 if TYPE_CHECKING:
     import tiktoken

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.tokenizers.special import END_OF_TEXT
+END_OF_TEXT = "<|endoftext|>"  # of every tokenizer here, between documents
 
 
 class ByteTokenizer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 
 class CharTokenizer:

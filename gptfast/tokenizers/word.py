@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 UNKNOWN = "<unk>"
 _WORD = re.compile("\\w+(?:['\u2019]\\w+)*|[^\\w\\s]")

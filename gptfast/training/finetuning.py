@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from gptfast import lora
-from gptfast.checkpoint import run_folder
+from gptfast import load_model, lora
 from gptfast.config import GPTConfig
-from gptfast.huggingface.read import with_tokenizer
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 from gptfast.training.config import TrainConfig
@@ -42,13 +37,7 @@ class PretrainedInit:
         Raises:
             ValueError: no such model, a damaged one, or a context shorter than the block size.
         """
-        path = Path(source).expanduser()
-        pretrained: GPT
-        tokenizer: Tokenizer | None
-        if run_folder.is_run(path):
-            pretrained, tokenizer = run_folder.load(path, torch.device("cpu"), "eager")
-        else:
-            pretrained, tokenizer = with_tokenizer(source if not path.is_dir() else str(path), "eager")
+        pretrained, tokenizer = load_model.with_tokenizer(source)
         longest = pretrained.config.block_size
         if wanted.block_size > longest:
             raise ValueError(
@@ -62,12 +51,7 @@ class PretrainedInit:
 
     def require_vocabulary(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError unless the tokenizer has as many tokens as the model."""
-        size = self.model.config.vocab_size
-        if tokenizer.vocab_size != size:
-            raise ValueError(
-                f"{self.source} has a vocabulary of {size} tokens, the tokenizer one of {tokenizer.vocab_size}; give "
-                "the model's own, such as --tokenizer gpt2"
-            )
+        load_model.require_same_vocabulary(self.source, self.model, tokenizer)
 
 
 def merge_config(pretrained: GPTConfig, wanted: GPTConfig) -> GPTConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gptfast import devices, flops, hardware, optim, tokenizers
-from gptfast.backend import parse
+from gptfast.backend import parse_backend
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import read_json
 from gptfast.checkpoint.manager import Checkpoint, Checkpoints
@@ -88,7 +88,7 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
         progress.require_tensorboard()
     config, data, model = _build_model(config, device)
     peak = hardware.peak_flops(device, dtype)
-    roofline = flops.most_tokens_per_second(config.model, None if peak is None else peak * world.size)
+    roofline = flops.roofline_tokens_per_second(config.model, None if peak is None else peak * world.size)
     with world:
         world.connect(device)
         with _open_folder(config, name, world) as (path, folder):
@@ -137,7 +137,7 @@ def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig
     config = dataclasses.replace(config, model=shape)
     if resumed is not None:
         _require_same_settings(config, resumed)
-    backend = parse(config.backend)
+    backend = parse_backend(config.backend)
     torch.manual_seed(config.seed)
     model = GPT(shape, backend) if init is None else init.model
     model.to(device).set_backend(backend)

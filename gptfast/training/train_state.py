@@ -43,7 +43,7 @@ class TrainState:
         return Checkpoint(steps, weights, moments, state)
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
-        return vocab_padding.shown(self.model, name, full_tensor(tensor.detach()))
+        return vocab_padding.unpad(self.model.config, name, full_tensor(tensor.detach()))
 
     @staticmethod
     @torch.no_grad()
@@ -54,7 +54,7 @@ class TrainState:
             ValueError: they are of another model.
         """
         own = dict(model.named_parameters())
-        saved = {name: vocab_padding.padded(model, name, tensor) for name, tensor in checkpoint.model.items()}
+        saved = {name: vocab_padding.pad(model.config, name, tensor) for name, tensor in checkpoint.model.items()}
         wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
         if wrong:
             raise ValueError(
@@ -77,7 +77,7 @@ class TrainState:
             if name.startswith(_STEP):
                 step[name.removeprefix(_STEP)] = tensor
             elif parameter in parameters:
-                tensor = vocab_padding.padded(self.model, parameter, tensor)
+                tensor = vocab_padding.pad(self.model.config, parameter, tensor)
                 moments[name] = distribute_like(tensor, parameters[parameter])
         optim.load_state_dict(self.step.optimizers, self._names, moments)
         self.step.load_state_dict(step)

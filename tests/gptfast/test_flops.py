@@ -45,9 +45,9 @@ def test_mfu_is_the_share_of_the_most_tokens_that_are_possible():
     config = GPTConfig.from_dict(GPT_CONFIG_124M)
     speed = flops.tokens_per_second(batch=24, length=1024, seconds=0.5)
     assert speed == 24 * 1024 / 0.5
-    most = flops.most_tokens_per_second(config, peak=312e12)
+    most = flops.roofline_tokens_per_second(config, peak=312e12)
     assert most == 312e12 / 854_438_400  # a head that is tied costs as much
     assert flops.utilisation(speed, most) == pytest.approx(854_438_400 * 24 * 1024 / 0.5 / 312e12, rel=1e-12)
-    short = flops.most_tokens_per_second(config, 312e12, length=64, causal=True)
+    short = flops.roofline_tokens_per_second(config, 312e12, length=64, causal=True)
     assert short == 312e12 / flops.training_flops_per_token(config, 64, causal=True) > most
-    assert flops.utilisation(speed, flops.most_tokens_per_second(config, peak=None)) is None
+    assert flops.utilisation(speed, flops.roofline_tokens_per_second(config, peak=None)) is None

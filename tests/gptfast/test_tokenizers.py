@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptfast import tokenizers
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, WordTokenizer
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 TEXT = "Zürich, naïve 東京 \U0001f600\n\ttabs\r\n"
 

@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 PUBLISHED = ("encoder.json", "vocab.bpe")
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig, cli, load_model
-from gptfast.checkpoint import run_folder
+from gptfast import cli, load_model
 from gptfast.checkpoint.atomic_files import read_tensors, write_tensors
 from gptfast.commands import eval as command
 from gptfast.commands.prepare import PrepareConfig, prepare
@@ -71,7 +70,7 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
 
 def test_what_programs_read(trained, here, capsys):
     found = measured(capsys, trained, "--data", "text.txt", "--choices", "choices.jsonl", "--stride", "5")
-    model, tokenizer = run_folder.load(Path(trained), torch.device("cpu"))
+    model, tokenizer = load_model.load_run(Path(trained))
     windows = Windows(Tokens([tokenizer.encode(TEXT[:300])]), 16, 5)
     score = perplexity.score(model, tokenizer, windows, torch.float32, 4)
     assert found["model"] == trained
@@ -172,7 +171,7 @@ def test_data_prepared_with_another_tokenizer(trained, here, capsys):
 
 def test_nanogpts_data(trained, here, capsys):
     """It has no tokenizer: the ids are taken for the model's own."""
-    _, tokenizer = run_folder.load(Path(trained), torch.device("cpu"))
+    _, tokenizer = load_model.load_run(Path(trained))
     ids = tokenizer.encode(TEXT[:300]).astype(np.uint16)
     Path("nano").mkdir()
     for name in ("train", "val"):
@@ -299,47 +298,6 @@ def test_a_bar_at_a_terminal(trained, here, capsys, monkeypatch):
     assert "/5 [" in said
     assert "window" in said
     assert "ending" in said
-
-
-def test_loading_knows_runs_and_folders(trained, tmp_path):
-    cpu = torch.device("cpu")
-    model, tokenizer = load_model.load(trained, cpu)
-    assert model.config.vocab_size == tokenizer.vocab_size == 17
-    with pytest.raises(ValueError, match=r"is not a run folder with weights: it has no config.json"):
-        load_model.load(str(tmp_path), cpu)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is not a run folder with weights: it has no config.json"):
-        load_model.load(str(tmp_path), cpu)
-    with pytest.raises(ValueError, match="no pretrained model 'gpt5'"):
-        load_model.load("gpt5", cpu)
-
-
-def test_loading_compares_the_vocabularies(tmp_path, monkeypatch):
-    asked = []
-    model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4), "eager")
-    monkeypatch.setattr("gptfast.load_model.with_tokenizer", lambda name, backend: (model, None))
-    monkeypatch.setattr(
-        "gptfast.tokenizers.for_documents",
-        lambda name, *rest, **options: asked.append((name, options)) or ByteTokenizer(),
-    )
-    with pytest.raises(
-        ValueError, match=r"gpt2 has a vocabulary of 11 tokens, 'o200k' one of 257; give the model's own"
-    ):
-        load_model.load("gpt2", torch.device("cpu"), "o200k", "folder")
-    assert asked == [("o200k", {"vocabulary": "folder"})]
-    for name in ("char", "word"):
-        with pytest.raises(ValueError, match=f"does not bring its tokenizer, and '{name}' cannot be told from a model"):
-            load_model.load("gpt2", torch.device("cpu"), name)
-
-
-def test_a_folder_called_gpt2_may_hold_anything(here, monkeypatch):
-    """Such as the encoding's vocabulary, which is given with it."""
-    Path("gpt2").mkdir()
-    asked = []
-    model = GPT(GPTConfig(block_size=4, vocab_size=257, n_layer=1, n_head=1, n_embd=4), "eager")
-    monkeypatch.setattr("gptfast.load_model.with_tokenizer", lambda name, backend: asked.append(name) or (model, None))
-    assert load_model.load("gpt2", torch.device("cpu"), "byte")[0] is model
-    assert asked == ["gpt2"]
 
 
 def test_help_tells_of_everything(capsys):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import cli
-from gptfast.checkpoint import run_folder
+from gptfast import cli, load_model
 from gptfast.commands import generate
 from gptfast.generation import text as texts
 from gptfast.quantization import Int8Linear, PackedLinear
@@ -41,7 +40,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_beams_are_those_of_search(trained, capsys):
-    model, tokenizer = run_folder.load(Path(trained), torch.device("cpu"))
+    model, tokenizer = load_model.load_run(Path(trained))
     expected = texts.search(model, tokenizer, ["To be"], 12, 3, 0.5, num_samples=2)
     options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-samples", "2", "--dtype", "float32"]
     found = [

@@ -13,7 +13,6 @@ import transformers
 
 from gptfast import GPT, GPTConfig, cli, load_model
 from gptfast.evaluation import multiple_choice
-from gptfast.huggingface import save
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
 
 WORDS = ["the", "cat", "to", "be", "Zürich", "東京", "that's", "."]
@@ -56,7 +55,7 @@ def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     shape = {"block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.5}
-    save.save(GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager"), "out", tokens)
+    GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager").save_pretrained("out", tokens)
     generator = np.random.default_rng(5)
 
     def text(longest: int) -> str:

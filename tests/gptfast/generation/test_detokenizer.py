@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gptfast.generation.detokenizer import TextStream
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, WordTokenizer
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 TEXT = "Zürich, (naïve) [x]! don't 東京 \U0001f600\U0001f468\u200d\U0001f469 ab abc aab\ufffd\n\ttabs"
 

@@ -10,7 +10,6 @@ import transformers
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from gptfast import GPT, GPTConfig, load_model
-from gptfast.huggingface import save
 from gptfast.tokenizers import CharTokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,7 +90,7 @@ def test_a_tokenizer_of_ours_comes_along(cache, tmp_path):
     """Of a model that was exported and put on the hub."""
     tokens = CharTokenizer("abc")
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4), "eager")
-    save.save(model, tmp_path / "out", tokens)
+    model.save_pretrained(tmp_path / "out", tokens)
     store(cache, "some-one/model", tmp_path / "out")
     _, found = load_model.load("some-one/model", torch.device("cpu"))
     assert found.to_json() == tokens.to_json()

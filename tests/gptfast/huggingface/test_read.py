@@ -4,15 +4,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiktoken
 import torch
 import transformers
 
-from gptfast import GPT, GPTConfig, load_model
-from gptfast.huggingface import tokenizer
-from gptfast.huggingface.read import with_tokenizer
-from gptfast.tokenizers import TiktokenTokenizer
-from tests.support import gpt2_files
+from gptfast import GPT
 from tests.support.oracle import DEVICE
 
 WEIGHT = "transformer.h.0.attn.c_attn.weight"
@@ -260,44 +255,3 @@ def test_missing_files(folder):
 def test_no_such_model():
     assert re.match(r"no pretrained model 'gpt5'; accepted: gpt2, gpt2-medium, .*, OWNER/MODEL on", refused("gpt5"))
     assert refused("no/such/folder").startswith("no pretrained model 'no/such/folder'; accepted: ")
-
-
-@pytest.fixture
-def with_vocabulary(tmp_path) -> Path:
-    """A model of GPT-2's vocabulary and, by the names that Hugging Face has, files in the format of it."""
-    path = tmp_path / "model"
-    GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).save_pretrained(path)
-    gpt2_files.write(path, tokenizer.GPT2_FILES)
-    return path
-
-
-def test_gpt2s_tokenizer_is_read_from_its_files(with_vocabulary, monkeypatch):
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
-    with gpt2_files.accepted():
-        _, found = load_model.load(str(with_vocabulary), torch.device("cpu"))
-    assert (found.name, found.vocab_size) == ("gpt2", 50257)
-    assert found.decode(found.encode("To be, or not").tolist()) == "To be, or not"
-    with gpt2_files.accepted():
-        again = TiktokenTokenizer.named("gpt2", with_vocabulary)
-    assert again.to_json() == found.to_json()
-
-
-def test_a_vocabulary_that_is_another_is_not_taken_for_gpt2s(with_vocabulary, tmp_path):
-    assert with_tokenizer(str(with_vocabulary))[1] is None  # by the checksums
-    (with_vocabulary / "merges.txt").unlink()
-    with gpt2_files.accepted():
-        assert with_tokenizer(str(with_vocabulary))[1] is None
-
-
-def test_tokens_beyond_gpt2s_are_not_its_tokenizers(tmp_path):
-    path = tmp_path / "model"
-    GPT(GPTConfig(block_size=8, vocab_size=50258, n_layer=1, n_head=1, n_embd=4)).save_pretrained(path)
-    gpt2_files.write(path, tokenizer.GPT2_FILES)
-    with gpt2_files.accepted():
-        assert with_tokenizer(str(path))[1] is None
-
-
-def test_the_tokenizer_that_export_wrote_goes_before(with_vocabulary):
-    (with_vocabulary / tokenizer.OURS).write_text("{}")
-    with pytest.raises(ValueError, match=r"gptfast_tokenizer\.json holds no tokenizer"), gpt2_files.accepted():
-        with_tokenizer(str(with_vocabulary))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from gptfast import GPT, GPTConfig
-from gptfast.huggingface import save, tokenizer
+from gptfast.huggingface import tokenizer
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 
 TEXT = """\
 Zürich's naïve façade (東京) costs 1234567 or 12 — "isn't it?", they'll say.  It\u2019s  \u0301odd\u2029½ %[x] {y}!\r\n
@@ -82,7 +82,7 @@ def theirs(tmp_path_factory) -> dict[str, transformers.PreTrainedTokenizerFast]:
     for name, tokens in OURS.items():
         folder = tmp_path_factory.mktemp("exported") / "out"
         model = GPT(GPTConfig(block_size=64, vocab_size=tokens.vocab_size, n_layer=1, n_head=1, n_embd=4))
-        save.save(model, folder, tokens)
+        model.save_pretrained(folder, tokens)
         found[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return found
 
@@ -126,7 +126,7 @@ def test_what_transformers_knows_of_a_tokenizer(theirs, name):
     assert found.unk_token_id == (tokens.unknown if name == "word" else None)
     assert found.model_max_length == 64
     # older versions remove spaces unless they are told
-    assert tokenizer.files(tokens, 64)["tokenizer_config.json"]["clean_up_tokenization_spaces"] is False
+    assert tokenizer.to_files(tokens, 64)["tokenizer_config.json"]["clean_up_tokenization_spaces"] is False
     assert set(found("the")) == {"input_ids", "attention_mask"}  # token types would get embeddings of GPT-2
     if tokens.end_of_text is None:
         return
@@ -185,4 +185,4 @@ class Foreign:
 )
 def test_what_no_tokenizer_json_can_hold(tokens, message):
     with pytest.raises(ValueError, match=rf"\A{message}[^\n]*\Z"):
-        tokenizer.files(tokens, 64)
+        tokenizer.to_files(tokens, 64)

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gptfast import GPT, GPTConfig, lora, tokenizers
+from gptfast import GPT, GPTConfig, load_model, lora, tokenizers
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.manager import Checkpoints
 from gptfast.tokenizers import CharTokenizer
@@ -92,7 +92,7 @@ def changed(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
 
 def test_the_model_of_a_run(base):
     start = PretrainedInit.load(str(base), GPTConfig(block_size=16, n_layer=7, vocab_size=5))
-    expected, tokenizer = run_folder.load(base, CPU, "eager")
+    expected, tokenizer = load_model.load_run(base)
     assert start.source == str(base)
     assert start.model.config == expected.config
     assert start.tokenizer.to_json() == tokenizer.to_json()
@@ -236,7 +236,7 @@ def test_weights_beside_adapters_stay(base, adapted):
     """Bit for bit, in the checkpoint; all others as well."""
     checkpoint, wrong = Checkpoints(adapted / "checkpoints", 2).latest()
     assert (checkpoint.step, wrong) == (STEPS, [])
-    before = weights(run_folder.load(base, CPU, "eager")[0])
+    before = weights(load_model.load_run(base)[0])
     inside = ".parametrizations.weight."
     kept = {
         name.replace(inside + "original", ".weight"): t for name, t in checkpoint.model.items() if "lora_" not in name
@@ -255,8 +255,8 @@ def test_adapters_alone_make_the_merged_model(base, adapted):
     layers = [f"transformer.h.{block}.{layer}" for block in (0, 1) for layer in ("attn.c_attn", "mlp.c_fc")]
     assert sorted(tensors) == [f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"]
     assert {tensor.shape[0 if name.endswith("a") else 1] for name, tensor in tensors.items()} == {2}
-    merged, tokenizer = run_folder.load(adapted, CPU, "eager")
-    model, own = run_folder.load(base, CPU, "eager")
+    merged, tokenizer = load_model.load_run(adapted)
+    model, own = load_model.load_run(base)
     assert tokenizer.to_json() == own.to_json()
     before = copy.deepcopy(model.state_dict())
     lora.apply(model, LORA["lora_rank"], LORA["lora_alpha"], LORA["lora_targets"])
@@ -277,7 +277,7 @@ def test_the_merged_weights_are_a_file_like_any_other(base, adapted):
     assert (saved["lora_rank"], saved["lora_alpha"], saved["init_from"]) == (2, 8.0, str(base))
     assert saved["model"] == json.loads((base / "config.json").read_text())["model"]
     again = PretrainedInit.load(str(adapted), GPTConfig(block_size=16)).model
-    assert changed(again.state_dict(), run_folder.load(adapted, CPU, "eager")[0].state_dict()) == set()
+    assert changed(again.state_dict(), load_model.load_run(adapted)[0].state_dict()) == set()
     assert not (base / "adapters.safetensors").exists()
 
 
@@ -299,7 +299,7 @@ def test_a_run_of_adapters_goes_on(base, tmp_path, optimizer: str):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_frozen_parameters_stay_and_all_others_change(base, tmp_path, optimizer: str):
     config, _ = finetune(base, tmp_path, freeze=("transformer.h.0.*", "transformer.wpe.*"), optimizer=optimizer)
-    before, after = (weights(run_folder.load(folder, CPU, "eager")[0]) for folder in (base, Path(config.out)))
+    before, after = (weights(load_model.load_run(folder)[0]) for folder in (base, Path(config.out)))
     frozen = {name for name in before if name.startswith(("transformer.h.0.", "transformer.wpe."))}
     assert changed(before, after) == before.keys() - frozen
     checkpoint = Checkpoints(tmp_path / "run/checkpoints", 2).latest()[0]
@@ -311,8 +311,8 @@ def test_frozen_parameters_stay_and_all_others_change(base, tmp_path, optimizer:
 def test_all_is_trained_where_nothing_restricts_it(base, tmp_path):
     """With a shorter context, from which the run's own settings come."""
     config, summary = finetune(base, tmp_path, model=GPTConfig(block_size=8, n_layer=9, dropout=0.1))
-    model, tokenizer = run_folder.load(Path(config.out), CPU, "eager")
-    shape = run_folder.load(base, CPU, "eager")[0].config
+    model, tokenizer = load_model.load_run(Path(config.out))
+    shape = load_model.load_run(base)[0].config
     assert model.config == dataclasses.replace(shape, block_size=8, dropout=0.1)
     assert tokenizer.decode(tokenizer.encode("question").tolist()) == "question"
     assert summary["params"] == model.get_num_params(non_embedding=False)
@@ -322,7 +322,7 @@ def test_all_is_trained_where_nothing_restricts_it(base, tmp_path):
 
 def test_from_hugging_face_with_a_tokenizer_that_fits(hugging_face, tmp_path):
     config, _ = finetune(hugging_face, tmp_path, tokenizer="byte", **LORA)
-    model, tokenizer = run_folder.load(Path(config.out), CPU, "eager")
+    model, tokenizer = load_model.load_run(Path(config.out))
     assert tokenizer.to_json() == tokenizers.ByteTokenizer().to_json()
     assert model.config == dataclasses.replace(GPT.from_pretrained(str(hugging_face)).config, block_size=16)
 

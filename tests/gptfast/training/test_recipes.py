@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost_model import operators
-from gptfast import GPT, GPTConfig, Sampling, cli, generate_text
+from gptfast import GPT, GPTConfig, Sampling, cli, generate_text, load_model
 from gptfast.checkpoint import run_folder
 from gptfast.config import PRESETS
 from gptfast.data import batches
@@ -22,7 +22,7 @@ from gptfast.data.texts import TEXTS
 from gptfast.distributed import World
 from gptfast.generation import text as texts
 from gptfast.tokenizers import TiktokenTokenizer
-from gptfast.tokenizers.special import END_OF_TEXT
+from gptfast.tokenizers.byte import END_OF_TEXT
 from gptfast.training import dataset, recipes, trainer
 from gptfast.training.recipes import RECIPES
 from gptfast.training.validation import EvalSet
@@ -189,7 +189,7 @@ def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
     assert losses[-1] < losses[0] - 1.0
     shutil.rmtree(vocabulary)  # the run has its own
     assert generated(capsys, tmp_path / "run", "--prompt", "Hello,", "--max-new-tokens", "5").startswith("Hello,")
-    model, tokenizer = run_folder.load(tmp_path / "run", CPU)
+    model, tokenizer = load_model.load_run(tmp_path / "run")
     assert (model.config.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     shape = model.config
     assert (shape.n_embd, shape.n_layer, shape.n_head, shape.position) == (128, 2, 4, "learned")
@@ -200,11 +200,11 @@ def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--data", "clinic", "--init-from", str(simple_gpt), "--block-size", "145", "--sample-prompt", "The"]
     cli.main(["train", "simple-gpt", *options, "--device", "cpu", "--out", str(out)])
-    tokenizer = run_folder.load(out, CPU)[1]
-    assert tokenizer.to_json() == run_folder.load(simple_gpt, CPU)[1].to_json()
+    tokenizer = load_model.load_run(out)[1]
+    assert tokenizer.to_json() == load_model.load_run(simple_gpt)[1].to_json()
     whole = batches.split(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
     losses = [
-        EvalSet(whole, 1, 1).mean_loss(run_folder.load(folder, CPU)[0], torch.float32, World.from_environment())
+        EvalSet(whole, 1, 1).mean_loss(load_model.load_run(folder)[0], torch.float32, World.from_environment())
         for folder in (simple_gpt, out)
     ]
     assert losses[0] > 3.0

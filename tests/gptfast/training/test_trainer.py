@@ -10,8 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gptfast import GPT, hardware, optim, tokenizers
-from gptfast.checkpoint import run_folder
+from gptfast import GPT, hardware, load_model, optim, tokenizers
 from gptfast.commands.train import describe
 from gptfast.data import batches
 from gptfast.training import recipes, setup, trainer
@@ -45,7 +44,7 @@ def test_a_run_folder(config, tmp_path):
     ]
     assert json.loads((path / "summary.json").read_text()) | {"run": str(path)} == summary
     assert summary["steps"] == 20
-    assert summary["params"] == run_folder.load(path, torch.device("cpu"))[0].get_num_params(non_embedding=False)
+    assert summary["params"] == load_model.load_run(path)[0].get_num_params(non_embedding=False)
     assert summary["device"] == "cpu"
     assert summary["backend"] == dict.fromkeys(("layer_norm", "ffn", "attention", "loss"), "eager")
     assert summary["interrupted"] is False
@@ -78,7 +77,7 @@ def test_nothing_held_out(config, tmp_path, capsys):
     assert "; 1,720 training tokens, on which validation is too, vocabulary 17; " in capsys.readouterr().out
     assert summary["validation_text"] == json.loads((tmp_path / "run/summary.json").read_text())["validation_text"]
     assert summary["validation_text"] == "training"
-    model, tokenizer = run_folder.load(tmp_path / "run", torch.device("cpu"))
+    model, tokenizer = load_model.load_run(tmp_path / "run")
     whole = batches.split(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
     idx, targets = (torch.cat(parts) for parts in zip(*whole.eval_batches(2, 4), strict=True))
     with torch.no_grad():
