@@ -26,7 +26,7 @@ SETTINGS = {
     "n_embd": 128,
     "block_size": 64,
     "dropout": 0.0,
-    "backend": "auto",  # triton, eager, or auto: Triton where it can run
+    "backend": "auto",  # triton, cpu, eager, or auto: Triton on GPUs where it can run, cpu on CPUs
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "compile": 0,  # 1: through torch.compile
     "steps": 1000,

@@ -176,8 +176,10 @@ def _operators(report: Report, here: list[torch.device]) -> Iterator[tuple[str, 
         # by what is said of them, the operators and dtypes of which it is
         said: dict[str, dict[str, list[str]]] = {}
         for dtype in devices.DTYPES:
-            for operator, reason in backend.reasons(device, getattr(torch, dtype), _HEAD_SIZE).items():
-                text = "triton" if reason is None else f"eager ({reason})"
+            model = device, getattr(torch, dtype), _HEAD_SIZE
+            choices = backend.resolve_backend(backend.parse_backend("auto"), *model)
+            for operator, reason in backend.reasons(*model).items():
+                text = choices[operator] if reason is None else f"{choices[operator]} ({reason})"
                 said.setdefault(text, {}).setdefault(dtype, []).append(operator)
         for text, by_dtype in said.items():
             groups: dict[tuple[str, ...], list[str]] = {}

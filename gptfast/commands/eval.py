@@ -58,7 +58,7 @@ class EvalConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     backend: str = "auto"
-    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+    """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
     dtype: str = "auto"
     """Of products: auto (bfloat16 where the device multiplies in it), float32, float16 or bfloat16, while weights stay
     float32; int8 has weights of 8 bits."""

@@ -67,7 +67,7 @@ class GenerateConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     backend: str = "auto"
-    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+    """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the device multiplies in it), float32, float16, bfloat16 or int8."""
     compile: bool = False

@@ -47,7 +47,7 @@ class TrainConfig:
     dtype: str = "auto"
     """Arithmetic of matrix products: float32, bfloat16, float16, or auto: bfloat16 on devices that multiply in it."""
     backend: str = "auto"
-    """auto, triton, eager, or choices by operator such as attention=triton,ffn=eager."""
+    """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_activations: bool = False

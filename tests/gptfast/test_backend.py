@@ -9,132 +9,149 @@ import triton.language as tl
 
 import kernels
 from gptfast import GPT, Backend, GPTConfig
-from gptfast.backend import parse, resolve
-from kernels import reference, tile
+from gptfast.backend import OPERATORS, parse_backend, resolve_backend
+from kernels import reference, reference_cpu, tile
 
 TINY = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
-ALL_TRITON = {"layer_norm": "triton", "ffn": "triton", "attention": "triton", "loss": "triton"}
+TRITON = dict.fromkeys(OPERATORS, "triton")
+EAGER = dict.fromkeys(OPERATORS, "eager")
+CPU = {"layer_norm": "cpu", "ffn": "cpu", "attention": "cpu", "loss": "eager"}  # the loss has no faster form there
+NAMESPACES = {"triton": kernels, "cpu": reference_cpu, "eager": reference}
 
 
-def test_one_word_decides_for_all():
-    assert set(GPT(GPTConfig(**TINY), backend="eager").backend.values()) == {"eager"}
-    assert dict(GPT(GPTConfig(**TINY), backend="triton").backend) == ALL_TRITON
+def choices(spec="auto", device="cpu", dtype=torch.float32, head_size=64) -> dict[str, str]:
+    return dict(resolve_backend(parse_backend(spec), torch.device(device), dtype, head_size))
 
 
-@pytest.mark.parametrize("request_", [{"attention": "triton", "ffn": "eager"}, "attention=triton,ffn=eager"])
-def test_a_mapping_decides_one_by_one(request_):
-    backend = GPT(GPTConfig(**TINY), backend=request_).backend
-    assert dict(backend) == {"layer_norm": "eager", "ffn": "eager", "attention": "triton", "loss": "eager"}
-    assert backend.causal_attention is kernels.causal_attention
-    assert backend.gelu_ffn is reference.gelu_ffn
-    assert json.dumps(dict(backend))
-    assert repr(backend) == "Backend(layer_norm='eager', ffn='eager', attention='triton', loss='eager')"
+@pytest.mark.parametrize(
+    ("spec", "device", "expected"),
+    [
+        ("triton", "cpu", TRITON),
+        ("triton", "cuda", TRITON),
+        ("cpu", "cpu", CPU),
+        ("cpu", "meta", CPU),
+        ("eager", "cpu", EAGER),
+        ("eager", "cuda", EAGER),
+        ("auto", "cpu", CPU),
+        ("auto", "cuda", TRITON),
+        ("auto", "mps", EAGER),
+        ("auto", "meta", EAGER),
+        ({"attention": "triton", "ffn": "eager"}, "cpu", CPU | {"attention": "triton", "ffn": "eager"}),
+        ("attention=eager, loss=triton", "cpu", CPU | {"attention": "eager", "loss": "triton"}),
+        ("ffn=eager", "cuda", TRITON | {"ffn": "eager"}),
+    ],
+    ids=str,
+)
+def test_backend_choice_per_request_and_device(spec, device, expected):
+    """Only the device's type matters, so no GPU is needed."""
+    backend = resolve_backend(parse_backend(spec), torch.device(device), torch.float32, 64)
+    assert dict(backend) == json.loads(json.dumps(dict(backend))) == expected
+    for operator, names in OPERATORS.items():
+        for name in names:
+            assert getattr(backend, name) is getattr(NAMESPACES[expected[operator]], name)
+    assert repr(backend) == f"Backend({', '.join(f'{operator}={choice!r}' for operator, choice in expected.items())})"
 
 
-def test_auto_is_eager_on_the_cpu_even_where_the_interpreter_could_run():
-    assert set(GPT(GPTConfig(**TINY)).backend.values()) == {"eager"}
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_eager_on_a_cpu_gives_the_bits_of_plain_pytorch(dropout):
+    """Attention in half precision and dropout are where the CPU's faster forms differ."""
+    x = torch.randn(2, 8, 3, 2, 16, dtype=torch.bfloat16)
+    residual, weight = torch.randn(5, 7), torch.ones(7)
+
+    def run(backend) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        y = backend.causal_attention_qkvpacked(x, dropout_p=dropout)
+        return [y, *backend.add_layer_norm(residual, residual, weight, None, dropout_p=dropout)]
+
+    eager, cpu = Backend(**EAGER), Backend(**CPU)
+    assert all(map(torch.equal, run(eager), run(reference)))
+    assert all(map(torch.equal, run(cpu), run(reference_cpu)))
+    assert not all(map(torch.equal, run(eager), run(cpu)))
 
 
-def test_auto_is_eager_for_a_dtype_or_head_size_without_kernels():
-    wide = GPTConfig(**TINY | {"n_embd": 520, "n_head": 2})
-    assert GPT(wide, backend="auto").backend["attention"] == "eager"
-    model = GPT(GPTConfig(**TINY)).double()
-    assert set(model.backend.values()) == {"eager"}
-
-
-def test_auto_on_a_gpu_is_triton_where_there_is_a_kernel():
-    """Decided without a GPU: only the device's kind matters."""
-
-    def choices(dtype: torch.dtype, head_size: int) -> dict[str, str]:
-        return dict(resolve(parse("auto"), torch.device("cuda"), dtype, head_size))
-
-    assert choices(torch.bfloat16, 64) == ALL_TRITON
-    assert choices(torch.bfloat16, 260) == ALL_TRITON | {"attention": "eager"}
-    assert set(choices(torch.float64, 64).values()) == {"eager"}
+def test_auto_is_eager_on_a_gpu_for_a_dtype_or_head_size_without_kernels():
+    assert choices(device="cuda", dtype=torch.bfloat16, head_size=260) == TRITON | {"attention": "eager"}
+    assert choices(device="cuda", dtype=torch.float64) == EAGER
+    assert choices(device="cpu", dtype=torch.float64, head_size=260) == CPU
 
 
 def test_auto_is_eager_on_a_gpu_that_kernels_cannot_be_compiled_for(monkeypatch):
     monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    gpu = torch.device("cuda", 0)
-    assert set(resolve(parse("auto"), gpu, torch.float32, 64).values()) == {"eager"}
-    with pytest.raises(
-        ValueError, match=r"cannot run layer_norm: the GPU has compute capability 7.5, .*; use backend="
-    ):
-        resolve(parse("triton"), gpu, torch.float32, 64)
+    assert choices(device="cuda:0") == EAGER
+    with pytest.raises(ValueError, match=r"'triton' cannot run layer_norm: .* 7.5, .*; use backend="):
+        choices("triton", "cuda:0")
 
 
-def test_auto_is_decided_anew_when_the_model_moves(monkeypatch):
+def test_auto_is_resolved_again_when_the_model_moves():
     model = GPT(GPTConfig(**TINY))
-    seen = []
-    monkeypatch.setattr("gptfast.model.resolve", lambda *arguments: seen.append(arguments) or resolve(*arguments))
-    model.to("meta", torch.float64)
-    assert seen[-1] == (parse("auto"), torch.device("meta"), torch.float64, 4)
+    assert dict(model.backend) == CPU
+    assert dict(model.to("meta").backend) == EAGER
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_auto_follows_the_model_to_the_gpu_and_back():
     model = GPT(GPTConfig(**TINY))
-    assert set(model.backend.values()) == {"eager"}
-    assert dict(model.cuda().backend) == ALL_TRITON
-    assert set(model.double().backend.values()) == {"eager"}
-    assert set(model.float().cpu().backend.values()) == {"eager"}
+    assert dict(model.cuda().backend) == TRITON
+    assert dict(model.double().backend) == EAGER
+    assert dict(model.float().cpu().backend) == CPU
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run layer_norm"):
+        model.cuda().set_backend("cpu")
 
 
-def test_switching_keeps_the_weights():
+def test_set_backend_keeps_the_weights():
     model = GPT(GPTConfig(**TINY), backend="eager")
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     model.set_backend("triton")
-    assert dict(model.backend) == ALL_TRITON
+    assert dict(model.backend) == TRITON
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]
         assert torch.equal(parameter, before[name][1])
 
 
-def test_a_refused_switch_changes_nothing():
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cuda", "'cuda'; accepted: auto, triton, cpu, eager"),
+        ({"mlp": "triton"}, "'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
+        ({"ffn": "fast"}, "'fast'; accepted: auto, triton, cpu, eager"),
+        (7, "backend must be .*, got 7"),
+    ],
+)
+def test_set_backend_rejects_a_bad_request_and_changes_nothing(spec, message):
     model = GPT(GPTConfig(**TINY), backend="eager")
-    with pytest.raises(ValueError, match="unknown backend"):
-        model.set_backend("cuda")
-    assert set(model.backend.values()) == {"eager"}
+    with pytest.raises(ValueError, match=message):
+        model.set_backend(spec)
+    assert dict(model.backend) == model.requested_backend == EAGER
+
+
+def test_backend_needs_every_choice():
+    with pytest.raises(ValueError, match="layer_norm, ffn, attention, loss"):
+        Backend(layer_norm="eager")
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("arguments", "message"),
     [
-        ("cuda", "unknown backend 'cuda'; accepted: auto, triton, eager"),
-        ({"mlp": "triton"}, "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
-        ({"ffn": "fast"}, "unknown backend 'fast'; accepted: auto, triton, eager"),
-        (7, "backend must be a word or a mapping from operator to word, got int"),
+        (("triton", "cpu", torch.float32, 260), "'triton' cannot run attention: the head size is 260, at most 256"),
+        (("triton", "cpu", torch.float64), "'triton' cannot run layer_norm: the dtype is torch.float64"),
+        (("cpu", "cuda"), "'cpu' cannot run layer_norm: the model is on 'cuda'"),
+        (("attention=cpu", "mps"), "'cpu' cannot run attention: the model is on 'mps'"),
     ],
 )
-def test_bad_requests(request_, message):
-    with pytest.raises(ValueError, match=message):
-        parse(request_)
+def test_a_choice_that_cannot_run_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=rf"{message}.*; use backend='auto' or 'eager'"):
+        choices(*arguments)
 
 
-def test_a_backend_needs_every_choice():
-    with pytest.raises(ValueError, match="Backend needs 'triton' or 'eager' for each of layer_norm, ffn"):
-        Backend(torch.device("cpu"), layer_norm="eager")
-
-
-def test_a_head_size_that_attention_cannot_hold():
-    config = GPTConfig(**TINY | {"n_embd": 520, "n_head": 2})
-    with pytest.raises(ValueError, match="cannot run attention: the head size is 260, at most 256 is accepted; use"):
-        GPT(config, backend="triton")
-
-
-def test_a_dtype_without_kernels():
-    model = GPT(GPTConfig(**TINY), backend="eager").double()
-    message = "cannot run layer_norm: the dtype is torch.float64, float32, float16 or bfloat16 is accepted; use"
-    with pytest.raises(ValueError, match=message):
-        model.set_backend("triton")
-    with pytest.raises(ValueError, match=message):
+def test_a_model_of_triton_cannot_become_float64():
+    with pytest.raises(ValueError, match=r"the dtype is torch\.float64"):
         GPT(GPTConfig(**TINY), backend="triton").double()
 
 
 def python(code: str, **environment: str) -> str:
-    """What a fresh Python prints that sees no GPU and does not interpret kernels."""
+    """Output of a fresh Python that sees no GPU and does not interpret kernels."""
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
@@ -142,49 +159,47 @@ def python(code: str, **environment: str) -> str:
 
 
 BUILD = f"""
-import torch
+import sys
+import torch, kernels
 from gptfast import GPT, GPTConfig
+from kernels import reference
+TINY = {TINY}
 def attempt(backend):
     try:
-        print(dict(GPT(GPTConfig(**{TINY}), backend=backend).backend)["ffn"])
+        print(dict(GPT(GPTConfig(**TINY), backend=backend).backend)["ffn"])
     except ValueError as error:
         print(error)
-"""
-
-
-def test_without_a_gpu_auto_is_eager_and_triton_says_why():
-    lines = python(BUILD + "attempt('auto'); attempt('triton')").splitlines()
-    assert lines[0] == "eager"
-    assert lines[1] == (
-        "backend 'triton' cannot run layer_norm: Triton kernels do not run on device 'cpu', and no CUDA device was "
-        "found; use backend='auto' or 'eager'"
-    )
-
-
-WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # what Python does for a package that is not there
-
-
-def test_without_triton_everything_but_triton_works():
-    code = """
 attempt("auto")
+print("triton" in sys.modules and sys.modules["triton"] is not None)
 attempt("triton")
-import kernels
-from kernels import reference
 model = GPT(GPTConfig(**TINY))
 idx = torch.zeros(1, 8, dtype=torch.long)
 model(idx, idx)[1].backward()
-print(model.generate(idx, 2).shape[1], kernels.layer_norm is reference.layer_norm)
+print(model.generate(idx, 2).shape[1])
 """
-    lines = python(WITHOUT_TRITON + BUILD + f"TINY = {TINY}" + code).splitlines()
-    assert lines[0] == "eager"
-    assert lines[1] == (
-        "backend 'triton' cannot run layer_norm: Triton is not installed; use backend='auto' or 'eager'"
-    )
-    assert lines[2] == "10 True"
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as Python marks a package that is not installed
 
 
-def test_importing_the_packages_does_not_import_triton():
-    assert python("import sys, gptfast, kernels; print('triton' in sys.modules)") == "False"
+@pytest.mark.parametrize(
+    ("preamble", "reason"),
+    [
+        ("", "Triton kernels do not run on device 'cpu', and no CUDA device was found"),
+        (WITHOUT_TRITON, "Triton is not installed"),
+    ],
+)
+def test_without_a_gpu_or_triton_auto_works_and_triton_says_why(preamble, reason):
+    """Also without an import of Triton, which is slow."""
+    assert python(preamble + BUILD).splitlines() == [
+        "cpu",
+        "False",
+        f"backend 'triton' cannot run layer_norm: {reason}; use backend='auto' or 'eager'",
+        "10",
+    ]
+
+
+def test_without_triton_operators_are_the_reference():
+    code = "import kernels; from kernels import reference; print(kernels.layer_norm is reference.layer_norm)"
+    assert python(WITHOUT_TRITON + code) == "True"
 
 
 def test_operators_run_the_reference_where_kernels_cannot_run():

@@ -84,7 +84,7 @@ def fails(capsys, *arguments: str, status: int = 2) -> str:
             "sample_prompt ' ' has no tokens; give at least one word ",
         ),
         (["--n-embd", "30", "--n-head", "4"], "n_embd must be divisible by n_head, got n_embd=30 and n_head=4"),
-        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
+        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, cpu, eager"),
         (["--backend", "mlp=eager"], "unknown operator 'mlp' in backend; accepted: layer_norm, ffn, attention, loss"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--device=tpu"], "no device 'tpu' here; accepted: auto, "),
@@ -175,7 +175,7 @@ def trained(text) -> str:
         (["--interactive", "--json"], "--interactive asks for prompts and writes text; it excludes --prompt-file and"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
-        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
+        (["--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, cpu, eager"),
     ],
 )
 def test_bad_generation_input(trained, capsys, options, message):

@@ -85,6 +85,6 @@ def test_tokens_beyond_gpt2s_are_not_its_tokenizers(tmp_path):
 
 
 def test_the_tokenizer_that_export_wrote_goes_before(with_vocabulary):
-    (with_vocabulary / tokenizer.OURS).write_text("{}")
+    (with_vocabulary / tokenizer.OWN_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"gptfast_tokenizer\.json holds no tokenizer"), gpt2_files.accepted():
         load_model.with_tokenizer(str(with_vocabulary))

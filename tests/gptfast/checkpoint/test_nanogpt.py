@@ -64,8 +64,7 @@ def test_what_can_be_overridden(tmp_path):
     model = GPT.from_nanogpt(path, {"dropout": 0.0, "pad_vocab_size_to": 64})
     assert (model.config.dropout, model.lm_head.weight.shape[0]) == (0.0, 64)
     assert torch.equal(ours(model), ours(GPT.from_nanogpt(path)))
-    message = "override_args accepts dropout, pad_vocab_size_to, activation and vocab_size, got n_layer"
-    assert refused(path, override_args={"n_layer": 3}) == message
+    assert refused(path, override_args={"n_layer": 3}).startswith("override_args has n_layer; accepted: dropout, ")
     assert refused(path, override_args={"dropout": 1.5}) == "dropout must be in [0, 1), got 1.5"
     assert refused(path, backend="cuda").startswith("unknown backend 'cuda'")
 
@@ -115,9 +114,7 @@ def test_a_state_dict_is_nanogpts(settings):
 def test_a_model_follows_nanogpts_activation():
     """As in train.py and sample.py, whose settings do not name it."""
     model = GPT(GPTConfig(**MODEL_ARGS))
-    with pytest.warns(
-        UserWarning, match="trained with activation='gelu', which the model now has in the place of 'gelu"
-    ):
+    with pytest.warns(UserWarning, match="trained with activation='gelu', the model's 'gelu_tanh'"):
         model.load_state_dict(checkpoint()["model"])
     assert model.config == GPTConfig(**MODEL_ARGS, activation="gelu")
     torch.testing.assert_close(ours(model), logits(checkpoint()["model"], 2, 2, IDX), atol=1e-5, rtol=0)
@@ -163,13 +160,13 @@ def replaced(tensor: object, name: str = "transformer.h.0.attn.c_attn.weight") -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "is no checkpoint of nanoGPT's: it needs a dict with model and model_args"),
-        (checkpoint()["model"], "is no checkpoint of nanoGPT's: it needs a dict with model and model_args"),
-        ({"model": [], "model_args": MODEL_ARGS}, "is no checkpoint of nanoGPT's: it needs a dict with model and"),
-        (without("n_head", "model_args"), "is no checkpoint of nanoGPT's: no n_head in its model_args"),
-        (checkpoint(n_experts=4), "is no checkpoint of nanoGPT's: unknown 'n_experts' in its model_args"),
-        (checkpoint(n_head=3), "is no checkpoint of nanoGPT's: n_embd must be divisible by n_head, got n_embd=16"),
-        (replaced("text"), "is no checkpoint of nanoGPT's: its model has values that are no tensors"),
+        ([1, 2], "is no checkpoint of nanoGPT: it needs a dict with model and model_args"),
+        (checkpoint()["model"], "is no checkpoint of nanoGPT: it needs a dict with model and model_args"),
+        ({"model": [], "model_args": MODEL_ARGS}, "is no checkpoint of nanoGPT: it needs a dict with model and"),
+        (without("n_head", "model_args"), "is no checkpoint of nanoGPT: no n_head in its model_args"),
+        (checkpoint(n_experts=4), "is no checkpoint of nanoGPT: unknown 'n_experts' in its model_args"),
+        (checkpoint(n_head=3), "is no checkpoint of nanoGPT: n_embd must be divisible by n_head, got n_embd=16"),
+        (replaced("text"), "is no checkpoint of nanoGPT: its model has values that are no tensors"),
         (
             without("transformer.h.1.ln_2.bias", "model"),
             "does not fit its model_args: it lacks tensor transformer.h.1.ln_2.bias [16]",
@@ -192,7 +189,7 @@ def replaced(tensor: object, name: str = "transformer.h.0.attn.c_attn.weight") -
         ),
         (
             {"model": random.Random(0), "model_args": MODEL_ARGS},
-            "is damaged, or holds more than tensors and plain values, which is not read",
+            "is damaged, or holds more than tensors and plain values",
         ),
     ],
 )
@@ -202,13 +199,13 @@ def test_what_is_no_checkpoint(tmp_path, content, message):
 
 
 def test_files_that_are_none(tmp_path, recwarn):
-    assert refused(tmp_path / "none.pt") == f"no such checkpoint of nanoGPT's: {tmp_path / 'none.pt'}"
-    assert refused(tmp_path) == f"no such checkpoint of nanoGPT's: {tmp_path}"
+    assert str(tmp_path / "none.pt") in refused(tmp_path / "none.pt")
+    assert str(tmp_path) in refused(tmp_path)
     whole = save(tmp_path, checkpoint()).read_bytes()
     path = tmp_path / "damaged.pt"
     for content in (b"", b"text\n", whole[: len(whole) // 2], whole[:-30], b"\x80\x04" + whole):
         path.write_bytes(content)
-        assert refused(path) == f"{path} is damaged, or holds more than tensors and plain values, which is not read"
+        assert refused(path).startswith(f"{path} is damaged")
     assert not recwarn.list
 
 

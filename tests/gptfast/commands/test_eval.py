@@ -245,7 +245,7 @@ def test_a_model_in_hugging_faces_layout(here, capsys, monkeypatch):
         (["--data", "text.txt", "--split", "test"], "invalid choice 'test' for argument '--split'"),
         (["--data", "text.txt", "--device", "tpu"], "no device 'tpu' here; accepted: auto, "),
         (["--data", "text.txt", "--dtype", "int4"], "unknown dtype 'int4'; accepted: auto, float32, bfloat16, float"),
-        (["--data", "text.txt", "--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, eager"),
+        (["--data", "text.txt", "--backend", "cuda"], "unknown backend 'cuda'; accepted: auto, triton, cpu, eager"),
         (["--choices", "missing.jsonl"], "no such file with choices: missing.jsonl"),
         (["--choices", "empty.txt"], "empty.txt has no questions; a line of JSON for each is needed"),
         (["--choices", "damaged.jsonl"], "damaged.jsonl, line 2: not JSON: "),

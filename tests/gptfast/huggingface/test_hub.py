@@ -46,11 +46,8 @@ def test_what_was_downloaded_needs_no_hub(cache, folder, name, repository):
 def test_a_hub_out_of_reach_is_one_line(cache):
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         GPT.from_pretrained("gpt2-xl")
-    assert str(caught.value).startswith(
-        "no folder openai-community/gpt2-xl is here, and it could not be downloaded from the Hugging Face hub "
-        "(ConnectError: "
-    )
-    assert str(caught.value).endswith("; give a folder with config.json and model.safetensors")
+    assert "openai-community/gpt2-xl" in str(caught.value)
+    assert "(ConnectError: " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +68,8 @@ def test_a_cache_with_a_part_of_a_model(cache, folder, tmp_path, kept, missing):
     store(cache, "openai-community/gpt2", part)
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         GPT.from_pretrained("gpt2")
-    assert str(caught.value) == (
-        f"openai-community/gpt2 has no {missing} in the cache, {cache}/models--openai-community--gpt2/snapshots/"
-        f"{COMMIT}: the Hugging Face hub has none, or could not be reached"
-    )
+    snapshot = f"{cache}/models--openai-community--gpt2/snapshots/{COMMIT}"
+    assert str(caught.value).startswith(f"openai-community/gpt2 has no {missing} in the cache {snapshot}")
 
 
 def test_a_model_in_several_files(cache, folder, tmp_path):
@@ -101,9 +96,7 @@ def test_a_model_that_the_hub_lacks_is_one_line(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # without the answer that it is made of
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    with pytest.raises(
-        ValueError, match=r"no folder no/body is here, and the Hugging Face hub has no model of that na"
-    ):
+    with pytest.raises(ValueError, match="no local folder no/body, and the Hugging Face hub has no"):
         GPT.from_pretrained("no/body")
 
 
@@ -121,7 +114,7 @@ def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
 def test_a_folder_goes_before_the_hub(cache, folder, tmp_path):
     for name in ("gpt2", "some-one/model"):
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(ValueError, match="could not be downloaded from the Hugging Face hub"):
+    with pytest.raises(ValueError, match="no local folder openai-community/gpt2"):
         GPT.from_pretrained("gpt2")  # a folder of this name may hold anything
     with pytest.raises(ValueError, match=r"some-one/model has no config.json"):
         GPT.from_pretrained("some-one/model")
