@@ -27,11 +27,11 @@ ON_GPU = [
     gpt2("gpt2", 1, 32, 64, (*NAMES, *COMPILED)),  # last: it compiles
 ]
 ON_CPU = [
-    ModelCase("generation", "nano", NANO, 1, 32, 64, (*NAMES, "nanoGPT")),
-    ModelCase("generation", "nano", NANO, 16, 32, 64, (*NAMES, "nanoGPT")),
+    ModelCase("generation", "nano", NANO, 1, 32, 64, ("cpu", *NAMES, "nanoGPT")),
+    ModelCase("generation", "nano", NANO, 16, 32, 64, ("cpu", *NAMES, "nanoGPT")),
     # nanoGPT keeps no keys and values: a minute for each of its rounds
-    gpt2("gpt2", 1, 16, 256, (*NAMES, "nanoGPT")),
-    gpt2("gpt2", 1, 16, 256, (*NAMES, *INT8), dtype=torch.bfloat16),
+    gpt2("gpt2", 1, 16, 256, ("cpu", *NAMES, "nanoGPT")),
+    gpt2("gpt2", 1, 16, 256, ("cpu", "cpu int8", *NAMES, *INT8), dtype=torch.bfloat16),
 ]
 
 

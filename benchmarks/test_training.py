@@ -48,10 +48,10 @@ ON_GPU = [
     gpt2("gpt2-xl", 2, 1024, (*OURS, *COMPILED)),
 ]
 ON_CPU = [
-    small("nano", 12, 64, (*OURS, *COMPILED, *PEERS)),
-    small("baby", 4, 256, ("eager", *PEERS)),
-    *(small("nano", batch, 64, ("eager", "Hugging Face")) for batch in (1, 4, 48)),
-    *(small("nano", 768 // length, length, ("eager", "Hugging Face")) for length in (16, 256)),
+    small("nano", 12, 64, ("cpu", *OURS, *COMPILED, *PEERS)),
+    small("baby", 4, 256, ("cpu", "eager", *PEERS)),
+    *(small("nano", batch, 64, ("cpu", "eager", "Hugging Face")) for batch in (1, 4, 48)),
+    *(small("nano", 768 // length, length, ("cpu", "eager", "Hugging Face")) for length in (16, 256)),
 ]
 
 

@@ -88,6 +88,12 @@ def _eager(reference: GPT) -> GPT:
     return twin(reference, "eager")
 
 
+def _cpu(reference: GPT) -> GPT:
+    if reference.lm_head.weight.device.type != "cpu":
+        raise UnavailableError("the backend cpu is measured on a CPU")
+    return twin(reference, "cpu")
+
+
 def _triton(reference: GPT) -> GPT:
     device = reference.lm_head.weight.device
     if device.type != "cuda":
@@ -183,12 +189,13 @@ def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
         ModelProvider("triton captured", _triton, captured=True),
         ModelProvider("triton compiled", _compiled(_triton), generate=_by_compiled_steps),
         ModelProvider("triton compiled captured", _compiled(_triton), captured=True),
+        ModelProvider("cpu", _cpu),
         ModelProvider("eager", _eager),
         ModelProvider("eager compiled", _compiled(_eager), generate=_by_compiled_steps),
         *(
             # weights that are rounded to 8 bits change logits by a percent
             ModelProvider(f"{name} int8", _int8(build), int8=True, tolerance=0.05)
-            for name, build in (("triton", _triton), ("eager", _eager))
+            for name, build in (("triton", _triton), ("cpu", _cpu), ("eager", _eager))
         ),
         ModelProvider(
             "Hugging Face",

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from gptfast import tokenizers
+from gptfast.checkpoint import vocab_padding
 from gptfast.checkpoint.atomic_files import read_json, read_tensors, write_json, write_tensors
 from gptfast.config import GPTConfig
 from gptfast.tokenizers import Tokenizer
@@ -167,7 +168,8 @@ def read_model(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
             raise ValueError(f"{path} is not a run folder with weights: it has no {name}")
     tokenizer = tokenizers.from_json(read_json(path / "tokenizer.json"))
     _, config = read_config(path)
-    weights = read_tensors(path / "model.safetensors")
+    saved = read_tensors(path / "model.safetensors")
+    weights = {name: vocab_padding.unpad(config, name, tensor) for name, tensor in saved.items()}
     if config.tie_weights and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return config, weights, tokenizer

@@ -75,7 +75,7 @@ def test_what_programs_read(trained, here, capsys):
     score = perplexity.score(model, tokenizer, windows, torch.float32, 4)
     assert found["model"] == trained
     assert (found["device"], found["dtype"], found["weights"]) == ("cpu", "float32", "float32")
-    assert set(found["backend"].values()) == {"eager"}
+    assert found["backend"] == {"layer_norm": "cpu", "ffn": "cpu", "attention": "cpu", "loss": "eager"}
     assert found["data"] == {
         "source": "text.txt",
         "tokens": 299,
@@ -107,7 +107,7 @@ def test_what_people_read(trained, here, capsys):
     data = found["data"]
     low, high = map(math.exp, data["loss_interval"])
     assert lines == {
-        "model": f"{trained}: on cpu in float32, eager",
+        "model": f"{trained}: on cpu in float32, layer_norm=cpu ffn=cpu attention=cpu loss=eager",
         "text": "text.txt: 299 tokens, 299 bytes",
         "windows": "19 of 16 tokens, 16 from one to the next",
         "loss": f"{data['loss']:.4f} ± {data['loss_stderr']:.4f} nats per token",
@@ -144,7 +144,7 @@ def test_the_dtype_and_the_backend(trained, here, capsys):
         # where kernels are compiled, those of a model on the CPU are the reference
         assert (found["data"]["loss"] == exact) is (torch.cuda.is_available() and "loss=triton" in options)
     out = printed(capsys, trained, "--data", "text.txt", "--dtype", "int8", "--backend", "ffn=triton")
-    assert ", weights of 8 bits, layer_norm=eager ffn=triton attention=eager loss=eager\n" in out
+    assert ", weights of 8 bits, layer_norm=cpu ffn=triton attention=cpu loss=eager\n" in out
 
 
 def prepared(source: str, out: str, tokenizer: str = "char") -> None:

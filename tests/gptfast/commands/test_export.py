@@ -133,14 +133,14 @@ def test_a_tokenizer_that_does_not_fit(here, capsys):
     printed(capsys, "export", "run", "out")
     path = Path("out/gptfast_tokenizer.json")
     for content, message in (
-        ({"kind": "byte"}, "does not fit config.json: it has 257 tokens, the model 15; without that file, --tokenizer"),
-        ({"kind": "char"}, "holds no tokenizer: not a saved char tokenizer: KeyError: 'chars'"),
-        ({}, "holds no tokenizer: not a saved tokenizer: kind None; accepted: char, byte, word, tiktoken"),
-        ([], "is damaged: a JSON object is needed"),
+        ({"kind": "byte"}, "out has a vocabulary of 15 tokens, its gptfast_tokenizer.json has 257"),
+        ({"kind": "char"}, f"{path} holds no tokenizer: not a saved char tokenizer: KeyError: 'chars'"),
+        ({}, f"{path} holds no tokenizer: not a saved tokenizer: kind None; accepted: char, byte, word, tiktoken"),
+        ([], f"{path} is damaged: a JSON object is needed"),
     ):
         path.write_text(json.dumps(content))
         for arguments in (["generate", "out"], ["train", "gpt2", "--init-from", "out", "--out", "on"]):
-            assert refused(capsys, *arguments).startswith(f"{path} {message}")
+            assert refused(capsys, *arguments).startswith(message)
     GPT.from_pretrained("out")  # which has no use for it
 
 
