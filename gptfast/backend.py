@@ -188,7 +188,8 @@ def _auto(operator: str, device: torch.device, dtype: torch.dtype, head_size: in
 def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
     """Explain for each operator why "auto" does not choose Triton, None where it does. Arguments: `resolve_backend`."""
     if device.type != "cuda":
-        return dict.fromkeys(OPERATORS, runtime.unsupported_reason(device) or "Triton's interpreter runs only on request")
+        reason = runtime.unsupported_reason(device) or "Triton's interpreter runs only on request"
+        return dict.fromkeys(OPERATORS, reason)
     return {operator: _unavailable("triton", operator, device, dtype, head_size) for operator in OPERATORS}
 
 

@@ -82,10 +82,13 @@ def for_decoding(model: Model, new_tokens: int = _MIN_NEW_TOKENS) -> Model:
     NOTE: writes through `parameter.data` bypass PyTorch's version counter and leave a stale bfloat16 copy.
 
     Args:
-        model: a `GPT` in evaluation mode. Modules with forward hooks are shared, unpacked.
+        model: a `GPT` in evaluation mode; packed only if its backend runs "ffn" by "cpu". Modules with forward hooks
+            are shared, unpacked.
         new_tokens: tokens to generate; weights other than float32 are packed for 32 or more.
     """
     module = cast(nn.Module, model)
+    if cast(Any, model).backend["ffn"] != "cpu":  # "eager" stays plain PyTorch
+        return model
     matrices = [p for p in module.parameters() if p.dim() == 2]
     if all(p.device.type != "cpu" for p in matrices):
         return model

@@ -35,7 +35,7 @@ def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
     torch.manual_seed(0)
     shape = {"block_size": 12, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
     config = GPTConfig(**shape | changes)
-    model = GPT(config, backend="eager")
+    model = GPT(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -98,6 +98,12 @@ def test_nothing_is_packed_for_a_few_tokens():
     model = build(torch.bfloat16)
     assert for_decoding(model, 31) is model
     assert for_decoding(model, 32) is not model
+
+
+def test_eager_is_plain_pytorch_while_decoding_too():
+    model = build()
+    model.set_backend("eager")
+    assert for_decoding(model) is model
 
 
 def test_small_weights_are_not_packed(monkeypatch):
