@@ -1,4 +1,4 @@
-"""`python -m gptfast` is the same as `gptfast`."""
+"""`python -m gptfast` runs the command line, as `gptfast` does."""
 
 from gptfast.cli import program
 

@@ -1,1 +1,1 @@
-"""Training a GPT: settings, the step, the loop, checkpoints, several processes."""
+"""Training of a GPT: config, step, loop and checkpoints, on one or several devices."""

@@ -1,4 +1,4 @@
-"""The settings of a training run: their defaults, what they mean, and their checks."""
+"""Config of a training run: defaults, command-line help and checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from dataclasses import dataclass, field
 from gptfast import optim
 from gptfast.config import GPTConfig
 
-PARALLEL = ("ddp", "fsdp")
+# settings that a resumed run cannot change, beside its model
+FIXED = ("tokenizer", "held_out", "freeze", "lora_rank", "lora_alpha", "lora_targets", "batch_size",
+         "optimizer", "seed")  # fmt: skip
+_CHOICES = {
+    "residual_dtype": ("auto", "float32", "bfloat16"),
+    "schedule": optim.SCHEDULES,
+    "optimizer": optim.OPTIMIZERS,
+    "parallel": ("ddp", "fsdp"),
+}
+_RANGES = (
+    (("steps", "batch_size", "accumulation", "eval_interval", "eval_batches", "log_interval", "keep_checkpoints"),
+     lambda value: value >= 1, "at least 1"),
+    (("lora_rank", "sample_tokens", "checkpoint_interval"), lambda value: value >= 0, "at least 0"),
+    (("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "lora_alpha"),
+     lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+    (("beta1", "beta2", "held_out"), lambda value: 0 <= value < 1, "in [0, 1)"),
+    (("decay_share",), lambda value: 0 <= value <= 1, "in [0, 1]"),
+    (("batch_size",), lambda value: value < 2**31, "below 2**31"),  # NumPy's errors beyond name no setting
+    (("seed",), lambda value: 0 <= value < 2**64, "in [0, 2**64)"),
+)  # fmt: skip
 
 
 @dataclass
@@ -24,123 +43,95 @@ class TrainConfig:
     vocabulary: str | None = None
     """Folder with the files of a tiktoken encoding, for machines without a network."""
     held_out: float = 0.1
-    """Share of the text, its end, that validation uses; 0 holds nothing out, and validation is on the training text."""
+    """Share of the text, at its end, held out for validation; with 0 validation uses the training text."""
     out: str | None = None
-    """Run folder to write, which must be new; by default one below runs/."""
+    """Run folder to write; it must not exist or be empty. The default is a new folder below runs/."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint, or begin it if there is none."""
+    """Continue the run in `out` from its last checkpoint; start it if there is none."""
     init_from: str | None = None
-    """Begin with the weights of a run folder, of a folder in Hugging Face's layout, or of gpt2, gpt2-medium, gpt2-large
-    or gpt2-xl, whose size the model then has."""
+    """Start from the weights, and with the size, of a run folder, a folder in Hugging Face's layout, or gpt2,
+    gpt2-medium, gpt2-large or gpt2-xl."""
     freeze: tuple[str, ...] = ()
-    """Patterns of parameters that keep their values, such as "transformer.h.[0-5].*"."""
+    """Patterns of parameters to freeze, such as "transformer.h.[0-5].*"."""
     lora_rank: int = 0
-    """Train adapters of this rank beside the weights of `lora_targets`, and nothing else; 0 trains the weights."""
+    """Rank of the LoRA adapters, which are trained alone; 0 trains the weights instead."""
     lora_alpha: float = 16.0
-    """Size of what the adapters add, for any rank."""
+    """Scale of the adapters' output, independent of their rank."""
     lora_targets: tuple[str, ...] = ("*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj")
     """Patterns of the linear layers that get adapters."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: str = "ddp"
-    """How the processes that torchrun starts share the work: ddp (each has the model) or fsdp (each has a part)."""
+    """Data parallelism under torchrun: ddp (replicated parameters) or fsdp (sharded parameters)."""
     dtype: str = "auto"
-    """Arithmetic of matrix products: float32, bfloat16, float16, or auto: bfloat16 on devices that multiply in it."""
+    """Dtype of matrix products: float32, bfloat16, float16, or auto, which is bfloat16 where the hardware has it."""
     backend: str = "auto"
     """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_activations: bool = False
-    """Compute each block's activations anew in the backward, for less memory."""
+    """Recompute each block's activations in the backward pass, to save memory."""
     residual_dtype: str = "auto"
-    """The residual stream's: float32, bfloat16, or auto, which is that of the weights. Half as wide is less memory."""
+    """Dtype of the residual stream: float32, bfloat16, which saves memory, or auto, the dtype of the weights."""
     steps: int = 5000
     """Optimizer steps."""
     batch_size: int = 64
-    """Sequences per step, of all processes."""
+    """Sequences per step, summed over all processes."""
     accumulation: int = 1
-    """Parts, equal in size, in which a process's batch goes through the model, for less memory."""
+    """Micro-batches per process and step, to save memory; gradients accumulate over them."""
     optimizer: str = "adamw"
-    """adamw, or muon for the blocks' matrices and adamw for all else."""
+    """adamw, or muon for the matrices of the blocks and adamw for all other parameters."""
     learning_rate: float = 1e-3
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, at the end of the warm-up."""
     schedule: str = "cosine"
-    """What the learning rate does after the warm-up: cosine, constant, or wsd (stable, then a linear decay)."""
+    """Learning rate after the warm-up: cosine, constant, or wsd (constant, then a linear decay)."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the end of the cosine or the decay."""
+    """Learning rate at the end of cosine or wsd."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly."""
+    """Steps of the linear warm-up."""
     decay_share: float = 0.2
-    """Share of the steps after the warm-up, the last ones, in which wsd decays."""
+    """Share of the steps after the warm-up in which wsd decays."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings."""
+    """Weight decay of matrices and embeddings."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate of the first moment."""
     beta2: float = 0.99
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's decay rate of the second moment."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Maximum norm of the gradient; 0 turns clipping off."""
     eval_interval: int = 250
     """Steps between evaluations."""
     eval_batches: int = 20
-    """Batches of each split that an evaluation reads."""
+    """Batches of each split in an evaluation."""
     sample_tokens: int = 64
-    """Tokens of the sample that each evaluation shows; 0 shows none."""
+    """Tokens of the sample that an evaluation prints; 0 prints none."""
     sample_prompt: str = ""
-    """What samples continue; by default the end of a document, or of a line."""
+    """Prompt of samples; by default the end-of-text token or a line break."""
     checkpoint_interval: int = 250
-    """Steps between checkpoints; 0 writes none but at an interrupt and at the end."""
+    """Steps between checkpoints; 0 writes them only at an interrupt and at the end."""
     keep_checkpoints: int = 2
-    """How many of the last checkpoints are kept."""
+    """Number of checkpoints to keep."""
     log_interval: int = 10
-    """Steps between lines of the log."""
+    """Steps between log entries."""
     tensorboard: bool = False
-    """Log for TensorBoard too, which must be installed."""
+    """Also log for TensorBoard, which must be installed."""
     seed: int = 1337
-    """Seed of weights, batches and dropout."""
+    """Seed of initial weights, batches and dropout."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "eval_interval", "eval_batches", "log_interval")
-        for name in (*counts, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lora_rank", "sample_tokens", "checkpoint_interval"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        # far beyond any memory, and what NumPy says of sizes beyond its index names no setting
-        if self.batch_size >= 2**31:
-            raise ValueError(f"batch_size must be below 2**31, got {self.batch_size}")
+        for names, holds, accepted in _RANGES:
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} must be {accepted}, got {value}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.batch_size % self.accumulation != 0:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation={self.accumulation}, got {self.batch_size}"
             )
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "lora_alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name, accepted in (
-            ("residual_dtype", ("auto", "float32", "bfloat16")),
-            ("schedule", optim.SCHEDULES),
-            ("optimizer", optim.OPTIMIZERS),
-            ("parallel", PARALLEL),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        if not 0.0 <= self.decay_share <= 1.0:
-            raise ValueError(f"decay_share must be in [0, 1], got {self.decay_share}")
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.resume and self.out is None:
-            raise ValueError("resume needs the folder of the run: give it with --out")
+            raise ValueError("resume needs the folder of the run; give it with --out")
         self.freeze, self.lora_targets = tuple(self.freeze), tuple(self.lora_targets)  # JSON has lists
         if self.freeze and self.lora_rank:
-            raise ValueError("freeze and lora_rank exclude each other: with adapters all other parameters are frozen")
-
-
-# what a run keeps when it is taken up again, beside its model: another of these would make it another run
-FIXED = ("tokenizer", "held_out", "freeze", "lora_rank", "lora_alpha", "lora_targets", "batch_size",
-         "optimizer", "seed")  # fmt: skip
+            raise ValueError("freeze excludes lora_rank, which freezes all parameters but the adapters; give one")

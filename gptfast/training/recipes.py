@@ -1,4 +1,4 @@
-"""Training runs that have names."""
+"""Presets of `gptfast train`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from gptfast.config import GPTConfig
 from gptfast.training.config import TrainConfig
 
-# the two character models of nanoGPT's README
+# the character models of nanoGPT's README
 _CHAR_GPU = TrainConfig(
     model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, activation="gelu"),
     data="shakespeare",
@@ -23,8 +23,7 @@ _CHAR_CPU = TrainConfig(
     batch_size=12,
 )
 
-# Adam (Kingma and Ba 2014, arXiv:1412.6980): AdamW without decay, here at one learning rate and without clipping. A
-# text of a few sentences has no part to hold out.
+# Adam (Kingma and Ba 2014, arXiv:1412.6980), which is AdamW without decay; a few sentences leave none to hold out
 _ADAM_ON_SENTENCES = TrainConfig(
     held_out=0.0,
     learning_rate=1e-3,
@@ -39,8 +38,7 @@ _ADAM_ON_SENTENCES = TrainConfig(
     checkpoint_interval=0,
 )
 
-# a chatbot's two sentences: 33 tokens of GPT-2, which are one window of 32 tokens and their successors. An epoch is
-# one step, and there are 100 of them.
+# two sentences, 33 tokens of GPT-2: one window of 32 tokens and their successors, so a step is an epoch
 _SIMPLE_GPT = dataclasses.replace(
     _ADAM_ON_SENTENCES,
     model=GPTConfig(
@@ -59,8 +57,7 @@ _SIMPLE_GPT = dataclasses.replace(
     sample_prompt="Hello,",
 )
 
-# three sentences: 33 words and marks, in which a window of 10 and their successors has 23 places to begin. An epoch is
-# as many windows, which one step takes at places that are drawn, and there are 100 of them.
+# three sentences, 33 words and marks: 23 windows of 10 words and their successors, so a step is an epoch
 _WORD_GPT = dataclasses.replace(
     _ADAM_ON_SENTENCES,
     model=GPTConfig(
@@ -93,9 +90,7 @@ GPT_CONFIG_124M = {
 
 
 def _gpt2(model: GPTConfig, learning_rate: float, accumulation: int) -> TrainConfig:
-    """GPT-2's pretraining as nanoGPT does it, in batches of 480 x 1024 tokens, with GPT-3's learning rate for the size
-    (Brown et al. 2020, arXiv:2005.14165, table 2.1) and a tenth of that at the end.
-    """
+    """Pretraining as nanoGPT's for GPT-2, with the learning rates of GPT-3 (Brown et al. 2020, table 2.1)."""
     return TrainConfig(
         model=model,
         tokenizer="gpt2",
@@ -129,12 +124,12 @@ RECIPES = {
 
 
 def names() -> list[str]:
-    """What `recipe` accepts."""
+    """List the names that `recipe` accepts."""
     return ["shakespeare-char", *RECIPES]
 
 
 def recipe(name: str, device: torch.device) -> TrainConfig:
-    """The settings of a named run. "shakespeare-char" is the size that trains in minutes on `device`.
+    """Return the config of a preset; "shakespeare-char" chooses the size that trains in minutes on the device.
 
     Raises:
         ValueError: an unknown name.

@@ -33,21 +33,9 @@ from gptfast.training.validation import Evaluator
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready for its next step.
+    """A run that is ready for its next step, of which `first` are done."""
 
-    Args:
-        config: the settings, with the model's final shape.
-        world: the processes.
-        dataset: tokenizer and text.
-        state: model, optimizers and training step.
-        evaluator: measures losses and writes samples.
-        saver: writes weights and checkpoints.
-        throughput: measures speed.
-        progress: shows and logs the run.
-        first: steps done before.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # with the model's final shape
     world: World
     dataset: Dataset
     state: TrainState

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,44 +70,34 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
 
 def train_steps(run: Run, batches: Prefetcher, interrupts: Interrupts) -> int:
     """Train to the last step or to an interrupt; returns the steps done, including earlier runs of the folder."""
-    pending: list[StepResult] = []  # results that the host has not waited for
+    config = run.config
+    pending: list[StepResult] = []  # of steps that the host has not waited for
     waited = 0.0
     run.throughput.start()
-    for step in range(run.first, run.config.steps):
+    for step in range(run.first, config.steps):
         pending.append(take_step(run, step, *batches.next()))
-        due = _due(run.config, step + 1, run.world.any(interrupts.requested))
-        if due.log or due.evaluate or due.save or step == run.first:
+
+        done, first, last = step + 1, step == run.first, step + 1 == config.steps
+        stop = run.world.any(interrupts.requested)
+        evaluates = last or (not stop and done % config.eval_interval == 0)
+        saves = last or stop or (config.checkpoint_interval > 0 and done % config.checkpoint_interval == 0)
+        logs = evaluates or done == 1 or done % config.log_interval == 0
+        if first or logs or saves:
             require_finite(run, step, pending)
-            speed = run.throughput.stop(len(pending), warmup=step == run.first)  # the first step compiles kernels
-            if due.log:
+            speed = run.throughput.stop(len(pending), warmup=first)  # the first step compiles kernels
+            if logs:
                 log_step(run, step, pending[-1], speed, batches.waited - waited)
                 waited = batches.waited
-            run.progress.advance(step + 1)
-            if due.evaluate:
-                evaluate(run, step + 1)
-            if due.save:
-                run.saver.save_checkpoint(step + 1)
+            run.progress.advance(done)
+            if evaluates:
+                evaluate(run, done)
+            if saves:
+                run.saver.save_checkpoint(done)
             pending.clear()
             run.throughput.start()
-        if due.stop:
+        if stop:
             break
-    return step + 1
-
-
-class _Due(NamedTuple):
-    """What follows a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-    stop: bool
-
-
-def _due(config: TrainConfig, done: int, stop: bool) -> _Due:
-    last = done == config.steps
-    evaluate = last or (not stop and done % config.eval_interval == 0)
-    save = last or stop or (config.checkpoint_interval > 0 and done % config.checkpoint_interval == 0)
-    return _Due(done == 1 or evaluate or done % config.log_interval == 0, evaluate, save, stop)
+    return done
 
 
 def load_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
