@@ -1,4 +1,4 @@
-"""Which device to use, and the arithmetic that suits it."""
+"""Devices and the dtype of matmuls on them, seeds and memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def resolve(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is the best one there is.
+    """Return the device of a name: "cpu", "cuda", "cuda:N", "mps", or "auto" for the fastest available one.
 
     Raises:
-        ValueError: an unknown device, or one that is not there.
+        ValueError: the device is unknown or not available.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -32,34 +32,34 @@ def resolve(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: one of `DTYPES`, or "auto", which is bfloat16 where the device multiplies in it.
+    """Return the dtype of matmuls: one of `DTYPES`, or "auto" for bfloat16 where the device has instructions for it.
 
     Raises:
         ValueError: an unknown name.
     """
     if name == "auto":
-        return torch.bfloat16 if _multiplies_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if _has_bfloat16_matmul(device) else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; accepted: auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
-def _multiplies_in_bfloat16(device: torch.device) -> bool:
+def _has_bfloat16_matmul(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.13 has it
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.13 on
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Run matrix products in `dtype`; parameters and the residual stream stay float32."""
+    """Return a context that runs matmuls in `dtype`; parameters and the residual stream stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def seed(device: torch.device, value: int) -> None:
-    """Seed what draws on a device and on the host. `torch.manual_seed` seeds every device, and takes its time."""
+    """Seed the default generators of a device and of the host. `torch.manual_seed` seeds all devices, which is slow."""
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -69,11 +69,10 @@ def seed(device: torch.device, value: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that tensors on the CPU leave, for those to come.
+    """Make glibc keep freed memory for later tensors on the CPU.
 
-    The C library returns large blocks to the system, which hands them out again page by page, zeroed: in training on a
-    CPU that is thousands of page faults a step, and a GPU waits while its tensors are copied for a checkpoint. Does
-    nothing where the C library is not glibc.
+    By default it returns large blocks to the system, which zeroes each page at its next use. Training on a CPU then
+    takes thousands of page faults a step, and copies for a checkpoint stall a GPU. No effect without glibc.
     """
     if sys.platform != "linux":
         return
@@ -84,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that tensors on a GPU, or on a CPU this process, have held at a time; None where nobody counts."""
+    """Return peak bytes: of tensors on a GPU, of this process for the CPU, None for devices without a counter."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":

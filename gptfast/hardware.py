@@ -1,7 +1,7 @@
-"""The most that a device can do: dense FLOP/s and bytes/s, from data sheets for GPUs and measured for the CPU.
+"""Peak FLOP/s and memory bandwidth of devices: GPUs from data sheets, the CPU measured.
 
-Figures are dense, never those for 2:4 sparsity, which data sheets print first. A GPU that the table does not know has
-no peak, rather than that of one with a similar name; the environment variables below give it one.
+Peaks are dense; data sheets print the figures for 2:4 sparsity first. A GPU that is not in the table has no peak, even
+if its name resembles a known one. Set the environment variables below for such a GPU.
 """
 
 from __future__ import annotations
@@ -17,286 +17,109 @@ from dataclasses import dataclass
 import torch
 
 FLOPS_VARIABLE = "GPTFAST_PEAK_FLOPS"
-"""Environment variable in FLOP/s that wins over table and measurement, for every device and dtype."""
+"""Environment variable, in FLOP/s, that overrides table and measurement for every device and dtype."""
 BANDWIDTH_VARIABLE = "GPTFAST_PEAK_BANDWIDTH"
-"""Environment variable in bytes/s that wins over table and measurement, for every device."""
+"""Environment variable, in bytes/s, that overrides table and measurement for every device."""
 
 MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What the maker publishes about one GPU."""
+    """Published figures of one GPU.
+
+    Args:
+        name: chip and, where the figures depend on it, form factor.
+        names: results of `torch.cuda.get_device_name` without the vendor; see `find`.
+        flops: dense peaks in FLOP/s by "bfloat16", "float16", "tf32" and "float8" for matmuls that accumulate in
+            float32, and "float32" without matrix units (AMD: with them). Formats that the chip lacks are absent.
+        bandwidth: of the device memory, in bytes/s.
+        memory: device memory in bytes. The "80 GB" of a data sheet are 80 GiB, of which the driver reserves a little.
+        processors: streaming multiprocessors (NVIDIA) or compute units (AMD).
+        l2_bytes: L2 cache as the device reports it.
+        source: document of the FLOP/s and the bandwidth.
+    """
 
     name: str
-    """For people: the chip and, where that decides the figures, its form."""
     names: tuple[str, ...]
-    """What `torch.cuda.get_device_name` calls it, less the maker. All words of the name have to agree (see `find`)."""
     flops: Mapping[str, float]
-    """Dense peaks in FLOP/s of matrix products in "bfloat16", "float16", "tf32" and "float8", all accumulated in
-    float32, and of plain "float32" without matrix units (AMD: with them). Absent is what the chip cannot do."""
     bandwidth: float
-    """Of the device memory, in bytes/s."""
     memory: int
-    """Device memory in bytes. A data sheet's "80 GB" are 80 GiB, of which the driver keeps a little."""
     processors: int
-    """Streaming multiprocessors (NVIDIA) or compute units (AMD)."""
     l2_bytes: int
-    """The L2 cache, as the device reports it."""
     source: str
-    """The document that the FLOP/s and the bandwidth come from."""
 
 
-_V100_SXM2 = {"float16": 125e12, "float32": 15.7e12}
-_V100_PCIE = {"float16": 112e12, "float32": 14e12}
-_V100_SOURCE = "NVIDIA V100 data sheet"
-_A100 = {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12}
-_A100_SOURCE = "NVIDIA A100 data sheet, the figures without sparsity"
-# the white paper prints the dense figures; the data sheet rounds twice these, with sparsity, to 1,979 and 3,958
-_H100_SXM = {"bfloat16": 989.4e12, "float16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12, "float8": 1978.9e12}
-_HOPPER_NVL = {"bfloat16": 835.5e12, "float16": 835.5e12, "tf32": 417.5e12, "float32": 60e12, "float8": 1670.5e12}
+_V100 = "NVIDIA V100 data sheet"
+_A100 = "NVIDIA A100 data sheet, the figures without sparsity"
+_FP32_ACCUMULATION = "dense with FP32 accumulation: half of FP16 accumulation"
+_HALVED = "dense = half of the figures with sparsity"
 
-GPUS: tuple[GPU, ...] = (
-    GPU(
-        name="V100 SXM2 16GB",
-        names=("V100 SXM2 16GB",),
-        flops=_V100_SXM2,
-        bandwidth=900e9,
-        memory=16 * GIB,
-        processors=80,
-        l2_bytes=6 * MIB,
-        source=_V100_SOURCE,
-    ),
-    GPU(
-        name="V100 SXM2 32GB",
-        names=("V100 SXM2 32GB",),
-        flops=_V100_SXM2,
-        bandwidth=900e9,
-        memory=32 * GIB,
-        processors=80,
-        l2_bytes=6 * MIB,
-        source=_V100_SOURCE,
-    ),
-    GPU(
-        name="V100 PCIe 16GB",
-        names=("V100 PCIE 16GB",),
-        flops=_V100_PCIE,
-        bandwidth=900e9,
-        memory=16 * GIB,
-        processors=80,
-        l2_bytes=6 * MIB,
-        source=_V100_SOURCE,
-    ),
-    GPU(
-        name="V100 PCIe 32GB",
-        names=("V100 PCIE 32GB",),
-        flops=_V100_PCIE,
-        bandwidth=900e9,
-        memory=32 * GIB,
-        processors=80,
-        l2_bytes=6 * MIB,
-        source=_V100_SOURCE,
-    ),
-    GPU(
-        name="T4",
-        names=("T4",),
-        flops={"float16": 65e12, "float32": 8.1e12},
-        bandwidth=320e9,  # the memory's rate, 256 bits at 10 Gbit/s; the first data sheet says 300 GB/s
-        memory=16 * GIB,
-        processors=40,
-        l2_bytes=4 * MIB,
-        source="NVIDIA T4 data sheet; bandwidth: NVIDIA Turing architecture white paper",
-    ),
-    GPU(
-        name="A10",
-        names=("A10",),
-        flops={"bfloat16": 125e12, "float16": 125e12, "tf32": 62.5e12, "float32": 31.2e12},
-        bandwidth=600e9,
-        memory=24 * GIB,
-        processors=72,
-        l2_bytes=6 * MIB,
-        source="NVIDIA A10 data sheet, the figures without sparsity",
-    ),
-    GPU(
-        name="A100 SXM 40GB",
-        names=("A100 SXM4 40GB", "A100 SXM 40GB"),
-        flops=_A100,
-        bandwidth=1555e9,
-        memory=40 * GIB,
-        processors=108,
-        l2_bytes=40 * MIB,
-        source=_A100_SOURCE,
-    ),
-    GPU(
-        name="A100 PCIe 40GB",
-        names=("A100 PCIE 40GB",),
-        flops=_A100,
-        bandwidth=1555e9,
-        memory=40 * GIB,
-        processors=108,
-        l2_bytes=40 * MIB,
-        source=_A100_SOURCE,
-    ),
-    GPU(
-        name="A100 SXM 80GB",
-        names=("A100 SXM4 80GB", "A100 SXM 80GB"),
-        flops=_A100,
-        bandwidth=2039e9,
-        memory=80 * GIB,
-        processors=108,
-        l2_bytes=40 * MIB,
-        source=_A100_SOURCE,
-    ),
-    GPU(
-        name="A100 PCIe 80GB",
-        names=("A100 80GB PCIE",),
-        flops=_A100,
-        bandwidth=1935e9,
-        memory=80 * GIB,
-        processors=108,
-        l2_bytes=40 * MIB,
-        source=_A100_SOURCE,
-    ),
-    GPU(
-        name="L4",
-        names=("L4",),
-        flops={"bfloat16": 121e12, "float16": 121e12, "tf32": 60e12, "float32": 30.3e12, "float8": 242.5e12},
-        bandwidth=300e9,
-        memory=24 * GIB,
-        processors=58,
-        l2_bytes=48 * MIB,
-        source="NVIDIA L4 data sheet, dense = half of the figures with sparsity",
-    ),
-    GPU(
-        name="L40S",
-        names=("L40S",),
-        # 362.05 is not half of the 733 beside it, which would be 366.5: the sheet's dense 16-bit figure is the L40's
-        flops={"bfloat16": 362.05e12, "float16": 362.05e12, "tf32": 183e12, "float32": 91.6e12, "float8": 733e12},
-        bandwidth=864e9,
-        memory=48 * GIB,
-        processors=142,
-        l2_bytes=96 * MIB,
-        source="NVIDIA L40S data sheet, the figures without sparsity",
-    ),
-    # GeForce: the tensor cores accumulate in float32, as PyTorch asks them to, at half the rate of float16; the figures
-    # that are advertised are for float16, and from Ada on with sparsity on top
-    GPU(
-        name="RTX 3090",
-        names=("GEFORCE RTX 3090",),
-        flops={"bfloat16": 71e12, "float16": 71e12, "tf32": 35.6e12, "float32": 35.6e12},
-        bandwidth=936e9,
-        memory=24 * GIB,
-        processors=82,
-        l2_bytes=6 * MIB,
-        source="NVIDIA Ampere GA102 architecture white paper, dense with FP32 accumulation: half of FP16 accumulation",
-    ),
-    GPU(
-        name="RTX 4090",
-        names=("GEFORCE RTX 4090",),
-        flops={"bfloat16": 165.2e12, "float16": 165.2e12, "tf32": 82.6e12, "float32": 82.6e12, "float8": 330.3e12},
-        bandwidth=1008e9,
-        memory=24 * GIB,
-        processors=128,
-        l2_bytes=72 * MIB,
-        source="NVIDIA Ada architecture white paper, dense with FP32 accumulation: half of FP16 accumulation",
-    ),
-    GPU(
-        name="RTX 5090",
-        names=("GEFORCE RTX 5090",),
-        flops={"bfloat16": 209.5e12, "float16": 209.5e12, "tf32": 104.8e12, "float32": 104.8e12, "float8": 419e12},
-        bandwidth=1792e9,
-        memory=32 * GIB,
-        processors=170,
-        l2_bytes=96 * MIB,
-        source="NVIDIA RTX Blackwell architecture white paper, dense with FP32 accumulation: half of FP16 accumulation",
-    ),
-    GPU(
-        name="H100 SXM",
-        names=("H100 80GB HBM3",),
-        flops=_H100_SXM,
-        bandwidth=3.35e12,
-        memory=80 * GIB,
-        processors=132,
-        l2_bytes=50 * MIB,
-        source="NVIDIA H100 architecture white paper, dense; bandwidth: NVIDIA H100 data sheet",
-    ),
-    GPU(
-        name="H100 PCIe",
-        names=("H100 PCIE",),
-        flops={"bfloat16": 756e12, "float16": 756e12, "tf32": 378e12, "float32": 51.2e12, "float8": 1513e12},
-        bandwidth=2039e9,  # what 5,120 bits at 1,593 MHz give; the product brief prints these and rounds to 2,000 GB/s
-        memory=80 * GIB,
-        processors=114,
-        l2_bytes=50 * MIB,
-        source="NVIDIA H100 architecture white paper, dense",
-    ),
-    GPU(
-        name="H100 NVL",
-        names=("H100 NVL",),
-        flops=_HOPPER_NVL,
-        bandwidth=3938e9,
-        memory=94 * GIB,
-        processors=132,
-        l2_bytes=60 * MIB,
-        source="NVIDIA H100 data sheet, dense = half of the figures with sparsity; bandwidth: H100 NVL product brief",
-    ),
-    GPU(
-        name="H200 SXM",
-        names=("H200",),
-        flops=_H100_SXM,  # the same chip at the same clocks: the data sheets agree in every FLOP/s figure
-        bandwidth=4.8e12,
-        memory=141 * GIB,
-        processors=132,
-        l2_bytes=60 * MIB,
-        source="NVIDIA H200 data sheet, dense = half of the figures with sparsity",
-    ),
-    GPU(
-        name="H200 NVL",
-        names=("H200 NVL",),
-        flops=_HOPPER_NVL,
-        bandwidth=4.8e12,
-        memory=141 * GIB,
-        processors=132,
-        l2_bytes=60 * MIB,
-        source="NVIDIA H200 data sheet, dense = half of the figures with sparsity",
-    ),
-    GPU(
-        name="H20",
-        names=("H20",),
-        flops={"bfloat16": 148e12, "float16": 148e12, "tf32": 74e12, "float32": 44e12, "float8": 296e12},
-        bandwidth=4e12,
-        memory=96 * GIB,
-        processors=78,
-        l2_bytes=60 * MIB,
-        source="NVIDIA H20 figures as the press printed them, dense; NVIDIA publishes no data sheet",
-    ),
-    GPU(
-        name="B200",
-        names=("B200",),
-        flops={"bfloat16": 2250e12, "float16": 2250e12, "tf32": 1100e12, "float32": 75e12, "float8": 4500e12},
-        bandwidth=7.7e12,  # 7,680 bits at 3,996 MHz; 8 TB/s and 192 GB were announced and are not what the device has
-        memory=180 * GIB,
-        processors=148,
-        l2_bytes=253 * MIB // 2,
-        source="NVIDIA HGX B200 data sheet, dense = half of the figures with sparsity",
-    ),
-    GPU(
-        name="MI300X",
-        names=("INSTINCT MI300X", "INSTINCT MI300X OAM"),
-        flops={
-            "bfloat16": 1307.4e12,
-            "float16": 1307.4e12,
-            "tf32": 653.7e12,
-            "float32": 163.4e12,
-            "float8": 2614.9e12,
-        },
-        bandwidth=5.3e12,
-        memory=192 * GIB,
-        processors=304,
-        l2_bytes=32 * MIB,  # 4 MiB on each of 8 dies, of which PyTorch reports one; the 256 MiB behind them are L3
-        source="AMD Instinct MI300X data sheet, the figures without sparsity",
-    ),
+# TFLOP/s by format, GB/s, GiB, processors, MiB of L2. Notes on rows:
+#   T4          the bandwidth is 256 bits at 10 Gbit/s; the first data sheet says 300 GB/s
+#   L40S        362.05 is not half of the sheet's 733, but the L40's dense 16-bit figure
+#   RTX         tensor cores run at half rate with float32 accumulation, which PyTorch asks for; advertised figures are
+#               for float16 accumulation, and from Ada on with sparsity
+#   H100 SXM    the data sheet rounds twice the white paper's figures to 1,979 and 3,958
+#   H100 PCIe   the bandwidth is 5,120 bits at 1,593 MHz; the product brief prints both and rounds to 2,000 GB/s
+#   H200 SXM    has the chip and clocks of the H100 SXM: the data sheets agree in every FLOP/s figure
+#   B200        the bandwidth is 7,680 bits at 3,996 MHz; devices differ from the announced 8 TB/s and 192 GB
+#   MI300X      4 MiB of L2 on each of 8 dies; the 256 MiB behind them are L3
+# fmt: off
+_TABLE: tuple[tuple, ...] = (
+    # name             bf16     fp16     tf32   fp32   fp8     GB/s  GiB  procs  L2  names; source
+    ("V100 SXM2 16GB", None,    125,     None,  15.7,  None,   900,  16,  80,    6,  "V100 SXM2 16GB", _V100),
+    ("V100 SXM2 32GB", None,    125,     None,  15.7,  None,   900,  32,  80,    6,  "V100 SXM2 32GB", _V100),
+    ("V100 PCIe 16GB", None,    112,     None,  14,    None,   900,  16,  80,    6,  "V100 PCIE 16GB", _V100),
+    ("V100 PCIe 32GB", None,    112,     None,  14,    None,   900,  32,  80,    6,  "V100 PCIE 32GB", _V100),
+    ("T4",             None,    65,      None,  8.1,   None,   320,  16,  40,    4,  "T4",
+     "NVIDIA T4 data sheet; bandwidth: NVIDIA Turing architecture white paper"),
+    ("A10",            125,     125,     62.5,  31.2,  None,   600,  24,  72,    6,  "A10",
+     "NVIDIA A10 data sheet, the figures without sparsity"),
+    ("A100 SXM 40GB",  312,     312,     156,   19.5,  None,   1555, 40,  108,   40, "A100 SXM4 40GB|A100 SXM 40GB",
+     _A100),
+    ("A100 PCIe 40GB", 312,     312,     156,   19.5,  None,   1555, 40,  108,   40, "A100 PCIE 40GB", _A100),
+    ("A100 SXM 80GB",  312,     312,     156,   19.5,  None,   2039, 80,  108,   40, "A100 SXM4 80GB|A100 SXM 80GB",
+     _A100),
+    ("A100 PCIe 80GB", 312,     312,     156,   19.5,  None,   1935, 80,  108,   40, "A100 80GB PCIE", _A100),
+    ("L4",             121,     121,     60,    30.3,  242.5,  300,  24,  58,    48, "L4",
+     f"NVIDIA L4 data sheet, {_HALVED}"),
+    ("L40S",           362.05,  362.05,  183,   91.6,  733,    864,  48,  142,   96, "L40S",
+     "NVIDIA L40S data sheet, the figures without sparsity"),
+    ("RTX 3090",       71,      71,      35.6,  35.6,  None,   936,  24,  82,    6,  "GEFORCE RTX 3090",
+     f"NVIDIA Ampere GA102 architecture white paper, {_FP32_ACCUMULATION}"),
+    ("RTX 4090",       165.2,   165.2,   82.6,  82.6,  330.3,  1008, 24,  128,   72, "GEFORCE RTX 4090",
+     f"NVIDIA Ada architecture white paper, {_FP32_ACCUMULATION}"),
+    ("RTX 5090",       209.5,   209.5,   104.8, 104.8, 419,    1792, 32,  170,   96, "GEFORCE RTX 5090",
+     f"NVIDIA RTX Blackwell architecture white paper, {_FP32_ACCUMULATION}"),
+    ("H100 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 3350, 80,  132,   50, "H100 80GB HBM3",
+     "NVIDIA H100 architecture white paper, dense; bandwidth: NVIDIA H100 data sheet"),
+    ("H100 PCIe",      756,     756,     378,   51.2,  1513,   2039, 80,  114,   50, "H100 PCIE",
+     "NVIDIA H100 architecture white paper, dense"),
+    ("H100 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 3938, 94,  132,   60, "H100 NVL",
+     f"NVIDIA H100 data sheet, {_HALVED}; bandwidth: H100 NVL product brief"),
+    ("H200 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 4800, 141, 132,   60, "H200",
+     f"NVIDIA H200 data sheet, {_HALVED}"),
+    ("H200 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 4800, 141, 132,   60, "H200 NVL",
+     f"NVIDIA H200 data sheet, {_HALVED}"),
+    ("H20",            148,     148,     74,    44,    296,    4000, 96,  78,    60, "H20",
+     "NVIDIA H20 figures as the press printed them, dense; NVIDIA publishes no data sheet"),
+    ("B200",           2250,    2250,    1100,  75,    4500,   7700, 180, 148, 126.5, "B200",
+     f"NVIDIA HGX B200 data sheet, {_HALVED}"),
+    ("MI300X",         1307.4,  1307.4,  653.7, 163.4, 2614.9, 5300, 192, 304,   32,
+     "INSTINCT MI300X|INSTINCT MI300X OAM", "AMD Instinct MI300X data sheet, the figures without sparsity"),
 )
+# fmt: on
+_FORMATS = ("bfloat16", "float16", "tf32", "float32", "float8")
+
+
+def _row(name, *row) -> GPU:
+    tflops, (gb, gib, processors, l2_mib, names, source) = row[:5], row[5:]
+    flops = {key: float(f"{value}e12") for key, value in zip(_FORMATS, tflops, strict=True) if value is not None}
+    return GPU(name, tuple(names.split("|")), flops, gb * 1e9, gib * GIB, processors, int(l2_mib * MIB), source)
+
+
+GPUS = tuple(_row(*row) for row in _TABLE)
 
 _KEYS = {
     torch.bfloat16: "bfloat16",
@@ -310,7 +133,7 @@ _KEYS = {
 
 
 def _words(name: str) -> frozenset[str]:
-    # the maker comes and goes with the version of the driver
+    # drivers differ in whether the name has the vendor
     return frozenset(re.split(r"[\s-]+", name.upper())) - {"NVIDIA", "TESLA", "AMD", ""}
 
 
@@ -318,24 +141,24 @@ _BY_WORDS = {_words(name): gpu for gpu in GPUS for name in gpu.names}
 
 
 def find(device_name: str) -> GPU | None:
-    """The GPU that `torch.cuda.get_device_name` calls `device_name`, or None if the table has none.
+    """Look up a GPU by the result of `torch.cuda.get_device_name`; None if the table does not have it.
 
-    Every word has to agree, in any order and case, words ending at a space or a hyphen: a word more is another chip
+    All words, separated by spaces or hyphens, must agree, in any order and case. One word more is another chip
     ("RTX 4090 D", "RTX 4090 Laptop GPU") or a part of one ("A100-SXM4-80GB MIG 1g.10gb").
     """
     return _BY_WORDS.get(_words(device_name))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The dense matrix peak of `device` in FLOP/s; None where it is not known, never a guess.
+    """Return the dense matmul peak of `device` in FLOP/s, or None if it is unknown.
 
     Args:
-        device: a CUDA device is looked up by its name. The CPU's data sheets give no peak; its is the rate of a large
-            matrix product, measured once. Other devices have none.
-        dtype: of the factors. On CUDA float32 means TF32 while PyTorch is set to use that and the chip has it.
+        device: a CUDA device is looked up by name. For the CPU it is the rate of a large matmul, measured once per
+            process. Other devices have none.
+        dtype: of the factors. On CUDA float32 means TF32 where PyTorch is set to use it and the chip has it.
 
     Raises:
-        ValueError: GPTFAST_PEAK_FLOPS, which wins over both, is not a positive finite number.
+        ValueError: GPTFAST_PEAK_FLOPS is not a positive finite number.
     """
     override = _override(FLOPS_VARIABLE, "FLOP/s such as 989e12")
     if override is not None:
@@ -345,20 +168,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     gpu = _gpu(device)
     if gpu is None or dtype not in _KEYS:
         return None
-    # the getter of the older API raises once the newer one was used; this one knows both
+    # the older getter, `allow_tf32`, raises once a program has used `fp32_precision`
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and "tf32" in gpu.flops:
         return gpu.flops["tf32"]
     return gpu.flops.get(_KEYS[dtype])
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
-    """The memory bandwidth of `device` in bytes/s; None where it is not known, never a guess.
+    """Return the memory bandwidth of `device` in bytes/s, or None if it is unknown.
 
-    Looked up by name for a CUDA device. For the CPU it is the rate of a large copy, measured once, counting the bytes
-    that are read and those that are written.
+    A CUDA device is looked up by name. For the CPU it is the rate of a large copy, bytes read plus bytes written,
+    measured once per process.
 
     Raises:
-        ValueError: GPTFAST_PEAK_BANDWIDTH, which wins over both, is not a positive finite number.
+        ValueError: GPTFAST_PEAK_BANDWIDTH is not a positive finite number.
     """
     override = _override(BANDWIDTH_VARIABLE, "bytes/s such as 4.8e12")
     if override is not None:
@@ -370,7 +193,7 @@ def peak_bandwidth(device: torch.device) -> float | None:
 
 
 def describe(device: torch.device) -> str:
-    """One line for people: the device, its peaks, and where they come from or how to give them.
+    """Describe a device in one line: its peaks and their source, or how to set them.
 
     Raises:
         ValueError: GPTFAST_PEAK_FLOPS or GPTFAST_PEAK_BANDWIDTH is not a positive finite number.
@@ -398,16 +221,16 @@ def describe(device: torch.device) -> str:
 
 
 def _figure(value: float | None, unit: str, label: str, what: str, variable: str, source: str) -> tuple[str, str]:
-    """What `describe` says of one peak, and where that comes from."""
+    """Return the text of one peak and its source."""
     if value is None:
         return f"no {what}", f"set {variable}"
     if variable in os.environ:
-        return _readable(value, unit), variable  # whoever set it knows for which dtype
-    return _readable(value, unit) + label, source
+        return _with_prefix(value, unit), variable  # for the dtype that its user has in mind
+    return _with_prefix(value, unit) + label, source
 
 
-def _readable(value: float, unit: str) -> str:
-    """Three digits with the prefix that suits them: "989 TFLOP/s"."""
+def _with_prefix(value: float, unit: str) -> str:
+    """Format to three digits with an SI prefix: "989 TFLOP/s"."""
     value = float(f"{value:.3g}")  # rounded first: 999.9e9 is 1 T, not 1000 G
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if value >= size:
@@ -434,21 +257,21 @@ def _override(variable: str, accepted: str) -> float | None:
 
 @functools.cache
 def _measured_cpu_flops(dtype: torch.dtype, size: int = 1024) -> float:
-    # a generator of its own: training draws from the global one
+    # a separate generator: training draws from the global one
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     best, begun = float("inf"), time.perf_counter()
-    for _ in range(31):  # the first ones find the cores asleep
+    for _ in range(31):  # cores raise their clock during the first ones
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)
-        if start - begun > 1.0:  # CPUs without products of a dtype take seconds for one
+        if start - begun > 1.0:  # a dtype without instructions takes seconds per matmul
             break
     return 2 * size**3 / best
 
 
 @functools.cache
 def _measured_cpu_bandwidth(size: int = 128 * MIB) -> float:
-    # ones: pages that were never written all map to the same zeros, which then come from the cache
+    # ones: pages that were never written all map to one page of zeros, which stays in the cache
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)  # takes the page faults
