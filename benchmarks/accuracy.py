@@ -1,113 +1,84 @@
-"""How far each operator's results are from the truth, and how far eager PyTorch's are: `python -m benchmarks.accuracy`.
+"""Error of every operator against float64, next to that of eager PyTorch: `python -m benchmarks.accuracy`.
 
-The truth is the reference in float64. Results are written to FOLDER/<device>/accuracy.json, which `benchmarks.report`
-accepts beside the others; it has no rows of theirs. Without a GPU the kernels run in Triton's interpreter
-(TRITON_INTERPRET=1), at small sizes and without bfloat16, whose arithmetic the interpreter rounds as no GPU does.
+The results go to FOLDER/<device>/accuracy.json, which `benchmarks.report` accepts beside its own files. Without a GPU
+the kernels run in Triton's interpreter (TRITON_INTERPRET=1), at small sizes and without bfloat16, which the interpreter
+rounds differently from a GPU.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
-from benchmarks.measuring import machine, operator_cases, result_files
-from benchmarks.measuring.operator_bench import Case, relative_error, run
-from benchmarks.measuring.operator_providers import PROVIDERS
+from benchmarks.measuring import machine
+from benchmarks.measuring.bench import dtype_name, relative_error
+from benchmarks.measuring.operator_bench import Case, run
+from benchmarks.measuring.processes import run_command
+from benchmarks.operators import OPERATORS
 from benchmarks.reporting.markdown import escape, grid
 from kernels import runtime
 
-# each operator's sizes, and those for the interpreter
-_CASES: tuple[tuple[Callable[..., Case], tuple[int, ...], tuple[int, ...]], ...] = (
-    (operator_cases.layer_norm, (8192, 768), (256, 768)),
-    (operator_cases.add_layer_norm, (8192, 768), (256, 768)),
-    (operator_cases.gelu_ffn, (8192, 768), (128, 256)),
-    (operator_cases.causal_attention, (8, 12, 1024, 64), (1, 2, 256, 64)),
-    (operator_cases.causal_attention_qkvpacked, (8, 12, 1024, 64), (1, 2, 256, 64)),
-    (operator_cases.decode_attention, (8, 12, 1024, 64), (2, 2, 512, 64)),
-    (operator_cases.int8_linear, (16, 768, 50_304), (4, 256, 512)),
-    (operator_cases.linear_cross_entropy, (8192, 768, 50_304), (128, 256, 1024)),
-)
-_NARROW, _FULL = (torch.float32, torch.float16), (torch.float32, torch.float16, torch.bfloat16)
 
+def main(out: str) -> None:
+    """Measure the error of every operator's results and gradients, and that of eager PyTorch, against float64.
 
-@dataclass
-class Options:
-    """Measure the error of every operator's results and gradients, and that of eager PyTorch's, against float64."""
-
-    out: str
-    """Folder of results: OUT/<device>/accuracy.json is written."""
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print the table; exit status 2 where the kernels cannot run, 1 where results cannot be written."""
-    options = tyro.cli(Options, prog="python -m benchmarks.accuracy", args=arguments)
+    Args:
+        out: folder of results; OUT/<device>/accuracy.json is written.
+    """
     device = machine.default_device()
     reason = runtime.unsupported_reason(device)
     if reason is not None:
-        print(f"benchmarks.accuracy: {reason}; TRITON_INTERPRET=1 has them interpreted", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{reason}; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
     content = measure(device)
-    path = Path(options.out, machine.slug(device), "accuracy.json")
-    try:
-        result_files.save(path, content)
-    except OSError as error:
-        print(f"benchmarks.accuracy: {error}", file=sys.stderr)
-        sys.exit(1)
+    path = Path(out, machine.slug(device), "accuracy.json")
+    machine.save_results(path, content)
     print(f"{passage(content)}\n{path}")
 
 
 def cases(dtype: torch.dtype, interpreted: bool) -> list[Case]:
-    """GPT-2's shapes; for the interpreter, which computes one block after the other, smaller ones."""
-    return [make(*(small if interpreted else whole), dtype) for make, whole, small in _CASES]
+    """Return a case of each operator: GPT-2's sizes on a GPU, small ones for the interpreter."""
+    return [
+        operator.case(*operator.accuracy_sizes[interpreted], dtype=dtype)
+        for operator in OPERATORS.values()
+        if operator.accuracy_sizes is not None
+    ]
 
 
 def measure(device: torch.device) -> dict[str, Any]:
-    """The results as they are written: machine, and a row for each result and gradient of each case."""
+    """Measure all cases and return the content of the results file."""
     interpreted = device.type != "cuda"
-    rows = [
-        row
-        for dtype in (_NARROW if interpreted else _FULL)
-        for case in cases(dtype, interpreted)
-        for row in errors(case, device)
-    ]
-    return {
-        **result_files.head(device),
-        "interpreted": interpreted,
-        "accuracy": rows,
-    }
+    dtypes = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
+    rows = [row for dtype in dtypes for case in cases(dtype, interpreted) for row in errors(case, device)]
+    return {**machine.result_head(device), "interpreted": interpreted, "accuracy": rows}
 
 
 def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
-    """||y - truth|| / ||truth|| of the kernel and of eager PyTorch, for each result and gradient of a case.
+    """Compute ||y - y64|| / ||y64|| of the kernel and of eager PyTorch, for each result and gradient of a case.
 
-    Upstream gradients are random normal. What no kernel computes, such as gradients of decoding, is left out.
+    Upstream gradients are random normal. Operators without a backward have no gradients here.
     """
-    provider = PROVIDERS[case.suite]["triton"]
-    gradients = provider.differentiable
+    providers, gradients = case.operator.providers, case.operator.differentiable
     inputs = case.inputs(device)
     dy = case.upstream(inputs)
-    truth, ours, theirs = (
-        run(operator, _leaves(inputs, dtype), [one.to(dtype) for one in dy], gradients)
-        for operator, dtype in (
+    exact, kernels, eagers = (
+        run(function, _leaves(inputs, dtype), [one.to(dtype) for one in dy], gradients)
+        for function, dtype in (
             (case.reference, torch.float64),
-            (provider.build(case), case.dtype),
-            (PROVIDERS[case.suite]["eager"].build(case), case.dtype),
+            (providers["triton"].build(case), case.dtype),
+            (providers["eager"].build(case), case.dtype),
         )
     )
     names = [*(f"result {number}" if number else "result" for number in range(len(dy)))]
-    names += [f"gradient {number}" for number in range(len(truth) - len(dy))]
-    for name, expected, kernel, eager in zip(names, truth, ours, theirs, strict=True):
+    names += [f"gradient {number}" for number in range(len(exact) - len(dy))]
+    for name, expected, kernel, eager in zip(names, exact, kernels, eagers, strict=True):
         yield {
             "operator": case.suite,
             "dims": dict(case.dims),
-            "dtype": case.dtype_name,
+            "dtype": dtype_name(case.dtype),
             "of": name,
             "kernel": relative_error(kernel, expected),
             "eager": relative_error(eager, expected),
@@ -119,7 +90,7 @@ def _leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def passage(content: dict[str, Any]) -> str:
-    """What a document shows of the results: the worst result and gradient of each operator, and where they are from."""
+    """Format results in Markdown: the worst result and gradient of each operator, and the machine."""
     lines = []
     for key in dict.fromkeys((row["operator"], row["dtype"]) for row in content["accuracy"]):
         rows = [row for row in content["accuracy"] if (row["operator"], row["dtype"]) == key]
@@ -135,9 +106,9 @@ def passage(content: dict[str, Any]) -> str:
     )
 
 
-def _cells(rows: list[dict[str, Any]], what: str) -> tuple[str, str]:
-    """The row of this kind whose kernel is furthest from the truth; dashes where there is none."""
-    chosen = [row for row in rows if row["of"].startswith(what)]
+def _cells(rows: list[dict[str, Any]], kind: str) -> tuple[str, str]:
+    """Errors of the row of this kind with the largest kernel error; dashes if there is none."""
+    chosen = [row for row in rows if row["of"].startswith(kind)]
     if not chosen:
         return "-", "-"
     worst = max(chosen, key=lambda row: row["kernel"])
@@ -145,4 +116,4 @@ def _cells(rows: list[dict[str, Any]], what: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "benchmarks.accuracy")

@@ -1,4 +1,4 @@
-"""Options, fixtures and files of the benchmarks: `pytest benchmarks --benchmark-only`."""
+"""Options, fixtures and result files of the benchmarks: `pytest benchmarks --benchmark-only`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from benchmarks.measuring import machine, model_providers
-from benchmarks.measuring.model_bench import GenerationComparison, TrainingComparison
-from benchmarks.measuring.model_providers import ModelCase
-from benchmarks.measuring.operator_bench import Case, Comparison, first_line
-from benchmarks.measuring.operator_providers import PROVIDERS
-from benchmarks.measuring.pytest_bridge import Comparable, NoGPU
+from benchmarks.measuring.bench import Bench, first_line
+from benchmarks.measuring.model_bench import GenerationBench, TrainingBench
+from benchmarks.measuring.operator_bench import OperatorBench
 from benchmarks.reporting import results
 from gptfast import hardware
 
+BENCHES = {"training": TrainingBench, "generation": GenerationBench}
 LIMITS = pytest.StashKey[dict[str, Any]]()
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
 DEADLINE = pytest.StashKey[float]()
@@ -37,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     try:
         hardware.describe(torch.device("meta"))
-    except ValueError as error:  # an override that is no number: say so before hours of measuring, not after
+    except ValueError as error:  # reject a malformed peak override before hours of measuring
         raise pytest.UsageError(str(error)) from error
     budget = config.getoption("time_budget")
     config.stash[DEADLINE] = float("inf") if budget is None else time.monotonic() + budget
@@ -48,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.benchmark_columns is None:
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
     if "s" not in config.option.reportchars:
-        config.option.reportchars += "s"  # a speed that is missing is a result: say why
+        config.option.reportchars += "s"  # show why a measurement is missing
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -61,7 +60,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     outcome = yield
     if call.excinfo is not None and call.when in ("setup", "call"):
         parameters = _parameters(item)
-        case = parameters.get("case")
+        case = parameters.get("bench")
         item.config.stash[NOT_MEASURED].append(
             {
                 "suite": getattr(case, "suite", item.name),
@@ -75,7 +74,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the host's name is nobody's business
+    machine_info.pop("node", None)  # the host's name is private
     machine_info["gptfast"] = machine.describe(machine.default_device()) | {"limits": config.stash.get(LIMITS, None)}
 
 
@@ -84,58 +83,33 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     output_json["not_measured"] = config.stash[NOT_MEASURED]
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
-        row["params"] = None  # objects; `extra_info` names them
+        row["params"] = None  # objects; `extra_info` has their names
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return machine.default_device()
-
-
-@pytest.fixture(scope="session")
-def limits(device: torch.device, pytestconfig: pytest.Config) -> dict[str, Any]:
-    """What the machine can do at best, measured before anything else."""
-    pytestconfig.stash[LIMITS] = machine.measure_limits(device)
+def limits(pytestconfig: pytest.Config) -> dict[str, Any]:
+    """Copy and matrix product rates of this machine, measured before anything else."""
+    pytestconfig.stash[LIMITS] = machine.measure_limits(machine.default_device())
     return pytestconfig.stash[LIMITS]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out combinations that do not exist: a provider without that pass, or not meant for that case."""
-    items[:] = [item for item in items if _exists(**_parameters(item))]
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, limits: dict[str, Any]) -> Iterator[Bench]:
+    """The bench of a case, shared by consecutive tests, with the providers that `-k` selects."""
+    case, device = request.param, machine.default_device()
+    selected = [_parameters(item) for item in request.session.items]
+    names = dict.fromkeys(parameters["provider"] for parameters in selected if parameters.get("bench") is case)
+    if case.suite in BENCHES:
+        known = model_providers.providers(request.config.getoption("nanogpt"))
+    else:
+        known = case.operator.providers
+    try:
+        bench = BENCHES.get(case.suite, OperatorBench)(case, [known[name] for name in names], device, limits)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"out of memory: {first_line(error)}")
+    yield bench
+    bench.close()
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
     return dict(item.callspec.params) if hasattr(item, "callspec") else {}
-
-
-def _exists(case: Any = None, provider: str = "", mode: str = "", **_: Any) -> bool:
-    if isinstance(case, Case):
-        return provider not in case.without and mode in PROVIDERS[case.suite][provider].modes
-    return not isinstance(case, ModelCase) or provider in case.providers
-
-
-def _selected(request: pytest.FixtureRequest, case: Case | ModelCase) -> list[str]:
-    """The providers of the tests that will run for `case`: these are measured in turn, others cost no time."""
-    chosen = [_parameters(item) for item in request.session.items]
-    return list(dict.fromkeys(parameters["provider"] for parameters in chosen if parameters.get("case") is case))
-
-
-@pytest.fixture(scope="module")
-def comparison(request: pytest.FixtureRequest, case: Case | ModelCase, device: torch.device) -> Iterator[Comparable]:
-    names = _selected(request, case)
-    if isinstance(case, Case) and device.type != "cuda":
-        yield NoGPU()
-        return
-    limits = request.getfixturevalue("limits")
-    try:
-        compared: Comparable
-        if isinstance(case, Case):
-            compared = Comparison(case, [PROVIDERS[case.suite][name] for name in names], device, limits)
-        else:
-            known = model_providers.providers(request.config.getoption("nanogpt"))
-            kind = TrainingComparison if case.suite == "training" else GenerationComparison
-            compared = kind(case, [known[name] for name in names], device, limits)
-    except torch.OutOfMemoryError as error:
-        pytest.skip(f"out of memory: {first_line(error)}")
-    yield compared
-    compared.close()

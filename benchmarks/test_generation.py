@@ -1,11 +1,9 @@
 """Tokens per second of greedy generation, time to the first token and time for each one after it."""
 
-import pytest
 import torch
 
-from benchmarks.measuring.machine import default_device
-from benchmarks.measuring.model_providers import ModelCase, providers
-from benchmarks.measuring.pytest_bridge import CLOCK, case_id, report
+from benchmarks.measuring.model_providers import ModelCase
+from benchmarks.measuring.pytest_bridge import measure_each, record
 from gptfast import GPTConfig
 
 NAMES = ("triton", "eager", "Hugging Face")
@@ -13,35 +11,27 @@ INT8 = ("triton int8", "eager int8")
 COMPILED = ("triton compiled", "eager compiled")
 
 
-def gpt2(model: str, batch: int, prompt: int, new_tokens: int, names: tuple[str, ...] = NAMES, **dtype) -> ModelCase:
+def gpt2(model: str, batch: int, prompt: int, new_tokens: int, *names: str, **dtype: torch.dtype) -> ModelCase:
     # nanoGPT's GELU is the one by erf
     config = GPTConfig.preset(model, activation="gelu" if "nanoGPT" in names else "gelu_tanh")
-    return ModelCase("generation", model, config, batch, prompt, new_tokens, names, **dtype)
+    return ModelCase("generation", model, config, batch, prompt, names, new_tokens, **dtype)
 
 
 NANO = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128, activation="gelu")
 ON_GPU = [
-    gpt2("gpt2", 1, 32, 128, (*NAMES, *INT8)),
-    gpt2("gpt2", 64, 32, 128),
-    *(gpt2(model, 1, 32, 32, (*NAMES, *INT8)) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
-    gpt2("gpt2", 1, 32, 64, (*NAMES, *COMPILED)),  # last: it compiles
+    gpt2("gpt2", 1, 32, 128, *NAMES, *INT8),
+    gpt2("gpt2", 64, 32, 128, *NAMES),
+    *(gpt2(model, 1, 32, 32, *NAMES, *INT8) for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
+    gpt2("gpt2", 1, 32, 64, *NAMES, *COMPILED),  # last: it compiles
 ]
 ON_CPU = [
-    ModelCase("generation", "nano", NANO, 1, 32, 64, ("cpu", *NAMES, "nanoGPT")),
-    ModelCase("generation", "nano", NANO, 16, 32, 64, ("cpu", *NAMES, "nanoGPT")),
-    # nanoGPT keeps no keys and values: a minute for each of its rounds
-    gpt2("gpt2", 1, 16, 256, ("cpu", *NAMES, "nanoGPT")),
-    gpt2("gpt2", 1, 16, 256, ("cpu", "cpu int8", *NAMES, *INT8), dtype=torch.bfloat16),
+    *(ModelCase("generation", "nano", NANO, batch, 32, ("cpu", *NAMES, "nanoGPT"), 64) for batch in (1, 16)),
+    # nanoGPT has no KV cache: a minute for each of its rounds
+    gpt2("gpt2", 1, 16, 256, "cpu", *NAMES, "nanoGPT"),
+    gpt2("gpt2", 1, 16, 256, "cpu", "cpu int8", *NAMES, *INT8, dtype=torch.bfloat16),
 ]
 
 
-@pytest.fixture(scope="module", params=ON_GPU if default_device().type == "cuda" else ON_CPU, ids=case_id)
-def case(request):
-    return request.param
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("provider", providers(nanogpt=None))
-@pytest.mark.parametrize("mode", ["generate"])
-def test_generation(benchmark, comparison, mode, provider):
-    report(benchmark, comparison, provider, mode)
+@measure_each(ON_GPU if torch.cuda.is_available() else ON_CPU)
+def test_generation(benchmark, bench, mode, provider):
+    record(benchmark, bench, mode, provider)

@@ -1,9 +1,8 @@
 """Measure the kernels' launch configurations for GPT-2's sizes: `python -m benchmarks.tune --out DIR`.
 
-Writes DIR/<architecture>.json, the form in which `kernels/launches/` holds what comes with the package, and
-DIR/<architecture>-times.jsonl, a line with the times of all candidates for each measurement, which is printed too. What
-is in this machine's cache folder already is not measured again, and what is measured is kept there; see
-`kernels.tuning`.
+Writes DIR/<architecture>.json, in the form of the tables in `kernels/launches/`, and DIR/<architecture>-times.jsonl, a
+line with the times of all candidates for each measurement. Launches that this machine's cache folder holds already are
+not measured again; see `kernels.tuning`.
 """
 
 from __future__ import annotations
@@ -12,65 +11,59 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-import tyro
 
 import kernels
+from benchmarks.measuring.bench import dtype_name
+from benchmarks.measuring.processes import run_command
 from gptfast import GPTConfig
 from gptfast.config import PRESETS
 from kernels import runtime
 
-if TYPE_CHECKING:
-    from kernels.tuning import Config  # which imports Triton
+# attention depends on these and not on the width; the batch size keeps the number of tokens
+HEAD_SIZES = (64, 128)
+LENGTHS = (1024, 4096, 16_384)
 
 
-@dataclass
-class Settings:
-    """Measure the candidates of every kernel's launch on this machine's GPU."""
+def main(
+    out: str,
+    models: tuple[str, ...] = tuple(PRESETS),
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+    batch_size: int = 16,
+) -> None:
+    """Measure the candidates of every kernel's launch on this machine's GPU.
 
-    out: str
-    """Folder for the table."""
-    models: tuple[str, ...] = tuple(PRESETS)
-    """Presets whose widths are measured; the first one with other lengths and heads, too."""
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """Of the parameters."""
-    batch_size: int = 16
-    """Sequences of the preset's block size."""
-
-
-# attention depends on these and not on the width; as many tokens in all
-_HEAD_SIZES = (64, 128)
-_LENGTHS = (1024, 4096, 16_384)
-
-
-def main() -> None:
-    """Tune; exit status 2 without a GPU or for a name that is not known."""
-    options = tyro.cli(Settings)
-    device = torch.device("cuda")
-    reason = None if torch.cuda.is_available() else "no CUDA GPU was found"
-    reason = reason or runtime.unsupported_reason(device) or _unknown("model", options.models, tuple(PRESETS))
-    reason = reason or _unknown("dtype", options.dtypes, tuple(str(d).removeprefix("torch.") for d in runtime.DTYPES))
+    Args:
+        out: folder for the tables.
+        models: presets whose widths are measured; the first one also with other lengths and head sizes.
+        dtypes: of the parameters.
+        batch_size: sequences of the preset's block size.
+    """
+    reason = runtime.unsupported_reason(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA GPU was found"
     if reason is not None:
-        print(f"benchmarks.tune: {reason}", file=sys.stderr)
-        sys.exit(2)
-    from kernels import tuning
+        raise ValueError(reason)
+    _require_known("model", models, PRESETS)
+    _require_known("dtype", dtypes, [dtype_name(dtype) for dtype in runtime.DTYPES])
+    from kernels import tuning  # imports Triton
 
     device = torch.device("cuda", torch.cuda.current_device())
-    told = Times(Path(options.out, f"{tuning.architecture(device)}-times.jsonl"))
-    for name, config, batch_size in shapes(options.models, options.batch_size):
-        for dtype in options.dtypes:
+    architecture = tuning.architecture(device)
+    log = CandidateLog(Path(out, f"{architecture}-times.jsonl"))
+    for name, config, sequences in shapes(models, batch_size):
+        for dtype in dtypes:
             start = time.monotonic()
-            with tuning.on_measured(told):
-                kernels.warmup(config, getattr(torch, dtype), device, batch_size, autotune=True, int8=True)
+            with tuning.on_measured(log):
+                kernels.warmup(config, getattr(torch, dtype), device, sequences, autotune=True, int8=True)
             print(f"{name} {dtype}: {time.monotonic() - start:.1f} s", flush=True)
-            save(tuning.cache_file(device), Path(options.out, f"{tuning.architecture(device)}.json"))
+            measured = tuning.cache_file(device)
+            if measured.exists():  # absent if no launch has a choice
+                Path(out).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(measured, Path(out, f"{architecture}.json"))
 
 
 def shapes(models: tuple[str, ...], batch_size: int) -> Iterator[tuple[str, GPTConfig, int]]:
@@ -79,21 +72,21 @@ def shapes(models: tuple[str, ...], batch_size: int) -> Iterator[tuple[str, GPTC
         yield model, GPTConfig.preset(model), batch_size
     for model in models[:1]:
         preset = GPTConfig.preset(model)
-        for head_size in (size for size in _HEAD_SIZES if preset.n_embd % size == 0):
-            for length in _LENGTHS:
+        for head_size in (size for size in HEAD_SIZES if preset.n_embd % size == 0):
+            for length in LENGTHS:
                 config = dataclasses.replace(preset, n_head=preset.n_embd // head_size, block_size=length)
                 if config != preset:
                     name = f"{model} with heads of {head_size}, {length} tokens"
                     yield name, config, max(1, batch_size * preset.block_size // length)
 
 
-class Times:
-    """Prints what candidates take, and adds it to a file."""
+class CandidateLog:
+    """Prints the times of candidates and appends them to a file."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
-    def __call__(self, launch: str, problem: str, times: list[tuple[Config, float]]) -> None:
+    def __call__(self, launch: str, problem: str, times: list[tuple[Mapping[str, Any], float]]) -> None:
         fastest = min(milliseconds for _, milliseconds in times)
         print(f"{launch}, {problem}:")
         for options, milliseconds in times:
@@ -102,22 +95,16 @@ class Times:
             print(f"  {mark} {milliseconds:9.4f} ms  {spelled}", flush=True)
         # JSON has no infinity
         candidates = [{"options": dict(o), "milliseconds": t if math.isfinite(t) else None} for o, t in times]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"launch": launch, "problem": problem, "candidates": candidates}) + "\n")
 
 
-def save(measured: Path, table: Path) -> None:
-    """Copy what was measured so far; nothing is there if no launch had a choice."""
-    if measured.exists():
-        table.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(measured, table)
-
-
-def _unknown(kind: str, given: tuple[str, ...], accepted: tuple[str, ...]) -> str | None:
-    wrong = [name for name in given if name not in accepted]
-    return f"unknown {kind} {wrong[0]!r}; accepted: {', '.join(accepted)}" if wrong else None
+def _require_known(kind: str, given: tuple[str, ...], accepted: Collection[str]) -> None:
+    for name in given:
+        if name not in accepted:
+            raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(accepted)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "benchmarks.tune")

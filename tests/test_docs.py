@@ -16,7 +16,7 @@ from benchmarks import accuracy
 from benchmarks.cost_model import operators
 from benchmarks.reporting import generation, learning
 from benchmarks.roofline import operator_table, step_table
-from benchmarks.roofline.__main__ import gpu_named
+from benchmarks.roofline.bounds import gpu_named
 from benchmarks.vs_nanogpt import compare, learning_curves
 from gptfast import GPTConfig
 from gptfast.training import recipes as recipes_by_name

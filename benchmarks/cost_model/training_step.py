@@ -49,7 +49,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """The passes of one training step of a GPT on [batch, length] tokens.
 
     Args:

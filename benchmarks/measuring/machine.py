@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what that machine can do at best."""
+"""The machine of a measurement: its description, its measured limits and the head of its result files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 import gptfast
 from benchmarks.measuring.timing import Call, kernel_times, percentiles
+from benchmarks.reporting.results import FORMAT
 from gptfast import hardware
+from gptfast.checkpoint.atomic_files import write_json
 
 PEERS = ("flash-attn", "liger-kernel", "transformers")
 MATRIX_DTYPES = (torch.bfloat16, torch.float32)
@@ -80,6 +85,24 @@ def measure_limits(device: torch.device) -> dict[str, Any]:
         "copy_bytes_per_second": _copy_rate(device),
         "matrix_flops_per_second": {_name(dtype): _product_rate(device, dtype) for dtype in MATRIX_DTYPES},
     }
+
+
+def result_head(device: torch.device) -> dict[str, Any]:
+    """Return the fields that `benchmarks.report` needs of a file that pytest-benchmark does not write."""
+    return {
+        "gptfast_results": FORMAT,
+        "datetime": datetime.now(UTC).isoformat(),
+        "machine_info": {"gptfast": describe(device) | {"limits": measure_limits(device)}},
+        "commit_info": get_commit_info(),
+        "benchmarks": [],
+        "not_measured": [],
+    }
+
+
+def save_results(path: Path, content: dict[str, Any]) -> None:
+    """Write the results so far: the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
 
 
 def _copy_rate(device: torch.device) -> float:

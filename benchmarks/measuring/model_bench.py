@@ -1,295 +1,199 @@
-"""One model by several providers with the same weights: built, checked against the reference, then timed in turn."""
+"""Whole models from several providers with the same weights: training steps and generation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.cost_model import operators, thop_count
-from benchmarks.cost_model.training_step import Step
+from benchmarks.cost_model.training_step import StepCost
 from benchmarks.measuring import model_providers
-from benchmarks.measuring.model_providers import ModelCase, ModelProvider
-from benchmarks.measuring.operator_bench import WrongResultError, forget, noting, relative_error, require_close
+from benchmarks.measuring.bench import Bench, Measurement, WrongResultError, dtype_name, relative_error, require_close
+from benchmarks.measuring.model_providers import ModelProvider
 from benchmarks.measuring.timing import Call, Times, peak_bytes, percentiles, step_times
 from gptfast import TrainStep, flops, hardware
 
-TRAINING_SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
+SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
 
 
-@dataclass
-class ModelComparison:
-    """What training and generation share. Subclasses say what is checked, what is timed and what the row holds."""
+class ModelBench(Bench):
+    """What training and generation share: random weights and tokens, and wall-clock times."""
 
-    case: ModelCase
-    providers: list[ModelProvider]
-    device: torch.device
-    limits: Mapping[str, Any]
-    failures: dict[str, Exception] = field(default_factory=dict)  # by provider
-    _errors: dict[str, float] = field(default_factory=dict)
-    _models: dict[str, nn.Module] = field(default_factory=dict)
-    _measured: dict[str, dict[str, Any]] | None = None
+    checked: str
+    gpu_weights: torch.dtype
 
-    weights_on_gpu = torch.float32
-
-    def __post_init__(self) -> None:
+    def set_up(self) -> None:
         on_gpu = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if on_gpu else self.case.dtype  # of the products
-        weights = self.weights_on_gpu if on_gpu else self.case.dtype
-        self._reference = model_providers.reference_model(self.case, self.device, weights)
-        self._tokens = model_providers.tokens(self.case, self.device)
-        self.prepare()
-        truth = self.truth()
-        for provider in self.providers:
-            with noting(self.failures, provider.name):
-                model = provider.build(self._reference)
-                error = self.error(provider, model, truth)
-                if error > provider.tolerance:
-                    require_close(f"wrong {self.checked}", error, self.dtype)
-                self._errors[provider.name], self._models[provider.name] = error, model
+        self.dtype = torch.bfloat16 if on_gpu else self.case.dtype  # of the matrix products
+        weights = self.gpu_weights if on_gpu else self.case.dtype
+        self.reference = model_providers.reference_model(self.case, self.device, weights)
+        self.tokens = model_providers.tokens(self.case, self.device)
+        self.idx, self.targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
 
-    checked = "result"
+    def build(self, provider: ModelProvider) -> nn.Module:
+        return provider.build(self.reference)
 
-    def prepare(self) -> None: ...
+    def check(self, provider: ModelProvider, built: nn.Module) -> float:
+        error = self.error(provider, built)
+        if not error <= provider.tolerance:  # NaN is wrong, too
+            require_close(self.checked, error, self.dtype)
+        return error
 
-    def truth(self) -> Any:
+    def error(self, provider: ModelProvider, model: nn.Module) -> float:
+        """Return the relative error of what is checked."""
         raise NotImplementedError
 
-    def error(self, provider: ModelProvider, model: nn.Module, truth: Any) -> float:
-        raise NotImplementedError
-
-    def measure(self) -> dict[str, dict[str, Any]]:
-        """By provider: "times", and what else the row needs."""
-        raise NotImplementedError
-
-    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """The fields of the row that are the suite's own."""
-        raise NotImplementedError
-
-    def call(self, name: str, mode: str) -> Call:
-        """What is timed of one provider. Raises what `Comparison.row` raises."""
-        if name in self.failures:
-            raise self.failures[name]
-        return self.work(next(provider for provider in self.providers if provider.name == name))
-
-    def work(self, provider: ModelProvider) -> Call:
-        """A step, or a whole continuation."""
-        raise NotImplementedError
-
-    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
-        """The times of one provider, and the row of the results. Raises what `Comparison.row` raises."""
-        if self._measured is None:
-            self._measured = self.measure()
-        if name in self.failures:
-            raise self.failures[name]
-        measured = self._measured[name]
-        return measured["times"], {
-            "suite": self.case.suite,
-            "case": str(self.case),
-            "mode": mode,
-            "provider": name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "dims": dict(self.case.dims),
-            "seconds": percentiles(measured["times"].device),
-            "host_seconds": None,
-            "error": self._errors[name],
-            **self.figures(measured),
-        }
+    def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
+        return step_times(calls, self.device, SECONDS[self.device.type])
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._models.clear()
-        del self._reference
-        forget(self.device)
+        del self.reference
+        super().close()
+
+
+class TrainingBench(ModelBench):
+    """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
+
+    checked = "the loss or the norm of its gradient"
+    gpu_weights = torch.float32
+
+    def set_up(self) -> None:
+        super().set_up()
+        self.optimizer = make_optimizer(self.reference)
+        self.expected = loss_and_norm(self.reference, self.reference(self.idx, self.targets)[1])
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
 
-
-class TrainingComparison(ModelComparison):
-    """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
-
-    checked = "loss or norm of its gradient"
-
-    def prepare(self) -> None:
-        self._idx, self._targets = self._tokens[:, :-1].contiguous(), self._tokens[:, 1:].contiguous()
-        self._optimizer = self._optimizer_of(self._reference)
-
-    def _optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        # every provider trains with the same optimizer, the fastest that PyTorch has; at this rate weights stay put
-        return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
-
-    def _loss_and_norm(self, model: nn.Module, loss: Tensor) -> Tensor:
-        """The loss and, after its backward, the norm of the gradient, which is dropped."""
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        model.zero_grad(set_to_none=True)
-        return torch.stack((loss.detach().float(), norm.float()))
-
-    def truth(self) -> Tensor:
-        """Loss and norm of the gradient, by eager PyTorch in float32."""
-        return self._loss_and_norm(self._reference, self._reference(self._idx, self._targets)[1])
-
-    def error(self, provider: ModelProvider, model: nn.Module, truth: Tensor) -> float:
+    def error(self, provider: ModelProvider, model: nn.Module) -> float:
         with self.autocast():
-            loss = provider.loss(model, self._idx, self._targets)
-        return ((self._loss_and_norm(model, loss) - truth) / truth).abs().max().item()
+            loss = provider.loss(model, self.idx, self.targets)
+        return ((loss_and_norm(model, loss) - self.expected) / self.expected).abs().max().item()
 
-    def measure(self) -> dict[str, dict[str, Any]]:
-        calls, memory = {}, {}
-        for provider in self.providers:
-            name = provider.name
-            if name not in self.failures:
-                with noting(self.failures, name):
-                    step, persistent = self._step(provider, self._models[name])
-                    step.run(None)  # the optimizer's moments come with the first step
-                    peak = peak_bytes(step, self.device)
-                    memory[name] = None if peak is None else peak + persistent()
-                    step.run(None)  # the third is where graphs are captured, whose memory is the step's before
-                    calls[name] = step
-        times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
-        return {name: {"times": times[name], "peak_bytes": memory[name]} for name in calls}
+    def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
+        model = self.ready[name]
+        step, optimizer = self._step(self.providers[name], model)
+        step.run(None)  # allocates the optimizer's moments
+        peak = peak_bytes(step, self.device)
+        step.run(None)  # CUDA graphs are captured at the third call; their memory is that of the step before
+        state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+        persistent = sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
+        return {"whole": step}, None if peak is None else peak + persistent
 
-    def work(self, provider: ModelProvider) -> Call:
-        return self._step(provider, self._models[provider.name])[0]
-
-    def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, Any]:
-        shared = next(model.parameters()) is next(self._reference.parameters())
-        # a captured step's learning rate is a tensor: its optimizer is its own
-        optimizer = self._optimizer if shared and not provider.captured else self._optimizer_of(model)
+    def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, torch.optim.Optimizer]:
+        shared = next(model.parameters()) is next(self.reference.parameters())
+        # a captured step makes its learning rate a tensor, so it needs an optimizer of its own
+        optimizer = self.optimizer if shared and not provider.captured else make_optimizer(model)
+        if provider.captured:
+            captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype)
+            return Call(lambda _: captured(self.idx, self.targets)), optimizer
 
         def step(_: None) -> None:
             with self.autocast():
-                loss = provider.loss(model, self._idx, self._targets)
+                loss = provider.loss(model, self.idx, self.targets)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def persistent() -> int:
-            """Bytes of the weights and the optimizer's state, of this provider alone."""
-            state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
-            return sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
-
-        if provider.captured:
-            captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype)
-            return Call(lambda _: captured(self._idx, self._targets)), persistent
-        return Call(step), persistent
+        return Call(step), optimizer
 
     @functools.cached_property
-    def _by_thop(self) -> int | None:
-        """FLOPs per token as thop counts the forward, three times; None where thop is not installed."""
-        case = self.case
+    def _flops_by_thop(self) -> int | None:
+        """Training FLOPs per token, three times thop's count of the forward; None if thop is not installed."""
+        batch, length = self.case.batch, self.case.length
         try:
-            return (
-                3 * thop_count.count(self._reference, case.batch, case.length).matrix_flops // case.batch // case.length
-            )
+            return 3 * thop_count.count(self.reference, batch, length).matrix_flops // (batch * length)
         except ImportError:
             return None
 
-    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
-        case, seconds = self.case, percentiles(measured["times"].device)["median"]
+    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
+        case, seconds = self.case, percentiles(measured.times["whole"].device)["median"]
         speed = case.batch * case.length / seconds
         per_token = flops.training_flops_per_token(case.config, case.length)
         causal = flops.training_flops_per_token(case.config, case.length, causal=True)
         peak = hardware.peak_flops(self.device, self.dtype)
-        step = Step(case.config, case.batch, case.length, self.dtype.itemsize)
-        matrix = self.limits["matrix_flops_per_second"][str(self.dtype).removeprefix("torch.")]
-        copy = self.limits["copy_bytes_per_second"]
+        step = StepCost(case.config, case.batch, case.length, self.dtype.itemsize)
+        matrix = self.limits["matrix_flops_per_second"][dtype_name(self.dtype)]
         return {
-            "peak_bytes": measured["peak_bytes"],
             "tokens_per_second": speed,
             "flops_per_token": per_token,
             "flops_per_token_causal": causal,
-            "flops_per_token_thop": self._by_thop,
+            "flops_per_token_thop": self._flops_by_thop,
             "mfu": flops.utilisation(per_token * speed, peak),
             "mfu_causal": flops.utilisation(causal * speed, peak),
             "flops": per_token * case.batch * case.length,
             "bytes": sum(cost.bytes for cost in step.by_kind().values()),
             "flops_per_second": per_token * speed,
-            "roofline_seconds": sum(step.seconds(matrix, copy).values()),
+            "roofline_seconds": sum(step.seconds(matrix, self.limits["copy_bytes_per_second"]).values()),
         }
 
 
-class GenerationComparison(ModelComparison):
-    """Greedy continuation of a prompt: bf16 weights on a GPU, the case's on a CPU."""
+class GenerationBench(ModelBench):
+    """Greedy continuations of a prompt: bf16 weights on a GPU, the case's dtype on a CPU."""
 
-    weights_on_gpu = torch.bfloat16
-    checked = "logits of the prompt"
-
-    def prepare(self) -> None:
-        self._reference.eval()
-        self._idx = self._tokens[:, :-1].contiguous()
+    checked = "the prompt's logits"
+    gpu_weights = torch.bfloat16
 
     @torch.no_grad()
-    def truth(self) -> Tensor:
-        """Logits of the next token, by eager PyTorch in float32."""
-        wider = model_providers.reference_model(self.case, self.device, torch.float32).eval()
-        wider.load_state_dict(self._reference.state_dict())
-        return wider(self._idx)[0][:, -1]
+    def set_up(self) -> None:
+        super().set_up()
+        self.reference.eval()
+        wide = model_providers.reference_model(self.case, self.device, torch.float32).eval()
+        wide.load_state_dict(self.reference.state_dict())
+        self.expected = wide(self.idx)[0][:, -1]
 
     @torch.no_grad()
-    def error(self, provider: ModelProvider, model: nn.Module, truth: Tensor) -> float:
-        return relative_error(provider.logits(model, self._idx)[:, -1], truth)
+    def error(self, provider: ModelProvider, model: nn.Module) -> float:
+        return relative_error(provider.logits(model, self.idx)[:, -1], self.expected)
 
-    def measure(self) -> dict[str, dict[str, Any]]:
-        calls: dict[tuple[str, str], Call] = {}
-        memory, int8 = {}, {}
-        for provider in self.providers:
-            name = provider.name
-            if name not in self.failures:
-                with noting(self.failures, name):
-                    first, whole = self._call(provider, 1), self._call(provider, self.case.new_tokens)
-                    peak = peak_bytes(whole, self.device)
-                    model = self._models[name]
-                    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-                    memory[name] = None if peak is None else peak + weights
-                    int8[name] = provider.int8
-                    calls |= {(name, "first"): first, (name, "whole"): whole}
-        times = step_times(calls, self.device, TRAINING_SECONDS[self.device.type]) if calls else {}
-        return {
-            name: {
-                "times": times[name, "whole"],
-                "first": times[name, "first"],
-                "peak_bytes": memory[name],
-                "int8": int8[name],
-            }
-            for name in memory
-        }
+    def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
+        model = self.ready[name]
+        calls = {"first": self._call(name, 1), "whole": self._call(name, self.case.new_tokens)}
+        peak = peak_bytes(calls["whole"], self.device)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return calls, None if peak is None else peak + weights
 
-    def work(self, provider: ModelProvider) -> Call:
-        return self._call(provider, self.case.new_tokens)
-
-    def _call(self, provider: ModelProvider, count: int) -> Call:
-        model = self._models[provider.name]
+    def _call(self, name: str, count: int) -> Call:
+        provider, model = self.providers[name], self.ready[name]
 
         def generate(_: None) -> None:
-            written = provider.generate(model, self._idx, count).shape[1] - self._idx.shape[1]
+            written = provider.generate(model, self.idx, count).shape[1] - self.idx.shape[1]
             if written != count:
-                raise WrongResultError(f"{written} tokens were written, {count} were asked for")
+                raise WrongResultError(f"{name} generated {written} tokens instead of {count}")
 
         return Call(generate)
 
-    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
-        case = self.case
-        whole = percentiles(measured["times"].device)["median"]
-        first = percentiles(measured["first"].device)["median"]
+    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
+        case, config = self.case, self.case.config
+        whole, first = (percentiles(measured.times[part].device)["median"] for part in ("whole", "first"))
         per_token = (whole - first) / (case.new_tokens - 1)
-        # the context grows from the prompt to the last token but one
-        context = case.length + case.new_tokens // 2
-        read = operators.decode_bytes(case.config, case.batch, context, self.dtype.itemsize, measured["int8"])
+        context = case.length + case.new_tokens // 2  # the mean: it grows with every token
+        int8 = self.providers[name].int8
+        read = operators.decode_bytes(config, case.batch, context, self.dtype.itemsize, int8)
         return {
-            "peak_bytes": measured["peak_bytes"],
             "tokens_per_second": case.batch * case.new_tokens / whole,
             "seconds_to_first_token": first,
             "seconds_per_token": per_token,
             "bytes_per_token": read,
             "mbu": flops.utilisation(read / per_token, hardware.peak_bandwidth(self.device)),
         }
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Fused AdamW for every provider; its rate is too small to move the weights."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
+
+
+def loss_and_norm(model: nn.Module, loss: Tensor) -> Tensor:
+    """Run the backward and return the loss and the norm of the gradient [2]; the gradient is dropped."""
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return torch.stack((loss.detach().float(), norm.float()))

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import gptfast
-from benchmarks.measuring.operator_bench import UnavailableError
+from benchmarks.measuring.bench import UnavailableError, dtype_name
 from gptfast import GPT, GPTConfig
 from gptfast.quantization import quantize
 from kernels import runtime
+
+MODES = {"training": "step", "generation": "generate"}  # the one pass of each suite
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class ModelCase:
 
     Args:
         suite: "training" or "generation".
-        model: the shape's name.
-        config: the shape, without dropout: it draws other numbers in every implementation.
+        model: name of the shape.
+        config: the shape, without dropout, whose random numbers differ in every implementation.
         batch: sequences.
-        length: tokens of each; of the prompt, when generating.
+        length: tokens of each sequence, or of each prompt.
+        providers: names of the providers to measure; compiling large models takes minutes.
         new_tokens: tokens to generate.
-        providers: names in `PROVIDERS` that are measured; compiling large models takes minutes.
-        dtype: of the weights on a CPU, when generating.
+        dtype: of the weights when generating on a CPU.
     """
 
     suite: str
@@ -40,8 +42,8 @@ class ModelCase:
     config: GPTConfig
     batch: int
     length: int
+    providers: tuple[str, ...] = ("triton", "eager")
     new_tokens: int = 0
-    providers: tuple[str, ...] = field(default=("triton", "eager"))
     dtype: torch.dtype = torch.float32
 
     @property
@@ -51,8 +53,16 @@ class ModelCase:
 
     def __str__(self) -> str:
         words = [f"{name}={value}" if name != "model" else str(value) for name, value in self.dims.items()]
-        # what differs in nothing else is another case too
-        return " ".join(words if self.dtype == torch.float32 else [*words, str(self.dtype).removeprefix("torch.")])
+        return " ".join(words if self.dtype == torch.float32 else [*words, dtype_name(self.dtype)])
+
+    @property
+    def words(self) -> str:
+        """The name in the form that pytest's `-k` selects."""
+        return str(self).replace("=", "").replace(" ", "-")
+
+    def measurements(self) -> list[tuple[str, str]]:
+        """The mode and the provider of each measurement."""
+        return [(MODES[self.suite], name) for name in self.providers]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class ModelProvider:
     captured: bool = False
     int8: bool = False
     tolerance: float = 0.0
+    modes: tuple[str, ...] = tuple(MODES.values())
 
 
 def twin(reference: GPT, backend: str) -> GPT:

@@ -1,304 +1,274 @@
-"""One operator on one set of shapes, by several providers: built, checked against the reference, then timed in turn."""
+"""Operators measured on their own: an entry of the operator table, its cases, and the bench of one case."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import kernels
 from benchmarks.cost_model.operators import Cost, Passes
+from benchmarks.measuring.bench import Bench, Measurement, UnavailableError, dtype_name, relative_error, require_close
+from benchmarks.measuring.machine import default_device
 from benchmarks.measuring.timing import Call, Times, kernel_times, peak_bytes, percentiles
+from kernels import reference, runtime
 
 MODES = ("forward", "backward", "both")
-# ours, and what defines correct: when these fail, something is broken; when a peer does, it is only missing
-OWN = (
-    "eager", "eager int8", "triton", "triton int8", "triton compiled", "triton captured", "triton compiled captured",
-)  # fmt: skip
-
-# ||result - reference|| / ||reference||: several times what rounding leaves, far below what a wrong mask, scale or
-# missing block would. The tests hold the kernels to the stricter rule.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 Result = Tensor | tuple[Tensor, ...]
-Operator = Callable[..., Result]
+Function = Callable[..., Result]
 
 
-class UnavailableError(Exception):
-    """A provider cannot run here; the message says why."""
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of an operator: `build(case)` returns a function of the case's tensors.
+
+    `build` imports what it needs, and raises UnavailableError if the implementation cannot run here.
+    """
+
+    name: str
+    build: Callable[[Case], Function]
+    modes: tuple[str, ...] = MODES
+    compiles: bool = False
 
 
-class WrongResultError(Exception):
-    """A provider's result is not the reference's."""
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one case in the order of `Operator.dims`. `compiled=False` leaves out the providers that compile."""
+
+    values: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An entry of the operator table. The values of `dims` are the arguments of `shapes` and `cost`.
+
+    Args:
+        name: the function's name in `kernels` and `kernels.reference`.
+        dims: names of the sizes.
+        shapes: shapes of the tensor arguments, by name. Names that start with "w_" are weights of matrix products.
+        cost: FLOPs and bytes; its last argument is the itemsize of the dtype.
+        sizes: the cases of the benchmarks, the most informative first: a short time budget drops the last ones.
+        accuracy_sizes: sizes for `benchmarks.accuracy` on a GPU, and in Triton's interpreter.
+        peers: implementations besides Triton and eager PyTorch.
+        modes: the passes that are timed.
+        bind: adapts the operator to the tensors of `shapes` alone, by adding its other arguments.
+        kernel: builds the Triton implementation, if that is not the function in `kernels`.
+        reference: the function that defines the result, if that is not the one in `kernels.reference`.
+        layout: makes an argument's strides from a contiguous tensor.
+        compared: the part of a result that is checked, where the reference would not fit into memory. It must depend
+            on the same part of the inputs only.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shapes: Callable[..., dict[str, tuple[int, ...]]]
+    cost: Callable[..., Passes]
+    sizes: tuple[Sizes, ...]
+    accuracy_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None
+    peers: tuple[Provider, ...] = ()
+    modes: tuple[str, ...] = MODES
+    bind: Callable[[Function, Case], Function] = lambda function, case: function
+    kernel: Callable[[Case], Function] | None = None
+    reference: Function | None = None
+    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    compared: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def case(self, *values: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Case:
+        return Case(self, Sizes(values, dtype, compiled))
+
+    @property
+    def cases(self) -> list[Case]:
+        return [Case(self, sizes) for sizes in self.sizes]
+
+    @property
+    def differentiable(self) -> bool:
+        return self.modes != ("forward",)
+
+    @property
+    def providers(self) -> dict[str, Provider]:
+        """Triton, eager PyTorch, its compiled form and the peers, by name."""
+        own = (
+            Provider("triton", triton),
+            Provider("eager", lambda case: case.reference),
+            Provider("eager compiled", compiled, compiles=True),
+        )
+        return {
+            provider.name: replace(provider, modes=tuple(mode for mode in self.modes if mode in provider.modes))
+            for provider in (*own, *self.peers)
+        }
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and dtype of one comparison.
+    """An operator with sizes and a dtype."""
 
-    Args:
-        suite: name of the operator.
-        dims: the sizes that name it, in order.
-        dtype: of all tensors.
-        shapes: of the tensor arguments, by name and in order.
-        passes: FLOPs and bytes.
-        reference: the operator that defines correct.
-        strided: makes an argument's layout from a contiguous tensor that `shapes` describes.
-        without: providers that are left out: those that compile take longer than all the others together.
-        part: the share of a result that is compared, for references that would not fit into memory whole; it must
-            depend on nothing but the same share of the inputs.
-    """
-
-    suite: str
-    dims: Mapping[str, int]
-    dtype: torch.dtype
-    shapes: Mapping[str, tuple[int, ...]]
-    passes: Passes
-    reference: Operator
-    strided: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    without: tuple[str, ...] = ()
-    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    operator: Operator
+    sizes: Sizes
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def suite(self) -> str:
+        return self.operator.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sizes.dtype
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        return dict(zip(self.operator.dims, self.sizes.values, strict=True))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.operator.shapes(*self.sizes.values)
+
+    @property
+    def reference(self) -> Function:
+        """The eager PyTorch function that defines the result."""
+        return self.operator.bind(self.operator.reference or getattr(reference, self.suite), self)
 
     def __str__(self) -> str:
-        return f"{self.dtype_name} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
+        return f"{dtype_name(self.dtype)} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
+
+    @property
+    def words(self) -> str:
+        """The name in the form that pytest's `-k` selects."""
+        return f"{self.suite} {self}".replace("=", "").replace(" ", "-")
+
+    def measurements(self) -> list[tuple[str, str]]:
+        """The mode and the provider of each measurement."""
+        return [
+            (mode, name)
+            for mode in self.operator.modes
+            for name, provider in self.operator.providers.items()
+            if mode in provider.modes and (self.sizes.compiled or not provider.compiles)
+        ]
 
     def cost(self, mode: str) -> Cost:
-        return {"forward": self.passes.inference, "backward": self.passes.backward, "both": self.passes.training}[mode]
+        passes = self.operator.cost(*self.sizes.values, self.dtype.itemsize)
+        return {"forward": passes.inference, "backward": passes.backward, "both": passes.training}[mode]
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """Random normal tensors that require gradients; weights are scaled so that products keep their size."""
+        """Draw normal tensors that require gradients; weights are scaled so that products have unit variance."""
         generator = torch.Generator(device).manual_seed(0)
         tensors = []
         for name, shape in self.shapes.items():
             scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
             drawn = scale * torch.randn(shape, generator=generator, device=device)
-            tensors.append(self.strided(drawn.to(self.dtype)).requires_grad_())
+            tensors.append(self.operator.layout(drawn.to(self.dtype)).requires_grad_())
         return tensors
 
     def upstream(self, inputs: list[Tensor]) -> list[Tensor]:
-        """A random normal gradient for each result of these inputs."""
+        """Draw a normal gradient for each result."""
         device = inputs[0].device
         generator = torch.Generator(device).manual_seed(1)
         with torch.no_grad():
-            outputs = results(self.reference(*(tensor.to("meta") for tensor in inputs)))
+            outputs = as_tuple(self.reference(*(tensor.to("meta") for tensor in inputs)))
         return [torch.randn(output.shape, generator=generator, device=device).to(self.dtype) for output in outputs]
 
 
-@dataclass(frozen=True)
-class Provider:
-    """An implementation of an operator: `build(case)` gives it, or raises `UnavailableError`."""
-
-    name: str
-    build: Callable[[Case], Operator]
-    modes: tuple[str, ...] = MODES
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether it has gradients: the backward is a pass of its own, or one with the forward, as a loss's may be."""
-        return any(mode != "forward" for mode in self.modes)
+def triton(case: Case) -> Function:
+    """Build the Triton implementation."""
+    reason = runtime.unsupported_reason(default_device())
+    if reason is not None:
+        raise UnavailableError(reason)
+    build = case.operator.kernel
+    return case.operator.bind(build(case) if build else getattr(kernels, case.suite), case)
 
 
-@dataclass
-class Comparison:
-    """Measures a case for `providers`; what cannot be measured says why and leaves the rest alone."""
+def compiled(case: Case) -> Function:
+    """Build the compiled reference."""
+    return torch.compile(case.reference, fullgraph=True, dynamic=False)
 
-    case: Case
-    providers: list[Provider]
-    device: torch.device
-    limits: Mapping[str, Any]
-    failures: dict[str, Exception] = field(default_factory=dict)  # by provider
-    _ready: dict[str, Operator] = field(default_factory=dict)
-    _errors: dict[str, float] = field(default_factory=dict)
-    _measured: dict[str, dict[str, tuple[Times, int | None] | Exception]] = field(default_factory=dict)  # by mode
 
-    def __post_init__(self) -> None:
-        self._inputs = self.case.inputs(self.device)
-        self._dy = self.case.upstream(self._inputs)
-        truth = self._truth()
-        for provider in self.providers:
-            with noting(self.failures, provider.name):
-                operator = provider.build(self.case)
-                self._errors[provider.name] = self._check(operator, truth, provider.differentiable)
-                self._ready[provider.name] = operator
+class OperatorBench(Bench):
+    """Times of an operator's passes, checked against the reference in a wider dtype."""
 
-    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
-        """The times of one provider, and the row of the results.
+    def set_up(self) -> None:
+        operator, self.dtype = self.case.operator, self.case.dtype
+        self.inputs = self.case.inputs(self.device)
+        self.dy = self.case.upstream(self.inputs)
+        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
+        inputs = [operator.compared(tensor.detach()).to(wide).requires_grad_() for tensor in self.inputs]
+        dy = [operator.compared(gradient).to(wide) for gradient in self.dy]
+        self.expected = run(self.case.reference, inputs, dy, operator.differentiable)
 
-        Raises:
-            UnavailableError: it has no such pass, or cannot run here, memory included.
-            WrongResultError: its result is wrong, so that its speed means nothing.
-            Exception: what else broke it.
-        """
-        self._require(name, mode)
-        if mode not in self._measured:
-            self._measured[mode] = self._measure(mode)
-        measured = self._measured[mode][name]
-        if isinstance(measured, Exception):
-            raise measured
-        times, memory = measured
-        seconds = percentiles(times.device)
-        return times, {
-            "suite": self.case.suite,
-            "case": str(self.case),
-            "mode": mode,
-            "provider": name,
-            "dtype": self.case.dtype_name,
-            "dims": dict(self.case.dims),
-            "seconds": seconds,
-            "host_seconds": None if times.host is None else percentiles(times.host),
-            "error": self._errors[name],
-            "peak_bytes": memory,
-            **rates(self.case.cost(mode), seconds["median"], self.case.dtype_name, self.limits),
-        }
+    def build(self, provider: Provider) -> Function:
+        return provider.build(self.case)
 
-    def call(self, name: str, mode: str) -> Call:
-        """One provider's pass, to be called as it is timed. Raises what `row` raises."""
-        self._require(name, mode)
-        return self._call(self._ready[name], mode)
-
-    def _require(self, name: str, mode: str) -> None:
-        if mode not in next(provider.modes for provider in self.providers if provider.name == name):
-            raise UnavailableError(f"{name} has no {mode} pass")
-        if name in self.failures:
-            raise self.failures[name]
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._inputs, self._ready, self._dy = [], {}, []
-        forget(self.device)
-
-    def _measure(self, mode: str) -> dict[str, tuple[Times, int | None] | Exception]:
-        calls, memory = {}, {}
-        failures: dict[str, Exception] = {}
-        for provider in self.providers:
-            name = provider.name
-            if mode in provider.modes and name not in self.failures:
-                with noting(failures, name):
-                    call = self._call(self._ready[name], mode)
-                    call.run(call.prepare())  # what a first call allocates for good is not the operator's need
-                    memory[name] = peak_bytes(call, self.device)
-                    calls[name] = call
-        times = kernel_times(calls, self.device) if calls else {}
-        return failures | {name: (times[name], memory[name]) for name in calls}
-
-    def _call(self, operator: Operator, mode: str) -> Call:
-        inputs, dy = self._inputs, self._dy
-
-        def forward(_: None) -> Result:
-            with torch.no_grad():
-                return operator(*inputs)
-
-        def backward(y: Result) -> tuple[Tensor, ...]:
-            return input_gradients(y, inputs, dy)
-
-        def both(_: None) -> tuple[Tensor, ...]:
-            return input_gradients(operator(*inputs), inputs, dy)
-
-        if mode == "backward":
-            return Call(backward, prepare=lambda: operator(*inputs))
-        return Call(forward if mode == "forward" else both)
-
-    def _truth(self) -> list[Tensor]:
-        """The reference's results in a wider dtype, of the part that is compared."""
-        part = self.case.part
-        wider = torch.float64 if self.case.dtype == torch.float32 else torch.float32
-        inputs = [part(tensor.detach()).to(wider).requires_grad_() for tensor in self._inputs]
-        return run(self.case.reference, inputs, [part(dy).to(wider) for dy in self._dy], gradients=True)
-
-    def _check(self, operator: Operator, truth: list[Tensor], gradients: bool) -> float:
-        """The largest relative error among result and gradients."""
-        found = run(operator, self._inputs, self._dy, gradients)
-        names = [*("the result" for _ in self._dy), *(f"the gradient of {name}" for name in self.case.shapes)]
+    def check(self, provider: Provider, built: Function) -> float:
+        """Return the largest relative error of the results and, if the provider has a backward, of the gradients."""
+        found = run(built, self.inputs, self.dy, gradients=provider.modes != ("forward",))
+        names = [*("the result" for _ in self.dy), *(f"the gradient of {name}" for name in self.case.shapes)]
         worst = 0.0
-        # the second list is longer where a provider has no gradients
-        for name, result, expected in zip(names, found, truth, strict=False):
-            error = relative_error(self.case.part(result), expected)
-            require_close(f"{name} is wrong", error, self.case.dtype)
+        for name, result, expected in zip(names, found, self.expected, strict=False):
+            error = relative_error(self.case.operator.compared(result), expected)
+            require_close(name, error, self.dtype)
             worst = max(worst, error)
         return worst
 
+    def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
+        call = self._call(self.ready[name], mode)
+        call.run(call.prepare())  # allocations of a first call are not the operator's own
+        return {"whole": call}, peak_bytes(call, self.device)
 
-def results(result: Result) -> tuple[Tensor, ...]:
-    """An operator's results, be it one or several."""
+    def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
+        return kernel_times(calls, self.device)
+
+    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
+        """Compute rates, and their share of the copy and matrix product rates that this run measured."""
+        seconds = percentiles(measured.times["whole"].device)["median"]
+        cost = self.case.cost(mode)
+        copy = self.limits["copy_bytes_per_second"]
+        matrix = self.limits["matrix_flops_per_second"].get(dtype_name(self.dtype))
+        return {
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "flops_per_second": cost.flops / seconds,
+            "bytes_per_second": cost.bytes / seconds,
+            "copy_share": cost.bytes / seconds / copy,
+            "matrix_share": None if matrix is None else cost.flops / seconds / matrix,
+            "roofline_seconds": None if matrix is None else cost.seconds(matrix, copy),
+        }
+
+    def close(self) -> None:
+        self.inputs, self.dy, self.expected = [], [], []
+        super().close()
+
+    def _call(self, function: Function, mode: str) -> Call:
+        inputs, dy = self.inputs, self.dy
+
+        def forward(_: None) -> Result:
+            with torch.no_grad():
+                return function(*inputs)
+
+        if mode == "forward":
+            return Call(forward)
+        if mode == "backward":
+            return Call(lambda y: input_gradients(y, inputs, dy), prepare=lambda: function(*inputs))
+        return Call(lambda _: input_gradients(function(*inputs), inputs, dy))
+
+
+def as_tuple(result: Result) -> tuple[Tensor, ...]:
+    """Return the results of an operator as a tuple."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def run(operator: Operator, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:
-    """Results and, if asked for, gradients."""
+def run(function: Function, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:
+    """Compute the results and, on request, the input gradients."""
     if not gradients:
         with torch.no_grad():
-            return list(results(operator(*inputs)))
-    y = results(operator(*inputs))
+            return list(as_tuple(function(*inputs)))
+    y = as_tuple(function(*inputs))
     return [*(output.detach() for output in y), *input_gradients(y, inputs, dy)]
 
 
 def input_gradients(result: Result, inputs: list[Tensor], dy: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of the inputs, from those of the results, which may be in a wider dtype than the case: losses are."""
-    y = results(result)
+    """Compute the input gradients; `dy` is cast to the dtype of the results, which are wider for losses."""
+    y = as_tuple(result)
     return torch.autograd.grad(y, inputs, [d.to(output.dtype) for output, d in zip(y, dy, strict=True)])
-
-
-@contextmanager
-def noting(failures: dict[str, Exception], provider: str) -> Iterator[None]:
-    """Note what a provider raises, so that the others go on."""
-    try:
-        yield
-    except Exception as error:
-        # its frames would keep memory, and graphs whose streams no CUDA graph of the same weights could wait for
-        traceback.clear_frames(error.__traceback__)
-        failures[provider] = classify(provider, error)
-
-
-def classify(provider: str, error: Exception) -> Exception:
-    """What a failure means: out of memory and a peer that does not work are reasons, the rest stays an error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return UnavailableError(f"out of memory: {first_line(error)}")
-    if isinstance(error, (UnavailableError, WrongResultError)) or provider in OWN:
-        return error
-    return UnavailableError(f"{type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of its message, within reason."""
-    line = str(error).strip().splitlines()
-    return line[0][:200] if line else ""
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """||result - expected|| / ||expected|| in the dtype of `expected`; nan where a result is."""
-    return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
-
-
-def require_close(complaint: str, error: float, dtype: torch.dtype) -> None:
-    """Raise WrongResultError, beginning with `complaint`, if a relative error is beyond what `dtype` may have."""
-    if not error <= TOLERANCES[dtype]:
-        raise WrongResultError(f"{complaint}: relative error {error:.2e}, accepted {TOLERANCES[dtype]:.0e}")
-
-
-def forget(device: torch.device) -> None:
-    """Free what is no longer used, and compiled code: the compiler keeps eight versions of a function at most."""
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def rates(cost: Cost, seconds: float, dtype: str, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """What was done per second, and its share of what the same run found the machine to be able to."""
-    copy, matrix = limits["copy_bytes_per_second"], limits["matrix_flops_per_second"].get(dtype)
-    return {
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "flops_per_second": cost.flops / seconds,
-        "bytes_per_second": cost.bytes / seconds,
-        "copy_share": cost.bytes / seconds / copy,
-        "matrix_share": None if matrix is None else cost.flops / seconds / matrix,
-        "roofline_seconds": None if matrix is None else cost.seconds(matrix, copy),
-    }

@@ -1,26 +1,59 @@
-"""Runs of training programs: processes that are waited for."""
+"""Training runs in processes of their own, and the exit status of the commands that start them."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import tyro
 
 
 class RunError(RuntimeError):
-    """A run that failed, or whose output says that it was another one than was asked for."""
+    """A run that failed, or whose output belongs to another run than the requested one."""
 
 
-def finished(name: str, command: Sequence[str], folder: Path, threads: int | None = None) -> tuple[str, float]:
-    """What a process printed, and its seconds.
+@contextmanager
+def exit_on_error(module: str) -> Iterator[None]:
+    """End the process with one line on stderr, after the name of `module`, where the block fails.
+
+    Exit status 2 for a ValueError (arguments, or nothing to measure on), 1 for a failed run or file, 130 for an
+    interrupt.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        print(f"{module}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_command(main: Callable[..., None], module: str, arguments: Sequence[str] | None = None) -> None:
+    """Call `main` with command-line arguments, which tyro reads from its signature and docstring.
 
     Args:
-        name: what errors call it.
+        main: the command; what it raises ends the process as `exit_on_error` says.
+        module: its name in help and errors, such as "benchmarks.tune".
+        arguments: those of the process if None.
+    """
+    with exit_on_error(module):
+        tyro.cli(main, prog=f"python -m {module}", args=arguments)
+
+
+def run_process(name: str, command: Sequence[str], folder: Path, threads: int | None = None) -> tuple[str, float]:
+    """Run a program to its end and return its output and its seconds.
+
+    Args:
+        name: of the program in errors.
         command: the program and its arguments.
-        folder: where it runs.
-        threads: for its arithmetic; None leaves PyTorch's default.
+        folder: working directory.
+        threads: of its arithmetic; PyTorch's default if None.
 
     Raises:
         RunError: its exit status is not 0; the message has its last lines.

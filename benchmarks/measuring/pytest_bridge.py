@@ -1,72 +1,56 @@
-"""Between our measurements and pytest-benchmark, whose tables, statistics and files hold the results."""
+"""Measured times on their way into pytest-benchmark.
+
+Providers are timed in turns and by the GPU's clock, which pytest-benchmark cannot do itself. Each benchmark therefore
+replays rounds that were already timed: pytest-benchmark calls a function that advances `MEASURED` by one round's
+seconds, and reads that timer before and after. Its table, statistics and JSON then hold the measured times.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-from benchmarks.measuring.operator_bench import UnavailableError
-from benchmarks.measuring.timing import Times
+from benchmarks.measuring.bench import Bench, UnavailableError
 
 
-class ReplayClock:
-    """A timer for pytest-benchmark that stands still but for what it is told, so that its statistics, tables and
-    files hold the times measured here: pytest-benchmark itself can neither interleave nor ask the GPU for its time.
-    """
+class MeasuredTime:
+    """Timer of pytest-benchmark that only `advance` moves."""
 
     __name__ = "measured"
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.seconds = 0.0
 
     def __call__(self) -> float:
-        return self.now
+        return self.seconds
 
-    def replay(self, benchmark: Any, seconds: list[float]) -> None:
-        """Give the measured `seconds` to the fixture of pytest-benchmark, one round each."""
-        following = iter(seconds)
-
-        def advance() -> None:
-            self.now = next(following)
-
-        def rewind() -> None:
-            self.now = 0.0
-
-        benchmark.pedantic(advance, setup=rewind, rounds=len(seconds))
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
-CLOCK = ReplayClock()
+MEASURED = MeasuredTime()
 
 
-class Comparable(Protocol):
-    """A case whose providers are measured in turn."""
-
-    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]: ...
-
-    def close(self) -> None: ...
-
-
-class NoGPU:
-    """Stands for a comparison of operators where they are not measured."""
-
-    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
-        raise UnavailableError("operators are measured on a CUDA GPU, and none was found")
-
-    def close(self) -> None: ...
+def measure_each(cases: Iterable[Any]) -> Any:
+    """Parametrize a test by the measurements of `cases`: arguments `bench`, a fixture, `mode` and `provider`."""
+    parameters = [
+        pytest.param(case, mode, provider, id=f"{case.words}-{mode}-{provider}")
+        for case in cases
+        for mode, provider in case.measurements()
+    ]
+    marks = pytest.mark.parametrize(("bench", "mode", "provider"), parameters, indirect=["bench"])
+    return lambda test: pytest.mark.benchmark(timer=MEASURED)(marks(test))
 
 
-def case_id(case: object) -> str:
-    """The name of a case in pytest's words: one that `-k` can select."""
-    return str(case).replace("=", "").replace(" ", "-")
-
-
-def report(benchmark: Any, comparison: Comparable, provider: str, mode: str) -> None:
-    """Hand one row to pytest-benchmark. What cannot run here is skipped with its reason, what is wrong fails."""
+def record(benchmark: Any, bench: Bench, mode: str, provider: str) -> None:
+    """Hand one provider's times and row to pytest-benchmark; skip with the reason what cannot run here."""
     try:
-        times, row = comparison.row(provider, mode)
+        times, row = bench.row(provider, mode)
     except UnavailableError as reason:
         pytest.skip(str(reason))
     benchmark.group = f"{row['suite']} {row['case']} {mode}"
     benchmark.extra_info |= row
-    CLOCK.replay(benchmark, times.device)
+    rounds = iter(times.device)
+    benchmark.pedantic(lambda: MEASURED.advance(next(rounds)), rounds=len(times.device))

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 import tyro
 
-from benchmarks.measuring import machine, result_files
-from benchmarks.measuring.endings import told_in_a_line
+from benchmarks.measuring import machine
+from benchmarks.measuring.processes import exit_on_error
 from benchmarks.measuring.timing import percentiles
 from benchmarks.reporting import units
 from benchmarks.reporting.markdown import grid
@@ -64,7 +64,7 @@ class Sides(Protocol):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure; exit status 2 for what cannot be measured, 1 if a run fails."""
     options = tyro.cli(Options, prog="python -m benchmarks.vs_nanogpt.compare", args=arguments)
-    with told_in_a_line("benchmarks.vs_nanogpt.compare"):
+    with exit_on_error("benchmarks.vs_nanogpt.compare"):
         measure(options)
 
 
@@ -88,12 +88,12 @@ def measure(options: Options) -> None:
         for name in dict.fromkeys(options.recipes):
             result = content["recipes"][name] = settings(options, RECIPES[name])
             result["speed"] = compare_speed(runs, name, result["settings"]["steps"], options.rounds)
-            result_files.save(path, content)
+            machine.save_results(path, content)
             if result["settings"]["loss_steps"]:
                 result["loss"] = compare_loss(
                     runs, name, result["settings"]["loss_steps"], result["settings"]["eval_batches"]
                 )
-                result_files.save(path, content)
+                machine.save_results(path, content)
     print(f"\n{table(content['recipes'])}\n\n{path}")
 
 
@@ -127,7 +127,7 @@ def describe(options: Options, runs: Runs, device: torch.device) -> dict[str, An
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return {
-        **result_files.head(device),
+        **machine.result_head(device),
         "nanogpt": {"sha256": runs.checksums()},
         "data": {
             "characters": len(runs.text),

@@ -20,9 +20,8 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measuring import machine, result_files
-from benchmarks.measuring.endings import told_in_a_line
-from benchmarks.measuring.processes import RunError, finished
+from benchmarks.measuring import machine
+from benchmarks.measuring.processes import RunError, exit_on_error, run_process
 from benchmarks.reporting import learning
 from benchmarks.reporting.markdown import grid
 from gptfast import devices
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and compare; exit status 2 for what cannot be trained, 1 if a run fails."""
     program = "python -m benchmarks.vs_nanogpt.learning_curves"
     options, training = tyro.cli(Options, prog=program, args=arguments, return_unknown_args=True)
-    with told_in_a_line("benchmarks.vs_nanogpt.learning_curves"):
+    with exit_on_error("benchmarks.vs_nanogpt.learning_curves"):
         measure(options, training)
 
 
@@ -82,7 +81,7 @@ def measure(options: Options, training: list[str]) -> None:
     device = devices.resolve(options.device)
     path = Path(options.out, machine.slug(device), f"learning-{options.recipe}-{options.option}.json")
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of training, not after
-    content = result_files.head(device) | {
+    content = machine.result_head(device) | {
         "recipe": options.recipe,
         "option": options.option,
         "runs": [],
@@ -90,7 +89,7 @@ def measure(options: Options, training: list[str]) -> None:
     for label, changes in variants(options).items():
         print(f"training with {options.option} {label}", flush=True)
         content["runs"].append(train(options, label, changes, training))
-    result_files.save(path, content)
+    machine.save_results(path, content)
     learning.draw(content, path.with_suffix(".png"))
     print(f"\n{passage(content)}\n{path}\n{path.with_suffix('.png')}")
 
@@ -131,7 +130,7 @@ def train(options: Options, label: str, changes: list[str], training: list[str])
         run = Path(parent, "run")
         arguments = ["train", options.recipe, "--device", options.device, *training, *changes]
         command = [sys.executable, "-m", "gptfast", *arguments, "--data", _absolute(options.data), "--out", str(run)]
-        _, seconds = finished(label, command, ROOT, options.threads)
+        _, seconds = run_process(label, command, ROOT, options.threads)
         if not (run / "summary.json").is_file():
             raise RunError(f"{label}: the run wrote no summary.json")
         log, summary = read_log(run), read_json(run / "summary.json")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring.processes import RunError, finished
+from benchmarks.measuring.processes import RunError, run_process
 from gptfast.checkpoint.atomic_files import read_json
 from gptfast.data import corpus
 from gptfast.training import recipes
@@ -205,7 +205,7 @@ class Runs:
     def nanogpt(self, recipe: Recipe, plan: Plan) -> Outcome:
         """Run nanoGPT's train.py. Raises RunError if it fails or is not what was asked for."""
         command = [sys.executable, *nanogpt_command(recipe, plan, self.device)]
-        printed, seconds = finished(NANOGPT, command, self.nanogpt_folder, self.threads)
+        printed, seconds = run_process(NANOGPT, command, self.nanogpt_folder, self.threads)
         found = re.search(r"^found vocab_size = (\d+) ", printed, re.MULTILINE)
         if found is None or int(found[1]) != self.vocab_size:
             raise RunError(f"nanoGPT's model is another: it does not say that it found vocab_size = {self.vocab_size}")
@@ -216,7 +216,7 @@ class Runs:
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:
             run = Path(parent, "run")
             arguments = gptfast_command(recipe, plan, self.device, str(self.data), str(run))
-            _, seconds = finished(GPTFAST, [sys.executable, "-m", "gptfast", *arguments], ROOT, self.threads)
+            _, seconds = run_process(GPTFAST, [sys.executable, "-m", "gptfast", *arguments], ROOT, self.threads)
             if not (run / "summary.json").is_file():
                 raise RunError("gptfast wrote no summary.json")
             return gptfast_outcome(read_json(run / "summary.json"), plan, seconds)

@@ -1,11 +1,11 @@
 import json
-import sys
 
 import pytest
 import torch
 
 import kernels
 from benchmarks import tune
+from benchmarks.measuring.processes import run_command
 from kernels import runtime, tuning
 
 
@@ -29,10 +29,9 @@ def gpu(monkeypatch, tmp_path):
     return calls
 
 
-def test_a_table_is_written_in_the_form_that_the_package_reads(gpu, tmp_path, monkeypatch, capsys):
+def test_a_table_is_written_in_the_form_that_the_package_reads(gpu, tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "out"), "--models", "gpt2", "gpt2-xl", "--dtypes", "bfloat16"]
-    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
-    tune.main()
+    run_command(tune.main, "benchmarks.tune", arguments)
     device = torch.device("cuda", 0)
     assert gpu[:2] == [(width, torch.bfloat16, device, 16, True, True) for width in (768, 1600)]
     table = json.loads((tmp_path / "out/sm_90.json").read_text())
@@ -65,20 +64,18 @@ def test_attention_is_measured_at_other_lengths_and_heads_once():
         (["--dtypes", "float64"], "unknown dtype 'float64'; accepted: float32, float16, bfloat16"),
     ],
 )
-def test_what_is_not_known_is_refused(gpu, arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "out"), *arguments])
+def test_what_is_not_known_is_refused(gpu, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        tune.main()
+        run_command(tune.main, "benchmarks.tune", ["--out", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"benchmarks.tune: {message}\n"
     assert gpu == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "out")])
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        tune.main()
+        run_command(tune.main, "benchmarks.tune", ["--out", str(tmp_path / "out")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "benchmarks.tune: no CUDA GPU was found\n"
     assert not (tmp_path / "out").exists()

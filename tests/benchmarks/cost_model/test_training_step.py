@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cost_model import operators
-from benchmarks.cost_model.training_step import Step, summed
+from benchmarks.cost_model.training_step import StepCost, summed
 from gptfast import GPT, GPTConfig, flops
 from gptfast.config import PRESETS
 from tests.support.oracle import DEVICE
@@ -22,7 +22,7 @@ CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
 def test_products_of_a_step_are_those_of_the_model_count(name):
     """The model's count gives attention's backward two products fewer per product of the forward: 4, not 5 of 2."""
     config, batch, length = GPTConfig.preset(name), 2, 1024
-    step = Step(config, batch, length).by_kind()
+    step = StepCost(config, batch, length).by_kind()
     attention = operators.causal_attention(batch, config.n_head, length, length, config.head_size, 2)
     recomputed = config.n_layer * attention.inference.flops // 2  # one of the five products
     products = sum(cost.flops for cost in step.values())
@@ -35,7 +35,7 @@ def test_a_blocks_passes_move_what_the_operators_must(residual: int):
     """Linear layers have passes of their own for the gradients of biases, which the operators' least does not count."""
     config, batch, length = GPTConfig.preset("gpt2"), 2, 1024
     rows, width = batch * length, config.n_embd
-    step = Step(config, batch, length, residual_itemsize=residual)
+    step = StepCost(config, batch, length, residual_itemsize=residual)
     passes = [p for p in step.block_forward() + step.block_backward() if not p.name.endswith("dbias")]
     found = summed(passes)
     norms = operators.add_layer_norm(rows, width, 2, residual_itemsize=residual).training
@@ -83,7 +83,7 @@ def test_a_block_keeps_what_the_table_says(residual: torch.dtype, checkpointing:
             built(idx, idx)
         return sum(seen.values())
 
-    step = Step(CONFIG, batch=3, length=16, residual_itemsize=residual.itemsize)
+    step = StepCost(CONFIG, batch=3, length=16, residual_itemsize=residual.itemsize)
     expected = step.block_input_bytes() if checkpointing else step.kept_bytes()
     assert kept(3) - kept(2) == expected
 
@@ -110,7 +110,7 @@ def test_a_block_runs_no_pass_that_is_not_in_the_table():
         h, m = block(x, pending)  # first, so that weights are cast outside of what is recorded
         with Recorder():
             h, m = block(x, pending)
-    step = Step(CONFIG, batch=3, length=16)
+    step = StepCost(CONFIG, batch=3, length=16)
     forward = {"add_layer_norm": 2, "causal_attention_qkvpacked": 1, "gelu_ffn": 1, "addmm": 2}
     recorded = Counter({name: count for name, count in calls.items() if name != "_unsafe_view"})
     assert recorded == forward

@@ -1,201 +1,183 @@
 import math
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels
-from benchmarks.measuring import operator_cases
-from benchmarks.measuring.operator_bench import MODES, Comparison, Provider, UnavailableError, WrongResultError
-from benchmarks.measuring.operator_providers import PROVIDERS
+from benchmarks.measuring.bench import UnavailableError, WrongResultError
+from benchmarks.measuring.operator_bench import MODES, OperatorBench, Provider
+from benchmarks.operators import OPERATORS
 from kernels import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 1e13}}
-SMALL = [
-    operator_cases.layer_norm(40, 48, torch.float32),
-    operator_cases.gelu_ffn(40, 16, torch.float32),
-    operator_cases.add_layer_norm(40, 48, torch.float32),
-    operator_cases.causal_attention(2, 3, 40, 16, torch.float32),
-    operator_cases.causal_attention(1, 2, 40, 16, torch.float16),
-    operator_cases.causal_attention_qkvpacked(2, 3, 40, 16, torch.float32),
-]
-NORM = SMALL[0]
+FP32 = torch.float32
+NORM = OPERATORS["layer_norm"].case(40, 48, dtype=FP32)
 
 
-def compare(case, **operators):
-    providers = [Provider(name, lambda case, operator=operator: operator) for name, operator in operators.items()]
-    return Comparison(case, providers, DEVICE, LIMITS)
+def measure(case, *names):
+    """A bench of providers of the operator table, all of them by default."""
+    providers = case.operator.providers
+    return OperatorBench(case, [providers[name] for name in names or providers], DEVICE, LIMITS)
 
 
-@pytest.mark.parametrize("name", ["triton fused", "triton unfused"])
-def test_both_implementations_of_the_feed_forward_are_measured(name):
-    case = operator_cases.gelu_ffn(40, 16, torch.float32)
-    comparison = Comparison(case, [PROVIDERS["gelu_ffn"][name]], DEVICE, LIMITS)
-    assert all(comparison.row(name, mode)[1]["error"] < 1e-2 for mode in MODES)
+def compare(case, modes=MODES, **functions):
+    """A bench of given functions."""
+    providers = [
+        Provider(name, lambda case, function=function: function, modes) for name, function in functions.items()
+    ]
+    return OperatorBench(case, providers, DEVICE, LIMITS)
 
 
-def test_decoding_is_measured():
-    case = operator_cases.decode_attention(2, 3, 40, 16, torch.float32)
-    providers = PROVIDERS["decode_attention"]
-    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
-    rows = [comparison.row(name, "forward")[1] for name in providers]
-    assert [row["bytes"] for row in rows] == [4 * 2 * 3 * (2 * 16 + 2 * 40 * 16)] * 3
-
-
-def test_weights_of_8_bits_are_measured():
-    """Beside the weights before they were rounded, which are a percent off."""
-    case = operator_cases.int8_linear(3, 64, 40, torch.bfloat16)
-    providers = PROVIDERS["int8_linear"]
-    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
-    rows = {name: comparison.row(name, "forward")[1] for name in providers}
-    assert {row["bytes"] for row in rows.values()} == {2 * 3 * (64 + 40) + 64 * 40 + 4 * 40}
-    assert rows["triton"]["error"] < 0.004 < rows["F.linear"]["error"] < 0.02
-
-
-def test_weights_are_rounded_once(monkeypatch):
-    calls = []
-    whole = kernels.quantize_int8
-    monkeypatch.setattr(kernels, "quantize_int8", lambda weight: calls.append(1) or whole(weight))
-    operator = PROVIDERS["int8_linear"]["eager"].build(operator_cases.int8_linear(3, 64, 40, torch.float32))
-    x, weight = torch.randn(3, 64), torch.randn(40, 64)
-    assert torch.equal(operator(x, weight), operator(x, weight))
-    assert len(calls) == 1
-
-
-def test_the_loss_is_measured():
-    case = operator_cases.linear_cross_entropy(40, 16, 50, torch.float32)
-    names = ["triton", "eager"] + ["PyTorch chunked"] * hasattr(torch.nn.functional, "linear_cross_entropy")
-    providers = [PROVIDERS["linear_cross_entropy"][name] for name in names]
-    comparison = Comparison(case, providers, DEVICE, LIMITS)
-    rows = [comparison.row(name, "both")[1] for name in names]
-    assert [row["flops"] for row in rows] == [6 * 40 * 16 * 50] * len(names)
-    assert max(row["error"] for row in rows) < 1e-5
-
-
-def test_the_product_alone_is_measured():
-    case = operator_cases.ffn_up(40, 16, 24, torch.float32)
-    providers = PROVIDERS["ffn_up"]
-    comparison = Comparison(case, list(providers.values()), DEVICE, LIMITS)
-    rows = [comparison.row(name, "forward")[1] for name in providers]
-    assert [row["flops"] for row in rows] == [2 * 40 * 16 * 24] * 3
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_our_kernels_and_eager_are_measured_in_every_mode(case):
-    comparison = Comparison(case, [PROVIDERS[case.suite][name] for name in ("triton", "eager")], DEVICE, LIMITS)
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("layer_norm", (40, 48), FP32),
+        ("gelu_ffn", (40, 16, 64), FP32),
+        ("add_layer_norm", (40, 48), FP32),
+        ("causal_attention", (2, 3, 40, 16), FP32),
+        ("causal_attention", (1, 2, 40, 16), torch.float16),
+        ("causal_attention_qkvpacked", (2, 3, 40, 16), FP32),
+    ],
+)
+def test_triton_and_eager_are_measured_in_every_mode(name, values, dtype):
+    bench = measure(OPERATORS[name].case(*values, dtype=dtype), "triton", "eager")
     for mode in MODES:
-        for name in ("triton", "eager"):
-            times, row = comparison.row(name, mode)
+        for provider in ("triton", "eager"):
+            times, row = bench.row(provider, mode)
             assert len(times.device) >= 5
             assert row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
             assert row["error"] < 1e-2
-            assert (row["provider"], row["mode"], row["suite"]) == (name, mode, case.suite)
+            assert (row["provider"], row["mode"], row["suite"]) == (provider, mode, name)
             assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
             assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
             assert row["copy_share"] == pytest.approx(row["bytes_per_second"] / 1e12)
 
 
-def test_the_compiled_reference_is_measured_too():
-    comparison = Comparison(NORM, [PROVIDERS["layer_norm"]["eager compiled"]], DEVICE, LIMITS)
-    _, row = comparison.row("eager compiled", "both")
-    assert row["error"] < 1e-5
+@pytest.mark.parametrize("name", ["triton fused", "triton unfused"])
+def test_both_implementations_of_the_feed_forward_are_measured(name):
+    bench = measure(OPERATORS["gelu_ffn"].case(40, 16, 64, dtype=FP32), name)
+    assert all(bench.row(name, mode)[1]["error"] < 1e-2 for mode in MODES)
 
 
-def test_a_wrong_result_has_no_speed():
-    def off_by_a_percent(x, weight, bias):
-        return 1.01 * reference.layer_norm(x, weight, bias)
-
-    comparison = compare(NORM, peer=off_by_a_percent, eager=reference.layer_norm)
-    with pytest.raises(WrongResultError, match=r"the result is wrong: relative error 1\.00e-02, accepted 1e-04"):
-        comparison.row("peer", "forward")
-    with pytest.raises(WrongResultError):
-        comparison.row("peer", "both")
-    assert comparison.row("eager", "forward")[1]["provider"] == "eager"
+def test_decode_attention_reads_the_whole_cache():
+    bench = measure(OPERATORS["decode_attention"].case(2, 3, 40, 16, dtype=FP32), "triton", "eager", "SDPA")
+    rows = [bench.row(name, "forward")[1] for name in bench.providers]
+    assert [row["bytes"] for row in rows] == [4 * 2 * 3 * (2 * 16 + 2 * 40 * 16)] * 3
 
 
-def test_a_wrong_gradient_has_no_speed_in_any_mode():
-    def detached_mean(x, weight, bias):
-        mean = x.mean(-1, keepdim=True).detach()
-        return (x - mean) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * weight + bias
-
-    with pytest.raises(WrongResultError, match="the gradient of x is wrong"):
-        compare(NORM, peer=detached_mean).row("peer", "forward")
+def test_int8_linear_is_measured_beside_the_unquantized_weights():
+    bench = measure(OPERATORS["int8_linear"].case(3, 64, 40), "triton", "eager", "_weight_int8pack_mm", "F.linear")
+    rows = {name: bench.row(name, "forward")[1] for name in bench.providers}
+    assert {row["bytes"] for row in rows.values()} == {2 * 3 * (64 + 40) + 64 * 40 + 4 * 40}
+    assert rows["triton"]["error"] < 0.004 < rows["F.linear"]["error"] < 0.02
 
 
-def test_a_wrong_gradient_is_found_where_the_backward_is_no_pass_of_its_own():
-    def detached_weight(x, weight):
-        return PROVIDERS["linear_cross_entropy"]["eager"].build(case)(x, weight.detach()) + 0.0 * weight.sum()
-
-    case = operator_cases.linear_cross_entropy(40, 16, 50, torch.float32)
-    peer = Provider("peer", lambda case: detached_weight, modes=("forward", "both"))
-    with pytest.raises(WrongResultError, match="the gradient of w_head is wrong"):
-        Comparison(case, [peer], DEVICE, LIMITS).row("peer", "both")
-
-
-def test_each_of_several_results_is_checked():
-    def forget_the_sum(x, residual, weight, bias):
-        y, _ = reference.add_layer_norm(x, residual, weight, bias)
-        return y, x
-
-    with pytest.raises(WrongResultError, match="the result is wrong"):
-        compare(SMALL[2], peer=forget_the_sum).row("peer", "forward")
+def test_int8_weights_are_quantized_once(monkeypatch):
+    calls = []
+    quantize = kernels.quantize_int8
+    monkeypatch.setattr(kernels, "quantize_int8", lambda weight: calls.append(1) or quantize(weight))
+    function = OPERATORS["int8_linear"].case(3, 64, 40, dtype=FP32).reference
+    x, weight = torch.randn(3, 64), torch.randn(40, 64)
+    assert torch.equal(function(x, weight), function(x, weight))
+    assert len(calls) == 1
 
 
-def test_not_a_number_is_wrong():
-    def nan(x, weight, bias):
-        return reference.layer_norm(x, weight, bias) * math.nan
-
-    with pytest.raises(WrongResultError, match="relative error nan"):
-        compare(NORM, peer=nan).row("peer", "forward")
-
-
-def test_a_wrong_row_is_seen_in_the_compared_part_of_attention():
-    """Only the last head is compared; an operator that forgets the mask is wrong in every head."""
-
-    def see_everything(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-    with pytest.raises(WrongResultError, match="the result is wrong"):
-        compare(SMALL[3], peer=see_everything).row("peer", "forward")
+def test_the_loss_is_measured_in_one_pass():
+    names = ["triton", "eager"] + ["PyTorch chunked"] * hasattr(torch.nn.functional, "linear_cross_entropy")
+    bench = measure(OPERATORS["linear_cross_entropy"].case(40, 16, 50, dtype=FP32), *names)
+    rows = [bench.row(name, "both")[1] for name in names]
+    assert [row["flops"] for row in rows] == [6 * 40 * 16 * 50] * len(names)
+    assert max(row["error"] for row in rows) < 1e-5
+    with pytest.raises(UnavailableError, match="eager has no backward pass"):
+        bench.row("eager", "backward")
 
 
-def test_a_peer_that_breaks_is_a_reason_and_our_own_an_error():
-    def broken(*_):
-        raise RuntimeError("no kernel\nfor this")
-
-    comparison = compare(NORM, peer=broken, triton=broken, eager=reference.layer_norm)
-    with pytest.raises(UnavailableError, match=r"^RuntimeError: no kernel$"):
-        comparison.row("peer", "forward")
-    with pytest.raises(RuntimeError, match="no kernel"):
-        comparison.row("triton", "forward")
-    assert comparison.row("eager", "both")[1]["mode"] == "both"
+def test_the_first_product_of_the_feed_forward_is_measured():
+    bench = measure(OPERATORS["ffn_up"].case(40, 16, 24, dtype=FP32), "triton", "eager", "_addmm_activation")
+    rows = [bench.row(name, "forward")[1] for name in bench.providers]
+    assert [row["flops"] for row in rows] == [2 * 40 * 16 * 24] * 3
 
 
-def test_what_failed_holds_no_tensors():
+def test_the_compiled_reference_is_measured():
+    assert measure(NORM, "eager compiled").row("eager compiled", "both")[1]["error"] < 1e-5
+
+
+def test_providers_that_compile_can_be_left_out():
+    case = OPERATORS["causal_attention"].case(2, 3, 40, 16, compiled=False)
+    assert {name for _, name in case.measurements()} == {
+        "triton", "eager", "SDPA FlashAttention-2", "SDPA cuDNN"
+    }  # fmt: skip
+    modes = [mode for mode, name in OPERATORS["gelu_ffn"].cases[0].measurements() if name == "_addmm_activation"]
+    assert modes == ["forward"]
+
+
+def detached_mean(x, weight, bias):
+    mean = x.mean(-1, keepdim=True).detach()
+    return (x - mean) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * weight + bias
+
+
+LOSS = OPERATORS["linear_cross_entropy"].case(40, 16, 50, dtype=FP32)
+
+
+@pytest.mark.parametrize(
+    ("case", "function", "modes", "what"),
+    [
+        (NORM, lambda *tensors: 1.01 * reference.layer_norm(*tensors), MODES, r"the result .* 1\.00e-02"),
+        (NORM, lambda *tensors: math.nan * reference.layer_norm(*tensors), MODES, "the result .* nan"),
+        (NORM, detached_mean, MODES, "the gradient of x "),
+        # the backward of a loss is not a pass of its own
+        (LOSS, lambda x, w: LOSS.reference(x, w.detach()) + 0 * w.sum(), ("forward", "both"), "the gradient of w_head"),
+        # one of two results
+        (
+            OPERATORS["add_layer_norm"].case(40, 48, dtype=FP32),
+            lambda x, *others: (reference.add_layer_norm(x, *others)[0], x),
+            MODES,
+            "the result",
+        ),
+        # one head is compared; an operator without the mask is wrong in each
+        (
+            OPERATORS["causal_attention"].case(2, 3, 40, 16, dtype=FP32),
+            torch.nn.functional.scaled_dot_product_attention,
+            MODES,
+            "the result",
+        ),
+    ],
+)
+def test_a_wrong_result_or_gradient_has_no_speed_in_any_mode(case, function, modes, what):
+    bench = compare(case, modes, peer=function)
+    for mode in modes:
+        with pytest.raises(WrongResultError, match=what):
+            bench.row("peer", mode)
+
+
+def test_a_failing_peer_is_unavailable_and_our_own_failure_an_error():
     held = []
 
-    def broken(x, weight, bias):
-        y = x * weight
+    def broken(x, *_):
+        y = x * 2
         held.append(weakref.ref(y))
-        raise RuntimeError("no kernel")
+        raise RuntimeError("no kernel\nfor this")
 
-    comparison = compare(NORM, triton=broken)
-    assert isinstance(comparison.failures["triton"], RuntimeError)
-    assert held[0]() is None
+    bench = compare(NORM, peer=broken, triton=broken, eager=reference.layer_norm)
+    with pytest.raises(UnavailableError, match=r"^RuntimeError: no kernel$"):
+        bench.row("peer", "forward")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        bench.row("triton", "forward")
+    assert bench.row("eager", "both")[1]["mode"] == "both"
+    assert all(tensor() is None for tensor in held)
 
 
-def test_out_of_memory_is_a_reason_for_anyone():
+def test_out_of_memory_makes_any_provider_unavailable():
     def greedy(*_):
         raise torch.OutOfMemoryError("tried to allocate too much")
 
-    comparison = compare(NORM, eager=greedy)
     with pytest.raises(UnavailableError, match="out of memory: tried to allocate too much"):
-        comparison.row("eager", "forward")
+        compare(NORM, eager=greedy).row("eager", "forward")
 
 
-def test_memory_that_runs_out_in_the_backward_leaves_the_forward():
+def test_out_of_memory_in_the_backward_leaves_the_forward():
     class Greedy(torch.autograd.Function):
         calls = 0
 
@@ -210,28 +192,19 @@ def test_memory_that_runs_out_in_the_backward_leaves_the_forward():
                 raise torch.OutOfMemoryError("tried to allocate too much")
             return dy
 
-    comparison = compare(NORM, peer=lambda *tensors: Greedy.apply(reference.layer_norm(*tensors)))
+    bench = compare(NORM, peer=lambda *tensors: Greedy.apply(reference.layer_norm(*tensors)))
     with pytest.raises(UnavailableError, match="out of memory"):
-        comparison.row("peer", "backward")
-    assert comparison.row("peer", "forward")[1]["mode"] == "forward"
+        bench.row("peer", "backward")
+    assert bench.row("peer", "forward")[1]["mode"] == "forward"
 
 
-def test_a_pass_that_a_provider_does_not_have():
-    forward_only = Provider("peer", lambda case: reference.layer_norm, modes=("forward",))
-    comparison = Comparison(NORM, [forward_only], DEVICE, LIMITS)
-    comparison.row("peer", "forward")
-    with pytest.raises(UnavailableError, match="peer has no backward pass"):
-        comparison.row("peer", "backward")
-
-
-def test_without_a_matrix_rate_there_is_no_share():
-    case = replace(NORM, dtype=torch.float16)
-    _, row = Comparison(case, [PROVIDERS["layer_norm"]["eager"]], DEVICE, LIMITS).row("eager", "forward")
+def test_a_dtype_without_a_measured_matrix_rate_has_no_share():
+    _, row = measure(OPERATORS["layer_norm"].case(40, 48, dtype=torch.float16), "eager").row("eager", "forward")
     assert row["matrix_share"] is None
     assert row["copy_share"] > 0
 
 
-def test_attention_is_measured_in_the_models_layout():
-    q, *_ = SMALL[3].inputs(DEVICE)
+def test_attention_is_measured_in_the_layout_of_the_model():
+    q, *_ = OPERATORS["causal_attention"].case(2, 3, 40, 16).inputs(DEVICE)
     assert q.shape == (2, 3, 40, 16)
     assert q.transpose(1, 2).is_contiguous()

@@ -33,7 +33,7 @@ def trained(quick, monkeypatch) -> list[list[str]]:
         (out / "summary.json").write_text(json.dumps({"backend": {"ffn": label}}))
         return "", 2.0
 
-    monkeypatch.setattr(learning_curves, "finished", run)
+    monkeypatch.setattr(learning_curves, "run_process", run)
     return commands
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_fails_ends_it(quick, monkeypatch, tmp_path, capsys):
     def fail(label, *_):
         raise RunError(f"{label} failed with exit status 2; its last lines:")
 
-    monkeypatch.setattr(learning_curves, "finished", fail)
+    monkeypatch.setattr(learning_curves, "run_process", fail)
     with pytest.raises(SystemExit) as ended:
         run("--out", str(tmp_path))
     assert ended.value.code == 1

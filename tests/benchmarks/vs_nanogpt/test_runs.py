@@ -253,11 +253,11 @@ def test_gptfasts_summary_comes_from_a_run_folder_of_its_own(runs, monkeypatch):
         (out / "summary.json").write_text(json.dumps(SUMMARY))
         return "", 2.0
 
-    monkeypatch.setattr(recipe_runs, "finished", run)
+    monkeypatch.setattr(recipe_runs, "run_process", run)
     assert runs.gptfast(CPU, Plan(6)) == runs.gptfast(CPU, Plan(6)) == Outcome(30_000.0, None, None, 2.0)
     assert len(set(folders)) == 2
     assert not any(folder.exists() for folder in folders)
-    monkeypatch.setattr(recipe_runs, "finished", lambda *_: ("", 2.0))
+    monkeypatch.setattr(recipe_runs, "run_process", lambda *_: ("", 2.0))
     with pytest.raises(RunError, match=r"gptfast wrote no summary\.json"):
         runs.gptfast(CPU, Plan(6))
 

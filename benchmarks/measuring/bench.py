@@ -1,0 +1,196 @@
+"""Base of the benches, which compare providers on one case: build, check against the reference, time in turns."""
+
+from __future__ import annotations
+
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measuring.timing import Call, Times, percentiles
+
+# a failure of these is an error of this project; a peer that fails, the compiler included, is skipped with its reason
+OWN = (
+    "eager", "eager int8", "cpu", "cpu int8", "cpu compiled",
+    "triton", "triton int8", "triton compiled", "triton captured", "triton compiled captured",
+)  # fmt: skip
+
+# accepted ||result - reference|| / ||reference||: several times the rounding error, far below the effect of a wrong
+# mask, scale or missing block. The tests hold the kernels to a stricter rule.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+class UnavailableError(ValueError):
+    """A provider cannot run here; the message is the reason."""
+
+
+class WrongResultError(RuntimeError):
+    """The result of a provider differs from the reference."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of one provider by part; "whole" is the measured pass. `peak_bytes` is None without a memory counter."""
+
+    times: dict[str, Times]
+    peak_bytes: int | None
+
+
+class Bench(ABC):
+    """Measurements of one case. A provider that fails keeps its exception and leaves the others alone.
+
+    Args:
+        case: the shapes, with `suite`, `dims` and a name as `str(case)`.
+        providers: implementations to compare, with `name` and `modes`.
+        device: where they run.
+        limits: measured copy and matrix product rates, see `machine.measure_limits`.
+    """
+
+    def __init__(self, case: Any, providers: Iterable[Any], device: torch.device, limits: Mapping[str, Any]) -> None:
+        self.case, self.device, self.limits = case, device, limits
+        self.providers = {provider.name: provider for provider in providers}
+        self.failures: dict[str, Exception] = {}
+        self.errors: dict[str, float] = {}
+        self.ready: dict[str, Any] = {}
+        self._measured: dict[str, dict[str, Measurement | Exception]] = {}
+        self.set_up()
+        for name, provider in self.providers.items():
+            with record_failure(self.failures, name):
+                built = self.build(provider)
+                self.errors[name] = self.check(provider, built)
+                self.ready[name] = built
+
+    dtype: torch.dtype
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Make the inputs and the reference result."""
+
+    @abstractmethod
+    def build(self, provider: Any) -> Any:
+        """Build a provider; raises UnavailableError if it cannot run here."""
+
+    @abstractmethod
+    def check(self, provider: Any, built: Any) -> float:
+        """Return the relative error of a provider; raises WrongResultError if it is too large."""
+
+    @abstractmethod
+    def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
+        """Return the calls to time by part, and the peak memory in bytes."""
+
+    @abstractmethod
+    def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
+        """Time the calls of all providers in turns."""
+
+    @abstractmethod
+    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
+        """Compute the fields of the row that only this kind of bench has."""
+
+    def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
+        """Measure a mode if that was not done yet, and return one provider's times and row of the results.
+
+        Raises:
+            UnavailableError: the provider lacks this pass, or cannot run here, for memory or another reason.
+            WrongResultError: its result is wrong, so its speed is meaningless.
+            Exception: any other failure of the provider.
+        """
+        self._require(name, mode)
+        if mode not in self._measured:
+            self._measured[mode] = self._measure(mode)
+        measured = self._measured[mode][name]
+        if isinstance(measured, Exception):
+            raise measured
+        times = measured.times["whole"]
+        return times, {
+            "suite": self.case.suite,
+            "case": str(self.case),
+            "mode": mode,
+            "provider": name,
+            "dtype": dtype_name(self.dtype),
+            "dims": dict(self.case.dims),
+            "seconds": percentiles(times.device),
+            "host_seconds": None if times.host is None else percentiles(times.host),
+            "error": self.errors[name],
+            "peak_bytes": measured.peak_bytes,
+            **self.metrics(name, mode, measured),
+        }
+
+    def call(self, name: str, mode: str) -> Call:
+        """Return one provider's pass as it is timed. Raises what `row` raises."""
+        self._require(name, mode)
+        return self.prepare(name, mode)[0]["whole"]
+
+    def close(self) -> None:
+        """Free memory and compiled code: the compiler keeps at most eight versions of a function."""
+        self.ready.clear()
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _require(self, name: str, mode: str) -> None:
+        if mode not in self.providers[name].modes:
+            raise UnavailableError(f"{name} has no {mode} pass")
+        if name in self.failures:
+            raise self.failures[name]
+
+    def _measure(self, mode: str) -> dict[str, Measurement | Exception]:
+        failures: dict[str, Exception] = {}
+        calls: dict[tuple[str, str], Call] = {}
+        memory: dict[str, int | None] = {}
+        for name in self.ready:
+            if mode in self.providers[name].modes:
+                with record_failure(failures, name):
+                    parts, memory[name] = self.prepare(name, mode)
+                    calls |= {(name, part): call for part, call in parts.items()}
+        times = self.time(calls) if calls else {}
+        return failures | {
+            name: Measurement({part: times[name, part] for owner, part in calls if owner == name}, memory[name])
+            for name in memory
+        }
+
+
+@contextmanager
+def record_failure(failures: dict[str, Exception], provider: str) -> Iterator[None]:
+    """Record what a provider raises, so that the other providers are still measured."""
+    try:
+        yield
+    except Exception as error:
+        # frames keep tensors alive, and CUDA graphs whose streams block other graphs of the same weights
+        traceback.clear_frames(error.__traceback__)
+        failures[provider] = classify(provider, error)
+
+
+def classify(provider: str, error: Exception) -> Exception:
+    """Turn an out-of-memory error and any failure of a peer into an UnavailableError with the reason."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return UnavailableError(f"out of memory: {first_line(error)}")
+    if isinstance(error, (UnavailableError, WrongResultError)) or provider in OWN:
+        return error
+    return UnavailableError(f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message, at most 200 characters."""
+    line = str(error).strip().splitlines()
+    return line[0][:200] if line else ""
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Compute ||result - expected|| / ||expected|| in the dtype of `expected`; NaN if the result has NaN."""
+    return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
+
+
+def require_close(what: str, error: float, dtype: torch.dtype) -> None:
+    """Raise WrongResultError if a relative error exceeds the tolerance of `dtype`."""
+    if not error <= TOLERANCES[dtype]:
+        raise WrongResultError(f"{what} is wrong: relative error {error:.2e}, accepted {TOLERANCES[dtype]:.0e}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name in results, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
