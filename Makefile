@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh Linux machine with Python 3.11 or newer, set-up included.
+# `make demo` and `make test` run on a fresh Linux machine with Python 3.11 or newer; they include the set-up.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,14 +10,14 @@ demo: .venv/ready
 	$(BIN)/gptfast train shakespeare-char-cpu --data stdlib --out runs/demo
 	$(BIN)/gptfast generate runs/demo --prompt "def " --max-new-tokens 400
 
-# as many processes as cores, with a thread each: threads that wait for each other do not share a core with others
+# one process per core, one thread each: OpenMP threads spin while they wait, which starves the other processes
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
-# the oldest Triton that is supported: kernels interpreted, and compiled for GPUs that are not here
+# the oldest supported Triton: kernels interpreted, and compiled ahead of time
 test-triton36: .venv36/ready
 	OMP_NUM_THREADS=1 .venv36/bin/python -m pytest -n auto --dist worksteal tests/kernels
 
@@ -26,7 +26,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# every suite that this machine can run, then a report: $(RESULTS)/<device>/report.html
+# every suite that this machine supports, then a report: $(RESULTS)/<device>/report.html
 RESULTS ?= benchmarks/results
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results $(RESULTS)
@@ -35,7 +35,7 @@ bench: .venv/ready
 clean:
 	rm -rf .venv .venv36 .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-# all versions are pinned: a plain `torch` would bring another one, with gigabytes of CUDA packages
+# pinned versions: an unconstrained `torch` pulls gigabytes of CUDA packages
 .venv/ready: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "gptfast needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.x" >&2; exit 2; }
@@ -43,7 +43,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# its interpreter needs a NumPy before 2.4
+# NOTE: the interpreter of Triton 3.6 needs NumPy below 2.4
 .venv36/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv36
 	grep -vE '^(triton|numpy)==' constraints.txt > .venv36/constraints.txt

@@ -1,4 +1,4 @@
-"""Packaging of gptfast: two packages, `kernels` (the operators) and `gptfast` (the model and its training)."""
+"""Packaging of `kernels` (the operators) and `gptfast` (the model, training and generation)."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-# thop imports distutils, which setuptools brings since Python 3.12
+# thop imports distutils, which setuptools provides since Python 3.12
 BENCH = ["jinja2", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
 
 setup(
     name="gptfast",
     version=re.search(r'^__version__ = "(.+)"$', (HERE / "gptfast/__init__.py").read_text(), re.MULTILINE)[1],
-    description="GPT models with switchable Triton kernels, and benchmarks that say what they are worth",
+    description="GPT models with switchable Triton kernels, and benchmarks that measure the difference",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
