@@ -1,4 +1,4 @@
-"""What every operator accepts. Shared by the kernels and the reference, so that both refuse the same input."""
+"""Argument checks of every operator, shared by its implementations so that all reject the same input."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def linear_cross_entropy(
 
 
 def _classes(operator: str, targets: Tensor, ignore_index: int, classes: int) -> None:
-    """Targets in range, where they can be looked at without stalling a GPU or breaking a graph."""
+    """Require targets in range, if that takes no host synchronisation and no graph break."""
     if type(targets) is not Tensor or targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
@@ -234,7 +234,7 @@ def _scale(operator: str, scale: float | None) -> None:
 
 
 def _dropout(operator: str, dropout_p: float, seed: int | Tensor | None, beside: str, device: torch.device) -> None:
-    """The probability, and a seed on the `device` of the tensor named `beside`."""
+    """Require a valid probability and a seed on `device`, which is that of the argument named `beside`."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor) and seed.device != device:
@@ -248,7 +248,7 @@ def _dropout(operator: str, dropout_p: float, seed: int | Tensor | None, beside:
 
 
 def _tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
-    """Every argument: a floating tensor on the device of the first one, or None where that is `optional`."""
+    """Require floating tensors on the device of the first one. Those named in `optional` may be None."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
@@ -264,7 +264,7 @@ def _tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Tensor | 
 
 
 def _same_dtype(operator: str, **tensors: Tensor | None) -> None:
-    """One dtype for all tensors that are there, as a matrix product needs; autocast casts by itself."""
+    """Require one dtype for all tensors that are not None, as matmuls do, except under autocast, which casts."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if len({tensor.dtype for tensor in present.values()}) == 1:
         return

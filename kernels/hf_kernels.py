@@ -1,9 +1,9 @@
-"""Hugging Face's package of the same name, for those who look for it where this one is found.
+"""Access to Hugging Face's package `kernels` behind this package of the same name.
 
-Both are imported as `kernels`, and Python takes the one whose folder comes first. Where that is this one and theirs is
-installed too, `transformers` and others still count on it: they find the version of the installed distribution, and
-do `from kernels import get_kernel`. So modules that are not here come from their folder, and names that are not here
-from their `__init__.py`, which runs when it is first asked for one.
+Python imports the `kernels` that comes first on sys.path. If that is this package and theirs is installed too,
+`transformers` and others still expect theirs: they find its version in the metadata of the distribution and run
+`from kernels import get_kernel`. So `kernels.__path__` ends with the folder of their modules, and names that this
+package lacks come from their `__init__.py`, which runs when such a name is first used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from types import ModuleType
 from typing import Any
 
 OURS = Path(__file__).parent
-_ALIAS = "kernels._hugging_face"  # of their __init__.py, whose own name is taken
+_ALIAS = "kernels._hugging_face"  # module name of their __init__.py
 
 
 def installed() -> tuple[Path, str] | None:
-    """The folder of their package and its version; None where the distribution `kernels` is not installed.
+    """Return the folder and version of their package, or None if the distribution `kernels` is not installed.
 
-    The folder is this package's own where one of the two was installed over the other.
+    If one of the two packages was installed over the other, the folder is this package's.
     """
     try:
         distribution = importlib.metadata.distribution("kernels")
@@ -34,32 +34,32 @@ def installed() -> tuple[Path, str] | None:
 
 
 def folders() -> list[str]:
-    """Where else modules of `kernels` are."""
+    """Return the further folders of modules for `kernels.__path__`: theirs, or none."""
     found = installed()
     return [] if found is None or not found[0].is_dir() or found[0].samefile(OURS) else [str(found[0])]
 
 
 def overwritten(version: str) -> str:
-    """What to say where this package was installed over theirs."""
+    """Return the error message for an installation of this package over theirs."""
     return (
-        f"gptfast's package kernels was installed over Hugging Face's (kernels {version}) in {OURS}, of which nothing "
-        "works now; pip uninstall kernels, then install gptfast again (pip install --force-reinstall --no-deps); to "
+        f"gptfast's package kernels was installed over Hugging Face's (kernels {version}) in {OURS}, which broke the "
+        "latter; pip uninstall kernels, then install gptfast again (pip install --force-reinstall --no-deps); to "
         "have both, install one of them into another folder on sys.path (pip install --target FOLDER)"
     )
 
 
 def attribute(name: str, operators: Iterable[str]) -> Any:
-    """What their package has under a name.
+    """Return the attribute `name` of their package.
 
     Args:
-        name: which this package has not.
-        operators: that it has, for the message.
+        name: a name that this package lacks.
+        operators: the names of this package, for the error message.
 
     Raises:
-        AttributeError: it is not installed, or has no such thing.
-        ImportError: it was installed, and this package over it.
+        AttributeError: their package is not installed, or lacks the name too.
+        ImportError: this package was installed over theirs.
     """
-    # Python asks so before it imports a module of this package, and for much that begins like this
+    # Python asks for a submodule's name before it imports the submodule, and for many dunder names
     own = (OURS / f"{name}.py").is_file() or (name.startswith("__") and name != "__version__")
     theirs = None if own else _package()
     if theirs is None:
@@ -69,7 +69,7 @@ def attribute(name: str, operators: Iterable[str]) -> Any:
 
 @functools.cache
 def _package() -> ModuleType | None:
-    """Their package, under another name; None where it is not installed."""
+    """Import their `__init__.py` under another name. None if it is not installed."""
     found = installed()
     if found is None or not found[0].is_dir():
         return None

@@ -1,7 +1,7 @@
-"""Products with a fixed weight on CPUs, by oneDNN, its layout chosen once: what decoding reads for every token.
+"""Linear layers on CPUs by oneDNN with prepacked weights, for decoding, which reads every weight for every token.
 
-`F.linear` of one row reads its weight at half the speed of the memory or less; oneDNN in float32 at nearly that speed
-as the weight is, in bfloat16 only with its blocks side by side. An activation is applied to the accumulated sums.
+For one row, `F.linear` reads the weight at half the memory bandwidth or less. oneDNN comes close to the bandwidth: in
+float32 with the weight as it is, in bfloat16 only with a blocked layout. The activation is applied to the accumulators.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kernels.pytorch_internals import onednn_linear, onednn_reorder_weight, onednn_supports_bfloat16
 
-# activation -> oneDNN's name and algorithm
-_POST = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+# activation -> oneDNN's elementwise operation and its algorithm
+_EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies with this weight [N, K] in `dtype`: float32 or bfloat16, on a CPU that has it."""
+    """Return True if oneDNN multiplies by this weight [N, K] in `dtype`: float32 or, with CPU support, bfloat16."""
     if type(weight.detach()) is not Tensor or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -25,25 +25,25 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weight [N, K] as `packed_linear` reads it fastest for few rows: itself in float32, else a copy of its size.
+    """Return the weight [N, K] in the layout that `packed_linear` reads fastest for few rows.
 
-    The copy is opaque: only `packed_linear` takes it.
+    That is the weight itself in float32, and an opaque copy of the same size in bfloat16.
     """
     weight = weight.detach()
     return weight.contiguous() if weight.dtype == torch.float32 else onednn_reorder_weight(weight, 1)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(x @ weight.T + bias), without a derivative.
+    """Compute activation(x @ weight.T + bias). No derivative.
 
     Args:
-        x: [..., K], of the weight's dtype.
+        x: [..., K], in the dtype of the weight.
         weight: [N, K], from `pack`.
         bias: [N] or None.
-        activation: None, "gelu" (of the normal distribution's integral), "gelu_tanh" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh" or "relu".
 
     Returns:
         [..., N].
     """
-    name, algorithm = _POST[activation]
+    name, algorithm = _EPILOGUES[activation]
     return onednn_linear(x, weight, bias, name, [], algorithm)

@@ -1,7 +1,7 @@
-"""The operators in eager PyTorch: the definition of correct, and the eager backend.
+"""The operators in plain PyTorch: the definition of correct, and the backend "eager".
 
-Same names and signatures as in `kernels`. Any floating dtype (the tests' oracle is this file in float64), any device
-that PyTorch has, differentiable as often as PyTorch can.
+Names and signatures are those of `kernels`. Every floating dtype (in float64 this file is the tests' oracle), every
+device of PyTorch, and every derivative that PyTorch has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kernels import checks, runtime
 
 _INT8_MAX = 127  # symmetric: -128 has no opposite
 
-# every operator, and the module of `kernels` with its Triton kernels
+# each operator, and the module of `kernels` with its Triton kernels
 OPERATORS = {
     "add_layer_norm": "norm",
     "causal_attention": "attention",
@@ -34,15 +34,15 @@ def layer_norm(
 ) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
-    The variance is the biased one and eps stands inside the root. Parameters in another dtype than x are allowed, the
-    arithmetic is then float32.
+    The variance is biased and eps is inside the root. Parameters may have another dtype than x: the arithmetic is then
+    in float32.
 
     Args:
         x: [..., C].
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
         eps: added to the variance.
-        dtype: of the result; None for that of x, or for what `torch.autocast` makes of it.
+        dtype: dtype of the result; None for that of x, or autocast's.
 
     Returns:
         [..., C] in `dtype`.
@@ -57,7 +57,7 @@ def layer_norm(
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> Tensor:
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     one_dtype = all(parameter.dtype == x.dtype for parameter in parameters)
-    # autocast has a rule of its own, except on a CPU, which takes no half-precision parameters beside float32
+    # autocast casts by itself, but on a CPU it cannot mix half-precision parameters with float32
     if one_dtype or (x.device.type != "cpu" and runtime.autocast_dtype(x.device) is not None):
         y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         return y if dtype is None else y.to(dtype)
@@ -83,10 +83,10 @@ def add_layer_norm(
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
         eps: added to the variance.
-        dropout_p: the share of x set to zero, in [0, 1); the rest grows by 1 / (1 - dropout_p).
-        seed: makes the dropout repeatable; None draws from PyTorch's generator. The same seed gives another mask here
-            than in the Triton operator, whose random numbers are Philox's.
-        dtype: of y; None for that of h, or for what `torch.autocast` makes of it.
+        dropout_p: the share of x set to zero, in [0, 1); the rest is scaled by 1 / (1 - dropout_p).
+        seed: makes the dropout repeatable; None draws from PyTorch's generator. The mask differs from that of the
+            Triton operator with the same seed, which uses Philox.
+        dtype: dtype of y; None for that of h, or autocast's.
 
     Returns:
         y and h, both [..., C]; y in `dtype`, h in the wider dtype of x and residual.
@@ -107,7 +107,7 @@ def add_layer_norm_with_mask(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, kept: Tensor,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`add_layer_norm` whose dropout keeps the elements of x where `kept` [..., C] is true."""
+    """Compute `add_layer_norm` with the dropout mask `kept` [..., C], true where x stays."""
     h = residual + x * kept / (1.0 - dropout_p)
     return _norm(h, weight, bias, eps, dtype), h
 
@@ -128,7 +128,7 @@ def gelu_ffn(
     activation: str = "gelu_tanh",
     implementation: str = "auto",
 ) -> Tensor:
-    """The feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
+    """Apply the feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
 
     Args:
         x: [..., C].
@@ -137,7 +137,7 @@ def gelu_ffn(
         w_down: [C, F], as in `nn.Linear(F, C)`.
         b_down: [C] or None.
         activation: `gelu_tanh` (GPT-2's), `gelu` (erf) or `relu`.
-        implementation: `auto`, `fused` or `unfused`; makes no difference here.
+        implementation: `auto`, `fused` or `unfused`; ignored here.
 
     Returns:
         [..., C].
@@ -157,18 +157,18 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q @ k.T + causal mask) @ v, the mask aligned to the end: query i sees keys j <= i + S - T.
+    """Compute softmax(scale * q @ k.T + causal mask) @ v (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
-    (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.)
+    The mask is aligned to the end: query i attends to keys j <= i + S - T.
 
     Args:
         q: [B, H, T, D].
         k: [B, H, S, D] with S >= T.
         v: [B, H, S, D].
         scale: multiplies the scores; D**-0.5 if None.
-        dropout_p: the share of probabilities set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p).
-        seed: makes the dropout repeatable; None draws from PyTorch's generator. The same seed gives another mask here
-            than in the Triton operator, whose random numbers are Philox's.
+        dropout_p: the share of probabilities set to zero, in [0, 1); the others are scaled by 1 / (1 - dropout_p).
+        seed: makes the dropout repeatable; None draws from PyTorch's generator. The mask differs from that of the
+            Triton operator with the same seed, which uses Philox.
 
     Returns:
         [B, H, T, D].
@@ -184,7 +184,7 @@ def causal_attention(
         kept = torch.rand(*q.shape[:3], keys, generator=generator, device=q.device) >= dropout_p
         return attention_with_mask(q, k, v, scale, dropout_p, kept)
     if scale is not None and scale <= 0.0:
-        # on CPUs PyTorch multiplies the -inf of its own mask, too
+        # on CPUs PyTorch multiplies the -inf of its causal mask by the scale
         q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=keep, dropout_p=dropout_p, is_causal=keep is None, scale=scale
@@ -197,10 +197,10 @@ def causal_attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """`causal_attention` of queries, keys and values in one tensor, as one projection writes them.
+    """Compute `causal_attention` of queries, keys and values packed in one tensor, the output of one projection.
 
     Args:
-        qkv: [B, T, 3, H, D]: queries, keys and values along the third dimension.
+        qkv: [B, T, 3, H, D], with queries, keys and values along the third dimension.
         scale: multiplies the scores; D**-0.5 if None.
         dropout_p: as in `causal_attention`.
         seed: as in `causal_attention`.
@@ -219,14 +219,14 @@ def causal_attention_qkvpacked(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Attention of each sequence's last T tokens over the first `lengths` keys of its cache, their own among them.
+    """Attend from each sequence's last T tokens to the first `lengths` keys of its cache, which include their own.
 
     Args:
-        q: [B, H, T, D]. The last sees all of those keys, each before it one less.
+        q: [B, H, T, D]. The last query attends to all of those keys, each earlier one to one fewer.
         k_cache: [B, H, S, D].
         v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, how many keys of each sequence count, S at most. A query that sees none has the
-            result 0.
+        lengths: [B] int32 or int64, the number of valid keys of each sequence, clamped to S. A query without keys has
+            the result 0.
         scale: multiplies the scores; D**-0.5 if None.
 
     Returns:
@@ -237,13 +237,13 @@ def decode_attention(
     """
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
     queries, keys = q.shape[2], k_cache.shape[2]
-    seen = lengths[:, None]  # [B, T] from here on
+    visible = lengths[:, None]  # [B, 1]: keys that a query attends to
     if queries > 1:
-        seen = lengths.clamp(max=keys)[:, None] + torch.arange(1 - queries, 1, device=q.device)
-    seen = seen[:, None, :, None]  # [B, 1, T, 1]
-    mask = torch.arange(keys, device=q.device) < seen  # [B, 1, T, S]
+        visible = lengths.clamp(max=keys)[:, None] + torch.arange(1 - queries, 1, device=q.device)  # [B, T]
+    visible = visible[:, None, :, None]  # [B, 1, T, 1]
+    mask = torch.arange(keys, device=q.device) < visible  # [B, 1, T, S]
     o = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
-    return o.masked_fill(seen <= 0, 0.0)
+    return o.masked_fill(visible <= 0, 0.0)
 
 
 @torch.no_grad()
@@ -279,11 +279,11 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(x @ weight.T) * scale + bias with int8 weights, in float32, or in float64 for such x. No derivative.
+    """Compute (x @ weight.T) * scale + bias with int8 weights, in float32, or in float64 for float64 x. No derivative.
 
     Args:
         x: [..., K].
-        weight: [N, K] int8, as `quantize_int8` makes it.
+        weight: [N, K] int8, from `quantize_int8`.
         scale: [N] float32, of each output.
         bias: [N] in any floating dtype, or None.
 
@@ -292,7 +292,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted, or
-            that requires a gradient while gradients are recorded.
+            that requires a gradient in grad mode.
     """
     checks.int8_linear(x, weight, scale, bias)
     autocast = runtime.autocast_dtype(x.device)
@@ -314,7 +314,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     workspace_bytes: int = 2**29,
 ) -> Tensor:
-    """Cross-entropy of softmax(x @ weight.T) and targets. Logits of half precision are widened to float32 for it.
+    """Compute the cross-entropy of softmax(x @ weight.T) and targets. Half-precision logits are cast to float32.
 
     Args:
         x: [..., C].
@@ -322,15 +322,16 @@ def linear_cross_entropy(
         targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`.
         ignore_index: the target of rows that do not count.
         reduction: `mean` over the rows that count (NaN where none does), `sum`, or `none`.
-        vocab_size: the number of classes; rows of weight beyond it are padding and take no part. V if None.
+        vocab_size: the number of classes; rows of weight beyond it are padding. V if None.
         label_smoothing: the share of the target spread evenly over all classes (Szegedy et al. 2015,
             arXiv:1512.00567), in [0, 1].
         z_loss: the weight of log(Z)^2, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022,
             arXiv:2204.02311, section 5).
-        workspace_bytes: makes no difference here, all logits are held.
+        workspace_bytes: ignored here, all logits are in memory.
 
     Returns:
-        The loss, a scalar, or [...] with reduction "none", where ignored rows have 0; float32, or float64 for such.
+        The loss, a scalar, or [...] with reduction "none", where ignored rows have 0; float32, or float64 for float64
+        inputs.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit, named with what is
@@ -351,7 +352,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`linear_cross_entropy` of logits [..., classes] that are there already."""
+    """Compute `linear_cross_entropy` from logits [..., classes]."""
     rows = logits.reshape(-1, logits.shape[-1])  # [N, classes]
     rows = rows.float() if rows.dtype.itemsize < 4 else rows
     flat = targets.reshape(-1)  # [N]
@@ -366,7 +367,7 @@ def cross_entropy(
 
 
 def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, kept: Tensor) -> Tensor:
-    """Causal attention whose dropout keeps the probabilities where `kept` [B, H, T, S] is true. Materialises scores."""
+    """Compute causal attention with the dropout mask `kept` [B, H, T, S]. Materialises the scores."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * (q @ k.transpose(-2, -1))  # [B, H, T, S]
     scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), float("-inf"))
@@ -375,5 +376,5 @@ def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dr
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """[T, S], true where query i may see key j: j <= i + S - T."""
+    """Return [T, S], true where query i attends to key j: j <= i + S - T."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,15 +1,21 @@
-"""The eager operators on a CPU: `kernels.reference`'s, but for those that PyTorch can be made faster at there.
+"""Faster implementations of the operators on CPUs, in PyTorch: the backend "cpu".
 
-Dropout's random bits are four to a number: PyTorch draws a number for each. In half precision the backward of PyTorch's
-attention takes ten times as long as in float32, and with dropout it is computed step by step in float32; here attention
-is products of the given dtype, which CPUs with bfloat16 products do at four times the speed of float32. int8 weights
-are multiplied as such, or made floating numbers a part at a time, which stays in the cache.
+The namespace has the names and signatures of `kernels.reference`. What is not faster here, and every tensor on another
+device, goes to the reference.
+
+- Dropout draws 16 random bits an element, a quarter of what PyTorch draws.
+- The backward of PyTorch's attention takes ten times as long in half precision as in float32, and with dropout PyTorch
+  computes attention unfused in float32. Here it is matmuls in the given dtype: CPUs with bfloat16 instructions run
+  them four times as fast as float32.
+- Decoding does not read the KV cache past the longest sequence.
+- int8 weights go to PyTorch's int8 matmul, or are dequantized in parts that stay in the cache.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,46 +23,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import checks, pytorch_internals, reference, runtime
-from kernels.reference import causal_attention, gelu_ffn, layer_norm, linear_cross_entropy
+from kernels.reference import OPERATORS, quantize_int8
 
-__all__ = [
-    "add_layer_norm",
-    "causal_attention",
-    "causal_attention_qkvpacked",
-    "decode_attention",
-    "dropout",
-    "gelu_ffn",
-    "int8_linear",
-    "layer_norm",
-    "linear_cross_entropy",
-]
+__all__ = [*OPERATORS, "quantize_int8"]
 
-# beyond it the probabilities, which are kept for the backward, would be several times the size of all else
-_LONGEST = 512
-_TILE = 2**20  # scores at a time: they stay in the cache
-# of int8 weights made floating numbers at a time: they stay in the cache
-_WEIGHT_BYTES = 2**21
-# beyond, PyTorch's product with int8 weights, whose time grows with each row, is slower than one with floating ones
-_FEW_ROWS = 16
+# beyond this length the probabilities, saved for the backward, would dominate the memory of a step
+_MAX_LENGTH = 512
+_TILE = 2**20  # scores computed at a time: they stay in the cache
+_WEIGHT_BYTES = 2**21  # int8 weights dequantized at a time: they stay in the cache
+_MAX_INT8_ROWS = 16  # the time of PyTorch's int8 matmul grows with each row: with more rows it is slower
+
+
+def __getattr__(name: str) -> Any:
+    """Return the reference's operator where none is defined here."""
+    if name in OPERATORS:
+        return getattr(reference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def dropout(x: Tensor, dropout_p: float) -> Tensor:
-    """Set a share of x [...] to zero, and let the rest grow by 1 / (1 - dropout_p). `F.dropout`, several times as fast.
-
-    The share is a multiple of 2**-16.
-    """
+    """Apply `F.dropout` in training mode, several times as fast. The probability is rounded to a multiple of 2**-16."""
     if torch.compiler.is_compiling():
         return F.dropout(x, dropout_p)
-    kept, growth = _kept(x.shape, dropout_p)
-    return x * kept * growth
+    kept, scale = _dropout_mask(x.shape, dropout_p)
+    return x * kept * scale
 
 
-def _kept(shape: torch.Size | tuple[int, ...], dropout_p: float) -> tuple[Tensor, float]:
-    """Which elements stay, 1 with probability 1 - dropout_p and 0 else, and what they grow by."""
+def _dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float) -> tuple[Tensor, float]:
+    """Return a random mask, 1 with probability 1 - dropout_p and else 0, and the scale of the elements that stay."""
     count = torch.Size(shape).numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(dropout_p * 2**16)
-    kept = (bits[:count] >= dropped - 2**15).view(torch.uint8)  # products with bool take four times as long
+    kept = (bits[:count] >= dropped - 2**15).view(torch.uint8)  # multiplying by bool takes four times as long
     return kept.view(shape), 1.0 / (1.0 - dropped / 2**16)
 
 
@@ -70,45 +68,49 @@ def add_layer_norm(
     seed: int | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.reference.add_layer_norm`."""
-    if dropout_p > 0.0 and seed is None and x.device.type == "cpu":
+    """Compute `kernels.reference.add_layer_norm` with a faster dropout."""
+    if dropout_p > 0.0 and seed is None:
         checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
-        x, dropout_p = dropout(x, dropout_p), 0.0
+        if x.device.type == "cpu":
+            x, dropout_p = dropout(x, dropout_p), 0.0
     return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
 
 
 def causal_attention_qkvpacked(
     qkv: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None
 ) -> Tensor:
-    """`kernels.reference.causal_attention_qkvpacked`. Half precision and dropout take one derivative."""
+    """Compute `kernels.reference.causal_attention_qkvpacked`.
+
+    Half precision and dropout have no second derivative.
+    """
+    checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
     slow = qkv.device.type == "cpu" and (qkv.dtype.itemsize < 4 or dropout_p > 0.0)
     if not slow or seed is not None or qkv.numel() == 0 or torch.compiler.is_compiling():
         return reference.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
-    checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu", enabled=False):
-        if dropout_p == 0.0 and qkv.shape[1] > _LONGEST:
+        if dropout_p == 0.0 and qkv.shape[1] > _MAX_LENGTH:
             return reference.causal_attention_qkvpacked(qkv.float(), scale).to(qkv.dtype)
         return _Attention.apply(qkv, scale, dropout_p)
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention of qkv [B, T, 3, H, D] -> [B, T, H, D], its probabilities kept for the backward."""
+    """Causal attention of qkv [B, T, 3, H, D] -> [B, T, H, D] that saves its probabilities for the backward."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
         B, T, _, H, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, B * H, T, D)
-        future = _future(T, qkv.dtype)
+        mask = _causal_mask(T, qkv.dtype)
         p = q.new_empty(B * H, T, T)
-        kept, growth = _kept(p.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
+        kept, dropout_scale = _dropout_mask(p.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
         o = torch.empty_like(q)
         for heads in _tiles(B * H, T):
-            torch.softmax(torch.baddbmm(future, q[heads], k[heads].mT, alpha=scale), -1, out=p[heads])
+            torch.softmax(torch.baddbmm(mask, q[heads], k[heads].mT, alpha=scale), -1, out=p[heads])
             torch.bmm(p[heads] if kept is None else p[heads] * kept[heads], v[heads], out=o[heads])
         ctx.save_for_backward(q, k, v, p, kept)
-        ctx.scale, ctx.growth, ctx.batch = scale, growth, B
-        return (o if kept is None else o.mul_(growth)).view(B, H, T, D).transpose(1, 2).contiguous()
+        ctx.scale, ctx.dropout_scale, ctx.batch = scale, dropout_scale, B
+        return (o if kept is None else o.mul_(dropout_scale)).view(B, H, T, D).transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -117,7 +119,7 @@ class _Attention(torch.autograd.Function):
         B, (BH, T, D) = ctx.batch, q.shape
         do = do.transpose(1, 2).reshape(BH, T, D)
         if kept is not None:
-            do = do * ctx.growth
+            do = do * ctx.dropout_scale
         gradients = q.new_empty(3, BH, T, D)
         dq, dk, dv = gradients
         for heads in _tiles(BH, T):
@@ -134,13 +136,13 @@ class _Attention(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=4)
-def _future(length: int, dtype: torch.dtype) -> Tensor:
-    """[T, T], minus infinity where a key comes after the query."""
+def _causal_mask(length: int, dtype: torch.dtype) -> Tensor:
+    """Return [T, T], minus infinity where a key comes after the query."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
 
 
 def _tiles(heads: int, length: int) -> list[slice]:
-    """Which heads [B * H] are computed together."""
+    """Return slices of [B * H]: the heads that are computed together."""
     step = max(1, _TILE // length**2)
     return [slice(first, first + step) for first in range(0, heads, step)]
 
@@ -148,7 +150,7 @@ def _tiles(heads: int, length: int) -> list[slice]:
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """`kernels.reference.decode_attention`; what lies beyond the longest sequence is not read."""
+    """Compute `kernels.reference.decode_attention` without reading the cache past the longest sequence."""
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
     if q.device.type != "cpu" or lengths.numel() == 0 or torch.compiler.is_compiling():
         return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
@@ -161,31 +163,31 @@ def decode_attention(
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`kernels.reference.int8_linear`, without all weights in float32 at once.
+    """Compute `kernels.reference.int8_linear` without all weights in float32 at once.
 
-    Up to 16 rows in bfloat16 go to PyTorch's own product with int8 weights, which reads a byte for each and takes the
-    scale in bfloat16: twice as fast as `F.linear` in bfloat16. Other dtypes have one too, without vectors, a tenth as
-    fast; here they are computed in float32, which saves memory and, but for large weights, no time.
+    Up to 16 rows in bfloat16 go to PyTorch's int8 matmul, which reads one byte a weight and takes the scale in
+    bfloat16: twice as fast as `F.linear` in bfloat16. For other dtypes that matmul is not vectorised and a tenth as
+    fast, so they are dequantized: that saves memory, and time with large weights only.
     """
+    checks.int8_linear(x, weight, scale, bias)
     if x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return reference.int8_linear(x, weight, scale, bias)
-    checks.int8_linear(x, weight, scale, bias)
     autocast = runtime.autocast_dtype(x.device)
     x = x.to(autocast or x.dtype)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     with nullcontext() if autocast is None else torch.autocast("cpu", enabled=False):
-        # the private product reads vectors whole, and past the end of rows that are no multiple of one
-        packed = rows.dtype == torch.bfloat16 and len(rows) <= _FEW_ROWS and rows.shape[1] % 64 == 0
+        # int8pack_mm reads whole vectors, past the end of rows whose length is not a multiple of 64
+        packed = rows.dtype == torch.bfloat16 and len(rows) <= _MAX_INT8_ROWS and rows.shape[1] % 64 == 0
         if packed and pytorch_internals.has_int8pack_mm():
             y = pytorch_internals.int8pack_mm(rows.contiguous(), weight.contiguous(), scale.to(rows.dtype))  # [M, N]
             y = y if bias is None else y + bias
         else:
-            y = _int8_by_parts(rows, weight, scale, bias)
+            y = _int8_in_parts(rows, weight, scale, bias)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def _int8_by_parts(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x [M, K] @ weight.T * scale + bias, [M, N], a few outputs' weights made floating numbers at a time."""
+def _int8_in_parts(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x [M, K] @ weight.T * scale + bias, [M, N]. Dequantizes the weights of a few outputs at a time."""
     n_outputs, width = weight.shape
     wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # integers up to 127 are exact in both
     rows = x.to(wide)

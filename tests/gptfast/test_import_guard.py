@@ -1,7 +1,6 @@
-"""Another package in the place of this project's `kernels`: one error with the way out. Behind it: everything works."""
+"""`import gptfast` beside, in front of and behind Hugging Face's package `kernels`."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ THEIRS = """
 import kernels, transformers.integrations.hub_kernels as hub
 print(hub.get_kernel_hub is kernels.get_kernel)
 """
+# a folder on sys.path alone, without the editable installation of this project
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
 
 
 def lines(code: str, *path: Path) -> list[str]:
@@ -33,10 +34,20 @@ def lines(code: str, *path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def error(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of what a Python that fails says."""
+def import_error(*path: Path, code: str = "import gptfast") -> str:
+    """Return the message of the ImportError that a Python with this sys.path ends with."""
+    done = python(code, *path)
     assert done.returncode == 1
-    return done.stderr.splitlines()[-1]
+    error, _, message = done.stderr.splitlines()[-1].partition(": ")
+    assert error == "ImportError"
+    return message
+
+
+def install(folder: Path) -> Path:
+    """Copy both packages of this project to `folder`, as pip does."""
+    for name in ("gptfast", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -48,66 +59,48 @@ def test_transformers_works_with_theirs_behind_ours(tmp_path, code: str):
 
 
 def test_transformers_works_without_theirs():
-    """It takes the version of what is called `kernels` for that of gptfast, or none, and does without."""
+    """It reads gptfast's version, or none, as that of `kernels`, and does without."""
     assert sorted(lines(OURS + GPT2, ROOT)) == ["(1, 4, 11) False", f"4 {ROOT / 'kernels/__init__.py'}"]
 
 
-def test_transformers_works_with_a_version_of_theirs_that_it_does_not_want(tmp_path):
+def test_transformers_works_with_a_version_of_theirs_that_it_rejects(tmp_path):
     assert lines(GPT2, ROOT, hugging_face(tmp_path, "0.9.0")) == ["(1, 4, 11) False"]
 
 
-def test_theirs_in_place_of_ours(tmp_path):
-    said = error(python("import gptfast", hugging_face(tmp_path), ROOT))
-    assert said == (
-        f"ImportError: kernels in {tmp_path / 'kernels'} is another package than gptfast's in {ROOT / 'kernels'}, and "
-        "comes first on sys.path: Hugging Face's has the same name; pip uninstall kernels, or put "
-        f"{ROOT} before {tmp_path}, with which both work: PYTHONPATH={ROOT}"
-    )
-    assert error(python("import kernels, gptfast", tmp_path, ROOT)) == said
+def test_import_fails_with_theirs_in_front(tmp_path):
+    message = import_error(hugging_face(tmp_path), ROOT)
+    for part in (f"kernels in {tmp_path / 'kernels'}", str(ROOT / "kernels"), f"PYTHONPATH={ROOT}"):
+        assert part in message
+    assert import_error(tmp_path, ROOT, code="import kernels, gptfast") == message
     assert lines("import kernels; print(kernels.loaded)", tmp_path, ROOT) == ["theirs"]
 
 
-def test_it_is_not_run_to_find_that_out(tmp_path):
+def test_import_fails_without_running_the_other_package(tmp_path):
     (hugging_face(tmp_path) / "kernels/__init__.py").write_text("raise RuntimeError('this ran')")
-    assert "is another package than gptfast's" in error(python("import gptfast", tmp_path, ROOT))
+    assert f"kernels in {tmp_path / 'kernels'}" in import_error(tmp_path, ROOT)
 
 
-def test_a_module_of_that_name(tmp_path):
+def test_import_fails_with_a_module_of_that_name_in_front(tmp_path):
     (tmp_path / "kernels.py").write_text("")
-    assert f"kernels in {tmp_path / 'kernels.py'} is another package" in error(python("import gptfast", tmp_path, ROOT))
+    assert f"kernels in {tmp_path / 'kernels.py'}" in import_error(tmp_path, ROOT)
 
 
-def installed(folder: Path) -> Path:
-    """Both packages of this project, as pip puts them."""
-    for name in ("gptfast", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
-    return folder
+def test_import_fails_with_theirs_installed_over_ours(tmp_path):
+    hugging_face(install(tmp_path))
+    message = import_error(tmp_path)
+    assert f"installed over gptfast's in {tmp_path / 'kernels'}" in message
+    assert "pip uninstall kernels" in message
 
 
-def test_theirs_over_ours(tmp_path):
-    hugging_face(installed(tmp_path))
-    assert error(python("import gptfast", tmp_path)) == (
-        "ImportError: another package called kernels, such as Hugging Face's, was installed over gptfast's in "
-        f"{tmp_path / 'kernels'}; pip uninstall kernels, then install gptfast again "
-        "(pip install --force-reinstall --no-deps)"
-    )
-
-
-def test_theirs_uninstalled_after_that(tmp_path):
-    hugging_face(installed(tmp_path))
+def test_import_fails_where_the_removal_of_theirs_damaged_ours(tmp_path):
+    hugging_face(install(tmp_path))
     (tmp_path / "kernels/__init__.py").unlink()
-    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; import gptfast"
-    assert error(python(code, tmp_path)) == (
-        f"ImportError: gptfast's package kernels is damaged: {tmp_path / 'kernels'} has no __init__.py, which Hugging "
-        "Face's package of the same name takes along when it is uninstalled; install gptfast again (pip install "
-        "--force-reinstall --no-deps)"
-    )
+    message = import_error(tmp_path, code=f"{ALONE}import gptfast")
+    assert f"{tmp_path / 'kernels'} has no __init__.py" in message
+    assert "pip install --force-reinstall --no-deps" in message
     shutil.rmtree(tmp_path / "kernels")
-    assert error(python(code, tmp_path)) == (
-        f"ImportError: gptfast's package kernels is missing, it should be in {tmp_path / 'kernels'}; install gptfast "
-        "again (pip install --force-reinstall --no-deps)"
-    )
+    assert f"missing, expected in {tmp_path / 'kernels'}" in import_error(tmp_path, code=f"{ALONE}import gptfast")
 
 
-def test_ours_in_its_place():
+def test_require_own_kernels_accepts_ours():
     import_guard.require_own_kernels()

@@ -1,4 +1,4 @@
-"""Hugging Face's package, also called `kernels`, behind this one: its names and modules are there too."""
+"""Names and modules of Hugging Face's package `kernels` behind this package."""
 
 import shutil
 from pathlib import Path
@@ -16,12 +16,12 @@ def run(code: str, *path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_names_of_both(tmp_path):
+def test_kernels_has_the_names_of_both_packages(tmp_path):
     code = f"""
 import kernels, sys
 from kernels import norm, reference_cpu
 kernels.layer_norm
-assert "kernels._hugging_face" not in sys.modules, "theirs runs when it is asked for"
+assert "kernels._hugging_face" not in sys.modules, "their __init__.py runs when one of its names is first used"
 from kernels import {", ".join(NAMES)}, layer_norm, use_kernel_forward_from_hub
 from kernels import reference, runtime
 import kernels.layer
@@ -36,12 +36,12 @@ print(kernels.__version__, kernels.loaded, kernels.layer.__file__, kernels.__fil
 
 
 @pytest.mark.parametrize("first", ["import kernels.layer", "from kernels.loading import late; late()"])
-def test_their_modules_come_first_or_late(tmp_path, first: str):
+def test_their_modules_import_before_and_after_ours(tmp_path, first: str):
     code = f"{first}\nimport kernels\nprint(kernels.get_kernel.__name__, kernels.layer_norm.__name__)"
     assert run(code, ROOT, hugging_face(tmp_path)) == "get_kernel layer_norm"
 
 
-def test_names_of_neither(tmp_path):
+def test_names_of_neither_package_run_nothing(tmp_path):
     code = """
 import kernels, sys
 print(hasattr(kernels, "__wrapped__"), "kernels._hugging_face" in sys.modules, hasattr(kernels, "nothing"))
@@ -49,7 +49,7 @@ print(hasattr(kernels, "__wrapped__"), "kernels._hugging_face" in sys.modules, h
     assert run(code, ROOT, hugging_face(tmp_path)) == "False False False"
 
 
-def test_their_errors_are_theirs(tmp_path):
+def test_their_errors_propagate(tmp_path):
     (hugging_face(tmp_path) / "kernels/loading.py").write_text("raise RuntimeError('no hub')")
     code = """
 import kernels, sys
@@ -62,8 +62,7 @@ for _ in range(2):
     assert run(code, ROOT, tmp_path).splitlines() == ["no hub False"] * 2
 
 
-def test_nothing_of_theirs_where_it_is_not_installed(tmp_path):
-    """A folder called `kernels` alone is not theirs."""
+def test_a_folder_without_their_metadata_is_ignored(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("get_kernel = loaded = 1")
     code = (
@@ -72,36 +71,27 @@ def test_nothing_of_theirs_where_it_is_not_installed(tmp_path):
     assert run(code, ROOT, tmp_path) == "False False 1"
 
 
-def test_metadata_without_a_package(tmp_path):
+def test_their_metadata_without_a_package_is_ignored(tmp_path):
     shutil.rmtree(hugging_face(tmp_path) / "kernels")
     assert (
         run("import kernels; print(hasattr(kernels, 'get_kernel'), len(kernels.__path__))", ROOT, tmp_path) == "False 1"
     )
 
 
-def over_theirs(folder: Path) -> Path:
-    """This package, installed over Hugging Face's."""
-    hugging_face(folder)
-    shutil.copytree(ROOT / "kernels", folder / "kernels", dirs_exist_ok=True)
-    return folder
-
-
-def test_installed_over_theirs(tmp_path):
+def test_their_names_raise_where_ours_is_installed_over_theirs(tmp_path):
+    shutil.copytree(ROOT / "kernels", hugging_face(tmp_path) / "kernels", dirs_exist_ok=True)
     code = """
 import kernels
 print(kernels.layer_norm.__name__, len(kernels.__path__), hasattr(kernels, "__wrapped__"))
 from kernels import get_kernel
 """
-    done = python(code, over_theirs(tmp_path))
+    done = python(code, tmp_path)
     assert done.stdout.split() == ["layer_norm", "1", "False"]
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"ImportError: {hf_kernels.overwritten('0.18.2')}".replace(
-        str(ROOT), str(tmp_path)
-    )
+    expected = hf_kernels.overwritten("0.18.2").replace(str(ROOT), str(tmp_path))
+    assert done.stderr.splitlines()[-1] == f"ImportError: {expected}"
 
 
-def test_what_is_not_here_names_the_operators():
-    with pytest.raises(
-        AttributeError, match="module 'kernels' has no attribute 'rms_norm'; its operators are add_layer"
-    ):
+def test_a_missing_name_raises_with_the_operators():
+    with pytest.raises(AttributeError, match=r"'rms_norm'.* add_layer_norm, causal_attention"):
         kernels.rms_norm  # noqa: B018

@@ -1,4 +1,4 @@
-"""Folders with packages that are called `kernels`, and Pythons that find them."""
+"""Installations of Hugging Face's package `kernels`, and Python processes that import it."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# what transformers 5 imports of Hugging Face's package, which has its parts in modules and imports them by its name
+# what transformers 5 imports from Hugging Face's package, whose modules import each other by its name
 NAMES = (
     "CUDAProperties", "Device", "FuncRepository", "KernelizeFallback", "LayerRepository", "LocalLayerRepository",
     "Mode", "ROCMProperties", "get_kernel", "kernelize", "register_kernel_mapping", "replace_kernel_forward_from_hub",
@@ -37,7 +37,7 @@ def late():
 
 
 def hugging_face(folder: Path, version: str = "0.18.2") -> Path:
-    """A folder to which pip seems to have installed Hugging Face's package: modules and metadata."""
+    """Write modules and metadata to `folder` as pip does for Hugging Face's package. Returns the folder."""
     package, metadata = folder / "kernels", folder / f"kernels-{version}.dist-info"
     for path, content in {
         package / "__init__.py": _INIT,
@@ -53,7 +53,7 @@ def hugging_face(folder: Path, version: str = "0.18.2") -> Path:
 
 
 def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
-    """A Python of its own with these folders first on sys.path, and nothing of use in the one that it starts in."""
+    """Run code in a new Python process with these folders first on sys.path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path.home().anchor, check=False)
