@@ -40,7 +40,7 @@ presets: {", ".join(recipes.names())}
 COMMANDS: dict[str, tuple[type, Any]] = {
     "prepare": (prepare.PrepareConfig, prepare.run),
     "generate": (generate.GenerateConfig, generate.write),
-    "eval": (evaluate.EvalConfig, evaluate.write),
+    "eval": (evaluate.EvalConfig, evaluate.run),
     "export": (export.ExportConfig, export.run),
     "doctor": (doctor.DoctorConfig, doctor.run),
 }

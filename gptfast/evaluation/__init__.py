@@ -1,1 +1,1 @@
-"""How well a model predicts: held-out sequences while it trains, whole texts, and choices between endings."""
+"""Evaluation of trained models: perplexity of texts and multiple-choice accuracy."""

@@ -1,23 +1,24 @@
-"""What losses and answers come to: perplexity, bits per byte, means and how far these can be trusted."""
+"""Means with standard errors, perplexity and bits per byte."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-_TWO_SIDED_95 = 1.959963984540054  # quantile of the normal distribution
+_NORMAL_QUANTILE = 1.959963984540054  # of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and what it would vary by from one sample to another.
+    """A mean over a sample.
 
     Args:
         value: the mean.
-        stderr: its standard error, None where a single part tells nothing of it.
+        stderr: standard error, None for a sample of one.
     """
 
     value: float
@@ -25,35 +26,41 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """In which the mean of everything that could have been sampled lies, with a confidence of 95 %."""
+        """95 % confidence interval of the population's mean."""
         if self.stderr is None:
             return None
-        return self.value - _TWO_SIDED_95 * self.stderr, self.value + _TWO_SIDED_95 * self.stderr
+        return self.value - _NORMAL_QUANTILE * self.stderr, self.value + _NORMAL_QUANTILE * self.stderr
+
+
+def fields(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """Return value, standard error and interval as JSON fields; all None without an estimate."""
+    parts = (None, None, None) if estimate is None else (estimate.value, estimate.stderr, estimate.interval)
+    return dict(zip((name, f"{name}_stderr", f"{name}_interval"), parts, strict=True))
 
 
 def mean(sums: Sequence[float], counts: Sequence[int] | None = None) -> Estimate:
-    """The mean of things that come in parts, which are what a sample is made of.
+    """Estimate the mean per item from a sample of clusters of items.
 
-    Of parts of one size the standard error is the sample's standard deviation over the root of their number; of others
-    that of a ratio (Cochran 1977, Sampling Techniques, chapter 6).
+    For clusters of one size the standard error is the sample standard deviation over the root of their number; else
+    that of a ratio estimate (Cochran 1977, Sampling Techniques, chapter 6).
 
     Args:
-        sums: [K] of each part, K at least 1.
-        counts: [K] how many things a part has, at least 1; all have one if None.
+        sums: [K] sum over each cluster, K at least 1.
+        counts: [K] items in each cluster, at least 1; None for one item each.
     """
-    parts, number = len(sums), len(sums) if counts is None else sum(counts)
-    value = math.fsum(sums) / number
-    if parts == 1:
+    clusters, items = len(sums), len(sums) if counts is None else sum(counts)
+    value = math.fsum(sums) / items
+    if clusters == 1:
         return Estimate(value, None)
-    off = np.asarray(sums, dtype=np.float64) - value * np.asarray(1 if counts is None else counts)  # [K]
-    return Estimate(value, math.sqrt(parts / (parts - 1) * math.fsum(off * off)) / number)
+    residuals = np.asarray(sums, dtype=np.float64) - value * np.asarray(1 if counts is None else counts)  # [K]
+    return Estimate(value, math.sqrt(clusters / (clusters - 1) * math.fsum(residuals * residuals)) / items)
 
 
 def perplexity(loss: float) -> float:
-    """That of a mean loss in nats per token; infinite where it is too large for a float."""
+    """Return the perplexity of a mean loss in nats per token, infinity where it overflows a float."""
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """What a mean loss in nats per token costs for each byte of text: a measure that tokenizers do not change."""
+    """Convert a mean loss in nats per token to bits per byte of text, which does not depend on the tokenizer."""
     return loss / math.log(2.0) / bytes_per_token

@@ -1,8 +1,8 @@
-"""Multiple choice: which of several endings of a text a model finds likeliest.
+"""Multiple choice: the accuracy of a model that answers with the ending it finds most likely.
 
-HellaSwag (Zellers et al. 2019, arXiv:1905.07830) as EleutherAI's lm-evaluation-harness measures it, whose rules these
-are, and whose names the measures have: `TemplateLM._encode_pair` and `loglikelihood` in lm_eval/api/model.py,
-`_loglikelihood_tokens` in lm_eval/models/huggingface.py and `process_results` in lm_eval/api/task.py.
+HellaSwag (Zellers et al. 2019, arXiv:1905.07830) by the rules and metric names of EleutherAI's lm-evaluation-harness:
+`TemplateLM._encode_pair` and `loglikelihood` in lm_eval/api/model.py, `_loglikelihood_tokens` in
+lm_eval/models/huggingface.py and `process_results` in lm_eval/api/task.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from tqdm import tqdm
 from gptfast.backend import IGNORE_INDEX
 from gptfast.evaluation import metrics
 from gptfast.evaluation.metrics import Estimate
-from gptfast.evaluation.token_losses import losses
+from gptfast.evaluation.token_losses import token_losses
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
+
+ACCURACIES = ("acc", "acc_norm", "acc_bytes")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text, and endings of which one is right.
+    """A context with several endings.
 
     Args:
         context: the text.
         endings: at least two.
-        label: which of them is right, from 0.
+        label: index of the right one.
     """
 
     context: str
@@ -41,16 +43,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the model reads of a question and one ending.
+class EncodedEnding:
+    """The tokens of a context and one ending.
 
     Args:
-        ids: of the context and the ending.
-        asked: how many at the end are the ending's.
+        ids: of both.
+        n_targets: number of tokens at the end that belong to the ending.
     """
 
     ids: list[int]
-    asked: int
+    n_targets: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class ChoiceScore:
     """Shares of right answers.
 
     Args:
-        acc: of answers by the ending's log-likelihood.
-        acc_norm: by that over the ending's characters.
-        acc_bytes: by that over the ending's bytes of UTF-8; in English text nearly the same.
-        questions: how many there were.
+        acc: the answer is the ending with the highest log-likelihood.
+        acc_norm: the highest log-likelihood per character.
+        acc_bytes: the highest log-likelihood per byte of UTF-8, nearly the same for English.
+        questions: number of questions.
     """
 
     acc: Estimate
@@ -69,17 +71,24 @@ class ChoiceScore:
     acc_bytes: Estimate
     questions: int
 
+    def fields(self) -> dict[str, Any]:
+        """Return the score as JSON fields."""
+        found: dict[str, Any] = {"questions": self.questions}
+        for name in ACCURACIES:
+            found |= metrics.fields(name, getattr(self, name))
+        return found
+
 
 def read(path: Path, limit: int | None = None) -> list[Question]:
-    """The questions in a file of JSON lines, as HellaSwag's.
+    """Read questions from a file of JSON lines in HellaSwag's format.
 
     Args:
-        path: of a file whose lines are objects with "context" (or "ctx"), "endings" and "label"; others of their fields
-            are not read, and empty lines are none.
-        limit: the first so many; all if None.
+        path: file of objects with "context" (or "ctx"), "endings" and "label". Other fields and empty lines are
+            skipped.
+        limit: only the first questions; None for all.
 
     Raises:
-        ValueError: no such file, no questions, or a line that is none; the message has its number.
+        ValueError: no such file, no questions, or a malformed line; the message has its number.
     """
     if not path.is_file():
         raise ValueError(f"no such file with choices: {path}")
@@ -94,54 +103,52 @@ def read(path: Path, limit: int | None = None) -> list[Question]:
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
     if not questions:
-        raise ValueError(f"{path} has no questions; a line of JSON for each is needed")
+        raise ValueError(f"{path} has no questions; give one JSON object per line")
     return questions
 
 
 def _question(line: bytes) -> Question:
     try:
         entry = json.loads(line)
-    except ValueError as error:  # also of bytes that are no UTF-8
+    except ValueError as error:  # also for bytes that are not UTF-8
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"a JSON object is needed, got {type(entry).__name__}")
+        raise ValueError(f"a line must be a JSON object, got {type(entry).__name__}")
     context = entry.get("context", entry.get("ctx"))
     if not isinstance(context, str):
-        raise ValueError(f"no text in the field 'context' or 'ctx'; there is: {', '.join(entry)}")
+        raise ValueError(f"'context' or 'ctx' must be a text; the line has: {', '.join(entry)}")
     endings = entry.get("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f"'endings' must be at least two texts that are not empty, got {_shown(endings)}")
+        raise ValueError(f"'endings' must be at least two texts that are not empty, got {_abbreviated(endings)}")
     label = entry.get("label")
-    # the hub's copy of HellaSwag has them as text
+    # the hub's copy of HellaSwag has labels as text
     number = int(label) if isinstance(label, str) and label.isdecimal() else label
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(endings):
-        raise ValueError(f"'label' must be a number from 0 to {len(endings) - 1}, got {_shown(label)}")
+        raise ValueError(f"'label' must be a number from 0 to {len(endings) - 1}, got {_abbreviated(label)}")
     return Question(context, tuple(endings), number)
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, delimiter: str = " ") -> Row:
-    """The tokens of a context and an ending, cut to what a window holds.
+def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, delimiter: str = " ") -> EncodedEnding:
+    """Tokenize a context and an ending as one text, truncated on the left to the model's window.
 
-    Text is tokenized as a whole, and the ending's tokens are those beyond the number that the context has by itself.
-    Space at the end of the context goes with the ending, which is where byte-pair tokens have it. An empty context is
-    the end of a document before. Of what is longer than `block_size` + 1 tokens, of which the last is predicted and not
-    read, the last ones stay.
+    The ending's tokens are those beyond the number that the context has alone. White space at the end of the context
+    moves to the ending, where byte-pair tokens have it. An empty context becomes the end-of-text token.
 
     Args:
         tokenizer: of the model.
-        context: what comes before.
-        ending: of it.
-        block_size: of the model.
-        delimiter: put between them where neither has space there.
+        context: text before the ending.
+        ending: one of a question's.
+        block_size: of the model. The last token is only a target, so `block_size` + 1 tokens fit.
+        delimiter: inserted between the two where neither has white space there.
 
     Raises:
-        ValueError: text that the tokenizer has no tokens for, an ending without tokens of its own, or an empty context
-            where the tokenizer has no end of text.
+        ValueError: the tokenizer lacks tokens for the text, the ending adds no token, or the context is empty and the
+            tokenizer has no end of text.
     """
     kept = context.rstrip()
     space = context[len(kept) :] or ("" if ending[:1].isspace() else delimiter)
@@ -149,45 +156,47 @@ def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, del
         before = tokenizer.encode(kept).tolist()
         after = tokenizer.encode(kept + space + ending).tolist()[len(before) :]
     elif tokenizer.end_of_text is None:
-        raise ValueError("the context is empty, and the tokenizer has no end of text that would stand in its place")
+        raise ValueError("the context is empty, and the tokenizer has no end of text to replace it; give a context")
     else:
         before, after = [tokenizer.end_of_text], tokenizer.encode(space + ending).tolist()
     if not before or not after:
-        raise ValueError(f"the ending {ending[:40]!r} has no tokens of its own after {context[-40:]!r}")
-    return Row((before + after)[-block_size - 1 :], min(len(after), block_size))
+        raise ValueError(f"the ending {ending[:40]!r} has no tokens after {context[-40:]!r}; give another ending")
+    return EncodedEnding((before + after)[-block_size - 1 :], min(len(after), block_size))
 
 
 def log_likelihoods(
-    model: GPT, rows: Sequence[Row], dtype: torch.dtype, batch_size: int, bar: tqdm | None = None
+    model: GPT, endings: Sequence[EncodedEnding], dtype: torch.dtype, batch_size: int, progress: bool = False
 ) -> np.ndarray:
-    """What the model gives the ending of each row, [N] float64 in nats: the sum of its tokens' log-probabilities.
+    """Compute the log-likelihood of each ending after its context, [N] float64 in nats.
 
     Args:
-        model: left in the mode it was in.
-        rows: of at most `block_size` + 1 tokens; they go through padded on the right, the longest first.
-        dtype: of matrix products.
-        batch_size: rows of a batch.
-        bar: of progress, which is moved on by each row.
+        model: returns to its mode afterwards.
+        endings: at most `block_size` + 1 tokens each. Batches are sorted by length and padded on the right.
+        dtype: of matmuls.
+        batch_size: endings per forward pass.
+        progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: a token id out of range.
-        RuntimeError: a probability that is no number.
+        RuntimeError: a log-likelihood is not finite.
     """
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
-    found = np.empty(len(rows), dtype=np.float64)
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        longest = len(rows[numbers[0]].ids) - 1
-        idx = torch.zeros(len(numbers), longest, dtype=torch.int64)  # [B, T]
-        targets = torch.full((len(numbers), longest), IGNORE_INDEX)  # [B, T]
-        for place, number in enumerate(numbers):
-            ids, asked = torch.tensor(rows[number].ids), rows[number].asked
-            idx[place, : len(ids) - 1] = ids[:-1]
-            targets[place, len(ids) - 1 - asked : len(ids) - 1] = ids[-asked:]
-        found[numbers] = -losses(model, idx, targets, dtype).sum(1).numpy()
-        if bar is not None:
+    order = sorted(range(len(endings)), key=lambda number: -len(endings[number].ids))
+    sums = np.empty(len(endings), dtype=np.float64)
+    with tqdm(
+        total=len(endings), unit="ending", dynamic_ncols=True, disable=None if progress else True, leave=False
+    ) as bar:
+        for first in range(0, len(order), batch_size):
+            numbers = order[first : first + batch_size]
+            longest = len(endings[numbers[0]].ids) - 1
+            idx = torch.zeros(len(numbers), longest, dtype=torch.int64)  # [B, T]
+            targets = torch.full((len(numbers), longest), IGNORE_INDEX)  # [B, T]
+            for row, number in enumerate(numbers):
+                ids, n_targets = torch.tensor(endings[number].ids), endings[number].n_targets
+                idx[row, : len(ids) - 1] = ids[:-1]
+                targets[row, len(ids) - 1 - n_targets : len(ids) - 1] = ids[-n_targets:]
+            sums[numbers] = -token_losses(model, idx, targets, dtype).sum(1).numpy()
             bar.update(len(numbers))
-    return found
+    return sums
 
 
 def score(
@@ -197,41 +206,41 @@ def score(
     dtype: torch.dtype,
     batch_size: int,
     delimiter: str = " ",
-    bar: tqdm | None = None,
+    progress: bool = False,
 ) -> ChoiceScore:
-    """How many questions the model answers rightly.
+    """Compute the accuracy of a model on questions. Of equal likelihoods the first ending is the answer.
 
     Args:
-        model: left in the mode it was in.
+        model: returns to its mode afterwards.
         tokenizer: of the model.
         questions: at least one.
-        dtype: of matrix products.
-        batch_size: endings that go through the model together.
-        delimiter: put between context and ending where neither has space there.
-        bar: of progress, which is moved on by each ending.
+        dtype: of matmuls.
+        batch_size: endings per forward pass.
+        delimiter: see `encode`.
+        progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: a question that the tokenizer has no tokens for; the message says which.
-        RuntimeError: a probability that is no number.
+        ValueError: a question that `encode` rejects; the message has its number.
+        RuntimeError: a log-likelihood is not finite.
     """
-    rows: list[Row] = []
+    encoded: list[EncodedEnding] = []
     for number, question in enumerate(questions, start=1):
         try:
-            rows += [
+            encoded += [
                 encode(tokenizer, question.context, ending, model.config.block_size, delimiter)
                 for ending in question.endings
             ]
         except ValueError as error:
             raise ValueError(f"question {number}: {error}") from error
-    found = log_likelihoods(model, rows, dtype, batch_size, bar)
-    right: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
+    remaining = log_likelihoods(model, encoded, dtype, batch_size, progress)
+    right: dict[str, list[float]] = {name: [] for name in ACCURACIES}
     for question in questions:
-        sums, found = found[: len(question.endings)], found[len(question.endings) :]
-        sizes = {
+        sums, remaining = np.split(remaining, [len(question.endings)])
+        lengths = {
             "acc": np.ones(len(sums)),
             "acc_norm": np.array([len(ending) for ending in question.endings]),
             "acc_bytes": np.array([len(ending.encode("utf-8", "surrogatepass")) for ending in question.endings]),
         }
-        for name, size in sizes.items():
-            right[name].append(float(np.argmax(sums / size) == question.label))
-    return ChoiceScore(**{name: metrics.mean(one) for name, one in right.items()}, questions=len(questions))
+        for name, length in lengths.items():
+            right[name].append(float(np.argmax(sums / length) == question.label))
+    return ChoiceScore(**{name: metrics.mean(answers) for name, answers in right.items()}, questions=len(questions))

@@ -1,9 +1,12 @@
-"""How well a model predicts a text from its first token to its last."""
+"""Perplexity and bits per byte of a text, by a sliding window."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,26 +15,28 @@ from tqdm import tqdm
 
 from gptfast import tokenizers
 from gptfast.backend import IGNORE_INDEX
+from gptfast.checkpoint.atomic_files import read_json
+from gptfast.data import corpus, shards
 from gptfast.data.shards import Tokens
 from gptfast.evaluation import metrics
 from gptfast.evaluation.metrics import Estimate
-from gptfast.evaluation.token_losses import losses
+from gptfast.evaluation.token_losses import token_losses
 from gptfast.model import GPT
 from gptfast.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A text in windows of `block_size` tokens, each `stride` tokens after the one before.
+    """Windows of `block_size` tokens over a text, `stride` tokens apart.
 
-    Every token but the first, which nothing comes before, is predicted once, in the first window that has it as a
-    target. Those of the first window have from 1 to block_size tokens before them, those of all others at least
-    block_size - stride + 1: a small stride gives them more to go by and takes block_size / stride as long.
+    Each token but the first is predicted once, in the first window that has it as a target. Targets of the first
+    window have a context of 1 to block_size tokens, all others of at least block_size - stride + 1. A smaller stride
+    gives more context and takes block_size / stride as long.
 
     Args:
         tokens: at least 2.
         block_size: of the model.
-        stride: from 1 to block_size, with which windows have no token twice.
+        stride: from 1 to block_size, with which windows do not overlap.
 
     Raises:
         ValueError: too few tokens, or a stride out of range.
@@ -45,30 +50,28 @@ class Windows:
         if not 1 <= self.stride <= self.block_size:
             raise ValueError(f"stride must be from 1 to block_size={self.block_size}, got {self.stride}")
         if len(self.tokens) < 2:
-            raise ValueError(
-                f"the text has {len(self.tokens)} tokens, at least 2 are needed: one to predict, and one before it"
-            )
+            raise ValueError(f"the text has {len(self.tokens)} tokens; at least 2 are needed, a context and a target")
 
     def __len__(self) -> int:
-        beyond_the_first = max(0, len(self.tokens) - 1 - self.block_size)
-        return 1 + -(-beyond_the_first // self.stride)
+        after_first = max(0, len(self.tokens) - 1 - self.block_size)
+        return 1 + -(-after_first // self.stride)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids [B, T] int64 and what follows them, less than 0 where an earlier window has predicted it.
+        """Yield token ids and targets [B, T] int64; targets that an earlier window predicts are negative.
 
         Args:
-            batch_size: windows of a batch. The last one of a text is shorter, and a batch of its own.
-            limit: so many windows from the first on; all if None.
+            batch_size: windows per batch. The last window of a text may be shorter and is then a batch of its own.
+            limit: only the first windows; None for all.
         """
-        number = len(self) if limit is None else min(len(self), limit)
-        short = number == len(self) and (number - 1) * self.stride + self.block_size > len(self.tokens) - 1
-        whole = number - 1 if short else number
-        for first in range(0, whole, batch_size):
-            yield self._cut(np.arange(first, min(first + batch_size, whole)), self.block_size)
-        if short:
-            yield self._cut(np.array([number - 1]), len(self.tokens) - 1 - (number - 1) * self.stride)
+        count = len(self) if limit is None else min(len(self), limit)
+        has_short = count == len(self) and (count - 1) * self.stride + self.block_size > len(self.tokens) - 1
+        full = count - 1 if has_short else count
+        for first in range(0, full, batch_size):
+            yield self._batch(np.arange(first, min(first + batch_size, full)), self.block_size)
+        if has_short:
+            yield self._batch(np.array([count - 1]), len(self.tokens) - 1 - (count - 1) * self.stride)
 
-    def _cut(self, numbers: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, numbers: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(self.tokens.windows(numbers * self.stride, length + 1))  # [B, T + 1]
         targets = tokens[:, 1:].clone()
         targets[torch.from_numpy(numbers > 0), : self.block_size - self.stride] = IGNORE_INDEX
@@ -77,14 +80,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text.
+    """Perplexity of a text.
 
     Args:
-        loss: in nats per token; its standard error is taken over windows, as if these were drawn independently.
-        bits_per_byte: what the tokens cost for each byte of UTF-8 they stand for; None of words, which keep no space.
-        tokens: that were predicted.
-        bytes: that they stand for, ends of documents left out; None of words.
-        windows: in which they were.
+        loss: in nats per token; its standard error treats windows as independent samples.
+        bits_per_byte: per byte of UTF-8; None for a word tokenizer, which drops white space, or without bytes.
+        tokens: number of predicted tokens.
+        bytes: UTF-8 bytes of those tokens, ends of documents not counted; None for a word tokenizer.
+        windows: number of windows.
     """
 
     loss: Estimate
@@ -95,8 +98,19 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """Of the loss; infinite where it is too large for a float."""
+        """Exponential of the loss, infinity where it overflows a float."""
         return metrics.perplexity(self.loss.value)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the score as JSON fields."""
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "windows": self.windows,
+            **metrics.fields("loss", self.loss),
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,  # JSON has no infinity
+            **metrics.fields("bits_per_byte", self.bits_per_byte),
+        }
 
 
 def score(
@@ -106,37 +120,59 @@ def score(
     dtype: torch.dtype,
     batch_size: int,
     limit: int | None = None,
-    bar: tqdm | None = None,
+    progress: bool = False,
 ) -> TextScore:
-    """Loss and bits per byte of a text; sums are in float64.
+    """Compute loss and bits per byte of a text, summed in float64.
 
     Args:
-        model: left in the mode it was in.
-        tokenizer: that the text's tokens are of.
+        model: returns to its mode afterwards.
+        tokenizer: of the text's tokens.
         windows: of the text.
-        dtype: of matrix products.
-        batch_size: windows that go through the model together.
-        limit: so many windows from the first on; all if None.
-        bar: of progress, which is moved on by each window.
+        dtype: of matmuls.
+        batch_size: windows per forward pass.
+        limit: only the first windows; None for all.
+        progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: a token that the model does not have.
-        RuntimeError: a loss that is no number.
+        ValueError: a token id that the model does not have.
+        RuntimeError: a loss is not finite.
     """
     sums: list[float] = []
     counts: list[int] = []
-    size: int | None = 0
-    for idx, targets in windows.batches(batch_size, limit):
-        sums += losses(model, idx, targets, dtype).sum(1).tolist()
-        counts += (targets >= 0).sum(1).tolist()
-        part = tokenizers.text_bytes(tokenizer, targets[targets >= 0].numpy())
-        size = None if size is None or part is None else size + part
-        if bar is not None:
+    n_bytes: int | None = 0
+    total = min(len(windows), limit or len(windows))
+    with tqdm(total=total, unit="window", dynamic_ncols=True, disable=None if progress else True, leave=False) as bar:
+        for idx, targets in windows.batches(batch_size, limit):
+            sums += token_losses(model, idx, targets, dtype).sum(1).tolist()
+            counts += (targets >= 0).sum(1).tolist()
+            part = tokenizers.text_bytes(tokenizer, targets[targets >= 0].numpy())
+            n_bytes = None if n_bytes is None or part is None else n_bytes + part
             bar.update(len(idx))
     loss, tokens = metrics.mean(sums, counts), sum(counts)
-    return TextScore(loss, _bits(loss, size / tokens) if size else None, tokens, size, len(sums))
+    bits_per_byte = _bits_per_byte(loss, n_bytes / tokens) if n_bytes else None
+    return TextScore(loss, bits_per_byte, tokens, n_bytes, len(sums))
 
 
-def _bits(loss: Estimate, bytes_per_token: float) -> Estimate:
+def _bits_per_byte(loss: Estimate, bytes_per_token: float) -> Estimate:
     stderr = None if loss.stderr is None else metrics.bits_per_byte(loss.stderr, bytes_per_token)
     return Estimate(metrics.bits_per_byte(loss.value, bytes_per_token), stderr)
+
+
+def load_tokens(source: str, split: str, tokenizer: Tokenizer) -> Tokens:
+    """Load the token ids of a text, or of a split of prepared data.
+
+    Args:
+        source: "stdlib", "shakespeare" or the like, a text file, a folder of text files, or a folder of token shards.
+        split: "val" or "train" of token shards; a text is taken whole.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: no data, or a tokenizer that is not the data's or lacks tokens for the text.
+    """
+    folder = Path(source).expanduser()
+    if not (folder.is_dir() and shards.is_prepared(folder)):
+        return Tokens([tokenizer.encode(corpus.load(source))])
+    saved = folder / "tokenizer.json"  # absent from nanoGPT's folders
+    if saved.is_file() and tokenizers.from_json(read_json(saved)).to_json() != tokenizer.to_json():
+        raise ValueError(f"{folder} was prepared with another tokenizer than the model's; prepare the text with it")
+    return shards.open_split(folder, split)

@@ -1,4 +1,4 @@
-"""The loss of each single token."""
+"""Per-token cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from gptfast.model import GPT
 
 
 @torch.no_grad()
-def losses(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each target costs in nats: minus its log-probability after the tokens of its row up to there.
+def token_losses(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the cross-entropy of each target in nats, in evaluation mode.
 
     Args:
-        model: left in the mode it was in.
+        model: returns to its mode afterwards.
         idx: [B, T] int64 token ids on the CPU, T at most `block_size`.
-        targets: [B, T] int64, what follows each of them; negative ones are not asked for.
-        dtype: of matrix products.
+        targets: [B, T] int64, the token after each position; negative targets are skipped.
+        dtype: of matmuls.
 
     Returns:
-        [B, T] float64 on the CPU, 0 where nothing is asked for.
+        [B, T] float64 on the CPU, 0 at skipped targets.
 
     Raises:
         ValueError: a token id out of range.
-        RuntimeError: a loss that is no number.
+        RuntimeError: a loss is not finite.
     """
     highest = int(torch.maximum(idx.max(), targets.max()))
     if highest >= model.config.vocab_size:
         raise ValueError(f"token id {highest} is out of range; accepted: 0 to {model.config.vocab_size - 1}")
     device = model.transformer.wte.weight.device
-    asked = targets >= 0  # [B, T]
+    counted = targets >= 0  # [B, T]
     with evaluating(model), devices.autocast(device, dtype):
-        x = model.transformer(idx.to(device))[asked.to(device)]  # [N, C]
-        wanted = targets[asked].to(device)  # [N]
-        found = model.backend.token_losses(x, model.lm_head, wanted, model.config.vocab_size).cpu().double()  # [N]
-    if not found.isfinite().all():
-        wrong = found[~found.isfinite()][0].item()
+        x = model.transformer(idx.to(device))[counted.to(device)]  # [N, C]
+        wanted = targets[counted].to(device)  # [N]
+        losses = model.backend.token_losses(x, model.lm_head, wanted, model.config.vocab_size).cpu().double()  # [N]
+    if not losses.isfinite().all():
+        value = losses[~losses.isfinite()][0].item()
         raise RuntimeError(
-            f"the model gives a token a loss of {wrong}: its weights are damaged, or beyond what --dtype "
-            f"{str(dtype).removeprefix('torch.')} can tell; try --dtype float32"
+            f"a token has a loss of {value} in {str(dtype).removeprefix('torch.')}: the weights are damaged or "
+            "overflow; try --dtype float32"
         )
-    return torch.zeros(targets.shape, dtype=torch.float64).masked_scatter_(asked.cpu(), found)
+    return torch.zeros(targets.shape, dtype=torch.float64).masked_scatter_(counted, losses)

@@ -1,4 +1,4 @@
-"""What `gptfast export` writes answers questions through `transformers` alone as `gptfast eval` says it does."""
+"""A model from `gptfast export` answers questions in `transformers` as in `gptfast eval`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import transformers
 
 from gptfast import GPT, GPTConfig, cli, load_model
 from gptfast.evaluation import multiple_choice
-from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
+from tests.support.small_tokenizers import small_tiktoken
 
 WORDS = ["the", "cat", "to", "be", "Zürich", "東京", "that's", "."]
-ENCODING = tiktoken.Encoding(
-    "gpt2",
-    pat_str=r" ?\S+|\s+",
-    mergeable_ranks={bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" t": 257, b" th": 258},
-    special_tokens={"<|endoftext|>": 259},
-)
 TOKENIZERS: dict[str, Tokenizer] = {
     "char": CharTokenizer.of_documents([" ".join(WORDS)], end_of_text=True),
     "byte": ByteTokenizer(),
     "word": WordTokenizer.of_documents([" ".join(WORDS)]),
-    "tiktoken": TiktokenTokenizer(ENCODING),
+    "tiktoken": small_tiktoken(b"th", b" t", b" th"),
 }
 
 
 class Harness:
-    """What the model of type "hf" in lm-evaluation-harness takes of a folder, and its rules for a log-likelihood."""
+    """The log-likelihood of lm-evaluation-harness's model type "hf", from a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
@@ -51,7 +45,7 @@ class Harness:
 
 
 @pytest.mark.parametrize("tokens", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens):
+def test_exported_folder_answers_as_eval_does(tmp_path, monkeypatch, capsys, tokens):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     shape = {"block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.5}
@@ -79,4 +73,4 @@ def test_the_answers_of_an_exported_folder(tmp_path, monkeypatch, capsys, tokens
     cli.main(["eval", "out", "--choices", "questions.jsonl", "--device", "cpu", "--dtype", "float32", "--json"])
     found = json.loads(capsys.readouterr().out)["choices"]
     assert {name: found[name] for name in right} == {name: np.mean(answers) for name, answers in right.items()}
-    assert right["acc"] != right["acc_norm"], "the measures should differ"
+    assert right["acc"] != right["acc_norm"], "the metrics should differ"

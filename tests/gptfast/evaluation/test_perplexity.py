@@ -1,4 +1,4 @@
-"""A text's windows predict each token once, after what they say; its score is that of a float64 loop."""
+"""Windows predict each token once in the context they promise; the score is that of a float64 loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,26 +14,35 @@ from torch import nn
 from gptfast import GPT, GPTConfig
 from gptfast.data.shards import Tokens
 from gptfast.evaluation import perplexity
-from gptfast.evaluation.perplexity import Windows
-from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.evaluation.perplexity import TextScore, Windows
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
 from tests.support.likelihood import exact_log_probabilities
+from tests.support.small_tokenizers import small_tiktoken
 
 TEXT = "Zürich, the naïve 東京 \U0001f600; then that thing.\n" * 3
+BYTES = ByteTokenizer()
+IDS = BYTES.encode(TEXT)
+TOKENIZERS: dict[str, Tokenizer] = {
+    "char": CharTokenizer.of_documents([TEXT]),
+    "byte": BYTES,
+    "tiktoken": small_tiktoken(b"th", b" th"),
+    "word": WordTokenizer.of_documents([TEXT]),
+}
 
 
-def build(vocab_size: int, **settings) -> GPT:
+def build(vocab_size: int = 257, **settings) -> GPT:
     torch.manual_seed(0)
     shape = {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.3}
     return GPT(GPTConfig(vocab_size=vocab_size, **shape | settings), "eager")
 
 
-def windows_of(number: int, block_size: int, stride: int) -> Windows:
-    """Of the text 0, 1, 2, ..."""
-    return Windows(Tokens([np.arange(number, dtype=np.uint16)]), block_size, stride)
+def windows_of(length: int, block_size: int, stride: int) -> Windows:
+    """Windows of the text 0, 1, 2, ..."""
+    return Windows(Tokens([np.arange(length, dtype=np.uint16)]), block_size, stride)
 
 
 def contexts(windows: Windows, batch_size: int, limit: int | None = None) -> dict[int, list[int]]:
-    """By each token that is predicted what stands before it in its window."""
+    """The tokens before each predicted one in its window."""
     found: dict[int, list[int]] = {}
     for idx, targets in windows.batches(batch_size, limit):
         assert idx.shape == targets.shape
@@ -47,70 +55,60 @@ def contexts(windows: Windows, batch_size: int, limit: int | None = None) -> dic
     return found
 
 
+def window_start(token: int, block_size: int, stride: int) -> int:
+    """The first multiple of the stride from which a window of `block_size` reaches the token as a target."""
+    return -(-max(0, token - block_size) // stride) * stride
+
+
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
-def test_each_token_is_predicted_once_by_those_before_it(number: int, block_size: int, stride: int, batch_size: int):
+def test_windows_predict_each_token_once(length: int, block_size: int, stride: int, batch_size: int):
     stride = min(stride, block_size)
-    found = contexts(windows_of(number, block_size, stride), batch_size)
-    assert sorted(found) == list(range(1, number))
+    found = contexts(windows_of(length, block_size, stride), batch_size)
+    assert sorted(found) == list(range(1, length))
     for token, before in found.items():
-        # the first window that has it begins at the first multiple of the stride that is not too far away
-        start = -(-max(0, token - block_size) // stride) * stride
-        assert before == list(range(start, token))
+        assert before == list(range(window_start(token, block_size, stride), token))
         if token > block_size:
             assert block_size - stride + 1 <= len(before) <= block_size
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
-def test_their_number_and_the_first_of_them(number: int, block_size: int, stride: int, limit: int):
-    windows = windows_of(number, block_size, min(stride, block_size))
-    whole = sum(len(idx) for idx, _ in windows.batches(3))
-    assert len(windows) == whole
+def test_windows_are_counted_and_limited(length: int, block_size: int, stride: int, limit: int):
+    windows = windows_of(length, block_size, min(stride, block_size))
+    assert len(windows) == sum(len(idx) for idx, _ in windows.batches(3))
+    assert sum(len(idx) for idx, _ in windows.batches(3, limit)) == min(limit, len(windows))
     some, everything = contexts(windows, 3, limit), contexts(windows, 3)
-    assert sum(len(idx) for idx, _ in windows.batches(3, limit)) == min(limit, whole)
-    assert some == {token: everything[token] for token in sorted(some)}
-    assert sorted(some) == list(range(1, len(some) + 1))
+    assert some == {token: everything[token] for token in range(1, len(some) + 1)}
 
 
-@pytest.mark.parametrize("stride", [0, -1, 9])
-def test_a_stride_out_of_range(stride: int):
-    with pytest.raises(ValueError, match=f"stride must be from 1 to block_size=8, got {stride}"):
-        windows_of(20, 8, stride)
+@pytest.mark.parametrize(
+    ("length", "stride", "message"),
+    [
+        (20, 0, "stride.* 0"),
+        (20, -1, "stride.* -1"),
+        (20, 9, "block_size=8.* 9"),
+        (0, 8, "0 tokens"),
+        (1, 8, "1 tokens"),
+    ],
+)
+def test_windows_reject_bad_strides_and_short_texts(length: int, stride: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        windows_of(length, 8, stride)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_too_short_a_text(number: int):
-    with pytest.raises(ValueError, match=f"the text has {number} tokens, at least 2 are needed"):
-        windows_of(number, 8, 8)
-
-
-def small_encoding() -> tiktoken.Encoding:
-    """An encoding whose vocabulary need not be downloaded."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" th": 257}
-    return tiktoken.Encoding("gpt2", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
-
-
-TOKENIZERS: dict[str, Tokenizer] = {
-    "char": CharTokenizer.of_documents([TEXT]),
-    "byte": ByteTokenizer(),
-    "tiktoken": TiktokenTokenizer(small_encoding()),
-    "word": WordTokenizer.of_documents([TEXT]),
-}
-
-
-def score(model: GPT, tokenizer: Tokenizer, ids: np.ndarray, stride: int = 8, batch_size: int = 4, limit=None):
+def score(
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, stride: int = 8, batch_size: int = 4, limit=None
+) -> TextScore:
     windows = Windows(Tokens([ids]), 8, stride)
     return perplexity.score(model, tokenizer, windows, torch.float32, batch_size, limit)
 
 
 @pytest.mark.parametrize("stride", [8, 3, 1])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_the_score_is_that_of_a_float64_loop(tokenizer: Tokenizer, stride: int):
-    """Each token by itself, with the tokens before it that the windows promise."""
+def test_score_is_that_of_a_float64_loop(tokenizer: Tokenizer, stride: int):
     ids, model = tokenizer.encode(TEXT), build(tokenizer.vocab_size)
     row, costs = ids.tolist(), []
     for token in range(1, len(row)):
-        start = -(-max(0, token - 8) // stride) * stride
-        costs.append(-exact_log_probabilities(model, row[start : token + 1])[-1])
+        costs.append(-exact_log_probabilities(model, row[window_start(token, 8, stride) : token + 1])[-1])
     found = score(model, tokenizer, ids, stride)
     assert found.tokens == len(costs) == len(ids) - 1
     assert found.loss.value == pytest.approx(np.mean(costs), rel=1e-5)
@@ -118,86 +116,63 @@ def test_the_score_is_that_of_a_float64_loop(tokenizer: Tokenizer, stride: int):
     if isinstance(tokenizer, WordTokenizer):
         assert (found.bytes, found.bits_per_byte) == (None, None)
         return
-    size = len(TEXT.encode()) - len(tokenizer.decode_bytes(row[:1]))
-    assert found.bytes == size
-    assert found.bits_per_byte.value == pytest.approx(sum(costs) / math.log(2) / size, rel=1e-5)
-    assert found.bits_per_byte.stderr / found.bits_per_byte.value == pytest.approx(
-        found.loss.stderr / found.loss.value, rel=1e-9
-    )
+    assert found.bytes == len(TEXT.encode()) - len(tokenizer.decode_bytes(row[:1]))
+    bits = found.bits_per_byte
+    assert bits.value == pytest.approx(sum(costs) / math.log(2) / found.bytes, rel=1e-5)
+    assert bits.stderr / bits.value == pytest.approx(found.loss.stderr / found.loss.value, rel=1e-9)
 
 
-def test_the_standard_error_is_over_windows():
-    tokenizer, ids = ByteTokenizer(), ByteTokenizer().encode(TEXT)[:41]
-    model = build(tokenizer.vocab_size)
-    means = []
-    for start in range(0, 40, 8):
-        means.append(-np.mean(exact_log_probabilities(model, ids[start : start + 9].tolist())))
-    found = score(model, tokenizer, ids)
+def test_score_standard_error_is_over_windows():
+    model = build()
+    means = [-np.mean(exact_log_probabilities(model, IDS[start : start + 9].tolist())) for start in range(0, 40, 8)]
+    found = score(model, BYTES, IDS[:41])
     assert found.windows == len(means) == 5
     assert found.loss.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(5), rel=1e-4)
 
 
-def test_the_size_of_batches_changes_nothing():
-    tokenizer, ids = ByteTokenizer(), ByteTokenizer().encode(TEXT)
-    model = build(tokenizer.vocab_size)
-    one = score(model, tokenizer, ids, 3, batch_size=1)
-    for batch_size in (2, 7, 1000):
-        other = score(model, tokenizer, ids, 3, batch_size)
-        assert other.loss.value == pytest.approx(one.loss.value, rel=1e-6)
-        assert other.loss.stderr == pytest.approx(one.loss.stderr, rel=1e-4)
-        assert (other.tokens, other.bytes, other.windows) == (one.tokens, one.bytes, one.windows)
+@pytest.mark.parametrize("batch_size", [2, 7, 1000])
+def test_score_does_not_depend_on_the_batch_size(batch_size: int):
+    one, other = (score(build(), BYTES, IDS, 3, size) for size in (1, batch_size))
+    assert other.loss.value == pytest.approx(one.loss.value, rel=1e-6)
+    assert other.loss.stderr == pytest.approx(one.loss.stderr, rel=1e-4)
+    assert (other.tokens, other.bytes, other.windows) == (one.tokens, one.bytes, one.windows)
 
 
-def test_so_many_windows():
-    tokenizer, ids = ByteTokenizer(), ByteTokenizer().encode(TEXT)
-    model = build(tokenizer.vocab_size)
-    found, first = score(model, tokenizer, ids, limit=3), score(model, tokenizer, ids[:25])
-    assert found == first
+def test_score_stops_at_the_limit():
+    found = score(build(), BYTES, IDS, limit=3)
+    assert found == score(build(), BYTES, IDS[:25])
     assert (found.windows, found.tokens, found.bytes) == (3, 24, 24)
-    alone = score(model, tokenizer, ids, limit=1)
-    assert (alone.windows, alone.loss.stderr) == (1, None)
-    assert alone.bits_per_byte.stderr is None
+    single = score(build(), BYTES, IDS, limit=1)
+    assert (single.windows, single.loss.stderr, single.bits_per_byte.stderr) == (1, None, None)
 
 
-def test_a_text_of_two_tokens():
-    tokenizer = ByteTokenizer()
-    found = score(build(257), tokenizer, tokenizer.encode("no"))
+def test_score_of_a_text_of_two_tokens():
+    found = score(build(), BYTES, BYTES.encode("no"))
     assert (found.tokens, found.bytes, found.windows, found.loss.stderr) == (1, 1, 1, None)
 
 
-def test_models_that_say_the_same_have_the_same_bits_per_byte():
-    """A model that knows nothing costs log2 V for each token, whatever its tokens."""
-    for tokenizer in (TOKENIZERS["char"], TOKENIZERS["tiktoken"]):
-        model = build(tokenizer.vocab_size, tie_weights=False)
-        nn.init.zeros_(model.lm_head.weight)
-        found = score(model, tokenizer, tokenizer.encode(TEXT))
-        assert found.bits_per_byte.value == pytest.approx(math.log2(tokenizer.vocab_size) * found.tokens / found.bytes)
+@pytest.mark.parametrize("name", ["char", "tiktoken"])
+def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary(name: str):
+    tokenizer = TOKENIZERS[name]
+    model = build(tokenizer.vocab_size, tie_weights=False)
+    nn.init.zeros_(model.lm_head.weight)
+    found = score(model, tokenizer, tokenizer.encode(TEXT))
+    assert found.bits_per_byte.value == pytest.approx(math.log2(tokenizer.vocab_size) * found.tokens / found.bytes)
 
 
-def test_ends_of_documents_cost_what_they_cost_and_have_no_bytes():
-    tokenizer, model = ByteTokenizer(), build(257)
-    ids = np.concatenate((tokenizer.encode("ab"), [256], tokenizer.encode("cd"), [256]))
-    found = score(model, tokenizer, ids)
+def test_score_counts_ends_of_documents_as_tokens_without_bytes():
+    model = build()
+    ids = np.concatenate((BYTES.encode("ab"), [256], BYTES.encode("cd"), [256]))
+    found = score(model, BYTES, ids)
     assert (found.tokens, found.bytes) == (5, 3)
     assert found.loss.value == pytest.approx(-np.mean(exact_log_probabilities(model, ids.tolist())), rel=1e-5)
-    nothing = score(model, tokenizer, np.array([97, 256, 256]))
-    assert (nothing.bytes, nothing.bits_per_byte) == (0, None)
+    without = score(model, BYTES, np.array([97, 256, 256]))
+    assert (without.bytes, without.bits_per_byte) == (0, None)
 
 
-def test_a_loss_beyond_floats():
-    model = build(257, tie_weights=False)
+def test_perplexity_that_overflows_is_infinite_and_null_in_json():
+    model = build(tie_weights=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    assert score(model, ByteTokenizer(), ByteTokenizer().encode(TEXT)).perplexity == math.inf
-
-
-def test_progress():
-    class Bar:
-        done = 0
-
-        def update(self, number: int) -> None:
-            self.done += number
-
-    windows, bar = Windows(Tokens([ByteTokenizer().encode(TEXT)]), 8, 5), Bar()
-    perplexity.score(build(257), ByteTokenizer(), windows, torch.float32, 4, None, bar)
-    assert bar.done == len(windows)
+    found = score(model, BYTES, IDS)
+    assert (found.perplexity, found.fields()["perplexity"]) == (math.inf, None)
