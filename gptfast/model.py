@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -42,12 +42,6 @@ class LayerNorm(BackendModule):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.dropout = config.dropout
         self.feeds_matmul = config.norm_position == "pre"
-
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         dtype = (runtime.autocast_dtype(x.device) or self.weight.dtype) if self.feeds_matmul else None
@@ -108,13 +102,9 @@ class MLP(BackendModule):
         )
 
     def with_products(self, product: Callable[[nn.Linear, str | None], nn.Module | None]) -> nn.Module | None:
-        """Return the feed-forward as two modules, one for each matrix product.
+        """Return the MLP as the modules that `product` makes of each layer and the activation behind it, in sequence.
 
-        Args:
-            product: maps a linear layer and the activation behind it to a module, or to None to keep the layer.
-
-        Returns:
-            The modules `c_fc` and `c_proj` in sequence; None if `product` keeps either layer.
+        None if `product` returns None, which keeps a layer, for either one.
         """
         c_fc, c_proj = product(self.c_fc, self.activation), product(self.c_proj, None)
         if c_fc is None or c_proj is None:
@@ -194,10 +184,8 @@ class Transformer(nn.Module):
         """Run a block that keeps only its inputs. The backward runs it again, with the same dropout."""
         random = self.training and self.dropout > 0.0
         if random and x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                f"activation checkpointing cannot replay dropout={self.dropout} in a CUDA graph; use torch.compile, or "
-                "dropout=0"
-            )
+            given = f"activation checkpointing cannot replay dropout={self.dropout} in a CUDA graph"
+            raise ValueError(f"{given}; use torch.compile, or dropout=0")
         return checkpoint(block, x, pending, use_reentrant=False, preserve_rng_state=random)
 
 
@@ -308,29 +296,25 @@ class GPT(nn.Module):
             raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
         length = cached + idx.shape[1]
         if length > self.config.block_size:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than block_size={self.config.block_size}; crop it"
-            )
+            raise ValueError(f"{length} tokens are longer than block_size={self.config.block_size}; crop the sequence")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")
         # reading values would synchronise a GPU, and break a compiled graph
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             self.require_tokens(idx)
             if targets is not None:
-                self._check_range("target", targets, lowest=None)
+                self._check_range("target", targets.clamp(min=0))
             self.backend.require_device(idx.device)
 
     def require_tokens(self, idx: Tensor) -> None:
         """Raise ValueError for token ids out of range. On a GPU PyTorch's own kernels check them."""
         if idx.device.type == "cpu":
-            self._check_range("token id", idx, lowest=0)
+            self._check_range("token id", idx)
 
-    def _check_range(self, name: str, values: Tensor, lowest: int | None) -> None:
-        if values.numel() == 0:
-            return
-        low, high = (int(bound) for bound in values.aminmax())
-        if high >= self.config.vocab_size or (lowest is not None and low < lowest):
-            wrong = high if high >= self.config.vocab_size else low
+    def _check_range(self, name: str, values: Tensor) -> None:
+        low, high = (int(bound) for bound in values.aminmax()) if values.numel() else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
             raise ValueError(f"{name} {wrong} is out of range; accepted: 0 to {self.config.vocab_size - 1}")
 
     def generate(
@@ -348,37 +332,25 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """Build AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) for the parameters that require gradients.
-
-        Args:
-            weight_decay: for parameters with two or more dimensions; biases and norms do not decay.
-            learning_rate: the initial learning rate.
-            betas: decay rates of the two moments.
-            device_type: nanoGPT's argument, "cuda" or "cpu"; both use the fused implementation.
-        """
+        """Build AdamW for the parameters that require gradients; biases and norms do not decay. See `optim.adamw`."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return optim.adamw(trained, weight_decay, learning_rate, betas, device_type)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count parameters, tied ones once; by default without the position embedding, as nanoGPT does."""
-        count = sum(p.numel() for p in self.parameters())
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        count -= padding * (1 if self.config.tie_weights else 2)
+        count = sum(vocab_padding.unpad(self.config, name, p).numel() for name, p in self.named_parameters())
         if non_embedding and self.transformer.wpe is not None:
             count -= self.transformer.wpe.weight.numel()
         return count
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
-        """Estimate model FLOPs utilisation, as a fraction of the device's dense matmul peak (`gptfast.hardware`).
+        """Estimate model FLOPs utilisation: the fraction of the device's dense matmul peak, nan where it is not known.
 
         FLOPs follow PaLM's convention, see `gptfast.flops`. As in nanoGPT, a GPU's peak is that of bfloat16.
 
         Args:
             fwdbwd_per_iter: sequences of `block_size` tokens that went forward and backward.
             dt: seconds they took.
-
-        Returns:
-            The fraction; nan where the peak is not known.
         """
         weight = self.transformer.wte.weight
         peak = hardware.peak_flops(weight.device, torch.bfloat16 if weight.is_cuda else weight.dtype)
@@ -400,9 +372,7 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the inputs of each block for the backward, which recomputes the block (Chen et al. 2016,
-        arXiv:1604.06174): less memory for a third more arithmetic in the blocks. Gradients stay the same.
-        """
+        """Recompute each block in the backward (Chen et al. 2016, arXiv:1604.06174): less memory, equal gradients."""
         self.transformer.checkpointing = enabled
 
     def set_residual_dtype(self, dtype: torch.dtype | None) -> None:
@@ -420,22 +390,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model_type: str | Path,
-        override_args: Mapping[str, Any] | None = None,
-        backend: BackendSpec = "auto",
+        cls, model_type: str | Path, override_args: Mapping[str, Any] | None = None, backend: BackendSpec = "auto"
     ) -> GPT:
-        """Load a model in Hugging Face's layout, in float32 and without dropout; see `gptfast.huggingface.read`.
-
-        Args:
-            model_type: a folder, a repository OWNER/MODEL on the hub, or gpt2, gpt2-medium, gpt2-large or gpt2-xl.
-            override_args: values for "dropout" and "pad_vocab_size_to".
-            backend: as for `GPT`.
-
-        Raises:
-            ValueError: an unknown name, files that are missing, damaged or do not fit each other, an architecture other
-                than GPT-2's, or a hub that cannot be reached.
-        """
+        """Load a model in Hugging Face's layout, in float32; see `huggingface.read` for arguments and errors."""
         config, state_dict = huggingface.read(model_type, override_args)
         return cls.from_state_dict(config, state_dict, backend, f"{model_type} does not fit its config.json")
 
@@ -443,48 +400,30 @@ class GPT(nn.Module):
     def from_nanogpt(
         cls, path: str | Path, override_args: Mapping[str, Any] | None = None, backend: BackendSpec = "auto"
     ) -> GPT:
-        """Load a checkpoint of nanoGPT's train.py, in float32; see `gptfast.checkpoint.nanogpt.read`.
-
-        Raises:
-            ValueError: a file that is missing, damaged or no checkpoint of nanoGPT, or weights that do not fit its
-                settings.
-        """
+        """Load a checkpoint of nanoGPT's train.py, in float32; see `nanogpt.read` for arguments and errors."""
         config, state_dict = nanogpt.read(path, override_args)
         return cls.from_state_dict(config, state_dict, backend, f"{path} does not fit its model_args")
 
     @classmethod
     def from_state_dict(
-        cls,
-        config: GPTConfig,
-        state_dict: Mapping[str, Tensor],
-        backend: BackendSpec = "auto",
-        problem: str = "the state dict does not fit the config",
+        cls, config: GPTConfig, state_dict: Mapping[str, Tensor], backend: BackendSpec = "auto", problem: str = ""
     ) -> GPT:
-        """Build a model and load its weights, after a check of their names, shapes and dtypes.
+        """Build a model and load its weights.
 
         Raises:
-            ValueError: a tensor is missing, unknown or misshapen; the message begins with `problem`.
+            ValueError: a tensor is missing, unknown, misshapen or no float; the message begins with `problem`.
         """
         model = cls(config, backend)
-        require_fit(problem, state_dict, model._shapes())
+        require_fit(problem or "the state dict does not fit the config", state_dict, model.state_dict())
         model.load_state_dict(state_dict)
         return model
 
-    def _shapes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.state_dict().items()}
-
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Write a folder that `transformers` loads, with adapters merged; see `gptfast.huggingface.save`.
-
-        Raises:
-            ValueError: a setting or weights that GPT-2 in `transformers` does not have, a tokenizer that its format
-                cannot hold, or a folder that is not empty.
-            OSError: the folder cannot be written.
-        """
+        """Write a folder that `transformers` loads, with adapters merged; see `huggingface.save` for the errors."""
         state_dict = lora.merged_state_dict(self)
         with torch.device("meta"):
-            shapes = GPT(self.config, "eager")._shapes()
-        require_fit("the model cannot be saved in Hugging Face's layout", state_dict, shapes)
+            plain = GPT(self.config, "eager").state_dict()
+        require_fit("the model cannot be saved in Hugging Face's layout", state_dict, plain)
         huggingface.save(folder, self.config, state_dict, tokenizer)
 
 

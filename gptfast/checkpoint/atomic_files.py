@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and whose damage is found: JSON, and tensors with a checksum."""
+"""Files that appear whole or not at all, with damage detected: JSON, and tensors with a checksum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHECKSUM = "sha256"  # in the metadata of a safetensors file
+_CHECKSUM = "sha256"  # key in the metadata of a safetensors file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError where there is none."""
+    """Read a JSON object. Raises ValueError if the file holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -33,10 +33,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, by name.
+    """Read the tensors of a safetensors file, by name.
 
     Raises:
-        ValueError: another file, or tensors that differ from the checksum `write_tensors` left.
+        ValueError: another format, or tensors that differ from the checksum of `write_tensors`.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -47,70 +47,58 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise OSError(f"cannot read {path}: {error}") from error
     if expected is not None and checksum(tensors) != expected:
-        raise ValueError(f"{path} is damaged: its checksum is another")
+        raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors
 
 
-def require_fit(problem: str, found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
-    """Check the tensors of a file, of any float of 16 or 32 bits, against a model's.
+def require_fit(problem: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check tensors of a file, of any 16 or 32-bit float, against those of a model.
 
     Args:
-        problem: what the message begins with.
-        found: tensors by name.
-        expected: their shapes, by name.
+        problem: beginning of the error message.
+        tensors: the file's, by name.
+        expected: the model's `state_dict`; may be on the meta device.
 
     Raises:
-        ValueError: one is missing, unknown, of another shape or dtype; the message names the first.
+        ValueError: a tensor is missing, unknown, misshapen or of another dtype; the message names the first one.
     """
-    for name, shape in expected.items():
-        if name not in found:
-            raise ValueError(f"{problem}: it lacks tensor {name} {list(shape)}")
-        tensor = found[name]
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{problem}: tensor {name} is {list(tensor.shape)}, {list(shape)} is expected")
+    for name, model_tensor in expected.items():
+        shape = list(model_tensor.shape)
+        if name not in tensors:
+            raise ValueError(f"{problem}: it lacks tensor {name} {shape}")
+        tensor = tensors[name]
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{problem}: tensor {name} is {list(tensor.shape)}, {shape} is expected")
         if tensor.dtype not in _FLOATS:
             given, *accepted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_FLOATS))
             raise ValueError(f"{problem}: tensor {name} is of dtype {given}; accepted: {', '.join(accepted)}")
-    unknown = next((name for name in found if name not in expected), None)
+    unknown = next((name for name in tensors if name not in expected), None)
     if unknown is not None:
         raise ValueError(f"{problem}: tensor {unknown} is none of the model's")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, replacing an older one."""
+    """Write a JSON file, replacing an older one. Raises OSError if the disk is full or not writable."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    partial = _beside(path)
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        _put_in_place(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors on the CPU as safetensors with a checksum, replacing an older file.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Write CPU tensors as safetensors with a checksum. Replaces and raises as `write_json`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    partial = _beside(path)
-    try:
-        metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
+    metadata = {"format": "pt", _CHECKSUM: checksum(contiguous)}
+
+    def write(partial: Path) -> None:
         partial.touch()
         mode = partial.stat().st_mode
         safetensors.torch.save_file(contiguous, partial, metadata)
-        partial.chmod(mode)  # its own lets nobody else read
-        _put_in_place(partial, path)
-    except (OSError, SafetensorError) as error:  # the system's errors come in its own clothes
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+        partial.chmod(mode)  # safetensors makes it private
+
+    _replace(path, write)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors on the CPU with their names, dtypes and shapes."""
+    """Compute the SHA-256 of CPU tensors with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -119,17 +107,17 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def require_unused(path: Path) -> None:
-    """Raise ValueError unless a new folder may have this path: there is none, or an empty one."""
+    """Raise ValueError unless `path` does not exist or is an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; give a new folder")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that appears at `path` with all its files, or not at all where an error ends the block.
+    """Yield a folder to write into, which appears at `path` at the end of the block, or not at all after an error.
 
     Raises:
-        ValueError: there is something already.
+        ValueError: `path` is a file or a folder that is not empty.
         OSError: the folder cannot be written.
     """
     require_unused(path)
@@ -140,7 +128,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
         sync_folder(partial)
         if path.exists():
-            path.rmdir()  # empty, or somebody else was faster
+            path.rmdir()  # fails if another process has written there since
         os.rename(partial, path)
         sync_folder(path.parent)
     except BaseException:
@@ -149,8 +137,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the disk know the names in a folder: without it a file may be there and its name not, after a power cut."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    """Flush the names in a folder to the disk: after a power cut, a file may be there without its name otherwise."""
+    if os.name == "posix":  # other systems cannot open folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -158,11 +146,14 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, flush it to the disk and rename it into place."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps OSError in SafetensorError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error

@@ -1,15 +1,15 @@
-"""A run folder: what training writes and generation reads.
+"""Run folder: what training writes and generation reads.
 
-    config.json           the settings of the run
-    tokenizer.json        the tokenizer
-    model.safetensors     the weights with the lowest validation loss so far
-    adapters.safetensors  of a run with adapters, these alone
-    checkpoints/          the last ones, see `gptfast.checkpoint.manager`
+    config.json           settings of the run
+    tokenizer.json        tokenizer
+    model.safetensors     weights with the lowest validation loss so far
+    adapters.safetensors  adapters of a LoRA run
+    checkpoints/          the last checkpoints, see `gptfast.checkpoint.manager`
     log.jsonl             one JSON object per line: losses, learning rate, speed, samples
-    summary.json, loss.png    the outcome; there when training has ended
-    failed-step.json, failed-batch.safetensors    what a run has ended with whose loss was no number
+    summary.json, loss.png    results, written when training ends
+    failed-step.json, failed-batch.safetensors    step and batch of a loss that is not finite
 
-Files other than the log appear whole or not at all: they are written beside their place and renamed into it.
+All files but the log appear whole or not at all: they are written beside their place and renamed into it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gptfast.tokenizers import Tokenizer
 
 
 class RunFolder:
-    """Writes a run folder, alone: no other process may. As a context manager it removes a new run that logged nothing.
+    """Exclusive writer of a run folder. As a context manager it removes a new run that an error ends before its log.
 
     Args:
-        path: of the folder, which must not exist yet or be empty.
-        resume: continue the run that is there, if there is one.
+        path: a path that does not exist, an empty folder, or with `resume` a run.
+        resume: continue the run at `path`, if there is one.
 
     Raises:
-        ValueError: the path is taken, in use, or cannot be written.
+        ValueError: the path is not empty, another process trains there, or it cannot be written.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -53,7 +53,7 @@ class RunFolder:
             raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from error
         if not self.resumed:
             try:
-                _require_unused(path, resume)  # since, another may have trained there
+                _require_unused(path, resume)  # another process may have trained there before it released the lock
             except ValueError:
                 self.close()
                 raise
@@ -64,10 +64,10 @@ class RunFolder:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.close()
         if error is not None and not self.resumed and not (self.path / "log.jsonl").exists():
-            shutil.rmtree(self.path, ignore_errors=True)  # the error tells more than what a full disk may add to it
+            shutil.rmtree(self.path, ignore_errors=True)  # an error here would hide the one that ended the block
 
     def close(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         os.close(self._lock)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -79,13 +79,13 @@ class RunFolder:
         write_tensors(self.path / name, tensors)
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
+        """Append a line to the log."""
         line = json.dumps(entry, allow_nan=False) + "\n"
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(line)
 
-    def forget_log_after(self, step: int) -> None:
-        """Drop what the log tells of later steps, which will be taken again."""
+    def truncate_log(self, step: int) -> None:
+        """Drop the log's entries of steps after `step`, which a resumed run takes again."""
         path = self.path / "log.jsonl"
         if path.exists():
             kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
@@ -95,14 +95,14 @@ class RunFolder:
 
 
 def _require_unused(path: Path, resume: bool) -> None:
-    # what a process left that was killed before it had begun is nothing
+    # a process that was killed before its first write leaves these
     if any(file.name != ".lock" and file.suffix != ".partial" for file in path.iterdir()):
-        how = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
-        raise ValueError(f"the run folder {path} is not empty; {how}")
+        advice = "it holds no run to continue" if resume else "give a new one with --out, or continue it with --resume"
+        raise ValueError(f"the run folder {path} is not empty; {advice}")
 
 
 def _lock(path: Path) -> int:
-    """A descriptor whose owner alone may write, as long as it is open: it ends with the process, however that ends."""
+    """Lock a file and return its descriptor. The lock ends with the process, however that ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
@@ -113,7 +113,7 @@ def _lock(path: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise ValueError(
-            f"another process trains in the run folder {path.parent}; wait for it, or give another"
+            f"another process trains in the run folder {path.parent}; wait for it, or give another folder"
         ) from error
     return descriptor
 
@@ -132,7 +132,7 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log; a last line that a killed process left unfinished is not one."""
+    """Read the entries of a run's log, without a last line that a killed process left unfinished."""
     entries = []
     for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -143,7 +143,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], GPTConfig]:
-    """The settings of a run, and those of its model.
+    """Read the settings of a run and the shape of its model.
 
     Raises:
         ValueError: they are missing or damaged.
@@ -156,7 +156,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], GPTConfig]:
 
 
 def read_model(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    """Read the model's shape, its weights and the tokenizer of a run folder. Shapes are not checked.
+    """Read the shape, the weights and the tokenizer of a run's model. Tensors' shapes are not checked.
 
     Raises:
         ValueError: no run folder, or a file that is missing or damaged.

@@ -168,7 +168,7 @@ def verify(folder: Path) -> None:
         for shard in split["shards"]:
             with open(folder / shard["file"], "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ValueError(f"{folder / shard['file']} is damaged: its checksum is another; prepare it again")
+                    raise ValueError(f"{folder / shard['file']} is damaged: its checksum does not match; prepare again")
 
 
 def _map(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:

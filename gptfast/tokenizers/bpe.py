@@ -125,7 +125,7 @@ def _reading_from(folder: Path) -> Iterator[None]:
             if path.is_file():
                 content = path.read_bytes()
                 if expected_hash is not None and hashlib.sha256(content).hexdigest() != expected_hash:
-                    raise ValueError(f"{path} is not the {name} that tiktoken knows: its checksum is another")
+                    raise ValueError(f"{path} is not the {name} that tiktoken knows: its checksum does not match")
                 return content
         raise ValueError(f"the vocabulary folder {folder} has no {name}; it is at {blobpath}")
 

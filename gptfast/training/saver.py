@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptfast.checkpoint.manager import Checkpoints
+from gptfast.checkpoint.manager import CheckpointManager
 from gptfast.checkpoint.run_folder import RunFolder
 from gptfast.training.progress import plot_losses
 from gptfast.training.train_state import TrainState
@@ -38,7 +38,7 @@ class Saver:
         state: TrainState,
         path: Path,
         folder: RunFolder | None,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         best: dict[str, Any],
         fingerprints: dict[str, str],
     ) -> None:
@@ -58,7 +58,7 @@ class Saver:
         files = self._state.files()
         if self._folder is not None:
             for name, tensors in files.items():
-                self._checkpoints.write(functools.partial(self._folder.write_tensors, name, tensors))
+                self._checkpoints.submit(functools.partial(self._folder.write_tensors, name, tensors))
         self.seconds += time.perf_counter() - started
 
     def save_checkpoint(self, step: int) -> None:

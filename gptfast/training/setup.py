@@ -14,7 +14,7 @@ from gptfast import devices, flops, hardware, optim, tokenizers
 from gptfast.backend import parse_backend
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import read_json
-from gptfast.checkpoint.manager import Checkpoint, Checkpoints
+from gptfast.checkpoint.manager import Checkpoint, CheckpointManager
 from gptfast.checkpoint.run_folder import RunFolder
 from gptfast.distributed import World
 from gptfast.model import GPT
@@ -80,7 +80,7 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
     with world:
         world.connect(device)
         with _open_folder(config, name, world) as (path, folder):
-            checkpoints = Checkpoints(path / "checkpoints", config.keep_checkpoints)
+            checkpoints = CheckpointManager(path / "checkpoints", config.keep_checkpoints)
             saved, damaged = checkpoints.latest() if config.resume else (None, [])
             first = 0 if saved is None else saved.step
             _require_steps(first, config, path, world)
@@ -94,7 +94,7 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
                 for problem in damaged:
                     print(f"continuing from an older checkpoint: {problem}", flush=True)
                 checkpoints.clean()
-                folder.forget_log_after(first)
+                folder.truncate_log(first)
                 folder.write_json("config.json", dataclasses.asdict(config))
                 folder.write_json("tokenizer.json", data.tokenizer.to_json())
             del saved  # the run needs its memory
@@ -108,7 +108,7 @@ def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig
     """Load text and first weights; also returns the config with the model's final shape."""
     resumed = Path(config.out) if config.resume and config.out and run_folder.is_run(Path(config.out)) else None
     # a run with checkpoints no longer needs the weights that it started with
-    starts = resumed is None or not Checkpoints(resumed / "checkpoints", 1).exist()
+    starts = resumed is None or not CheckpointManager(resumed / "checkpoints", 1).exist()
     init = PretrainedInit.load(config.init_from, config.model) if config.init_from and starts else None
     tokenizer: Tokenizer | None = init.tokenizer if init else None
     if resumed is not None:

@@ -406,7 +406,7 @@ def test_crop_block_size():
     assert model.config.block_size == 8
     assert model.transformer.wpe.weight.shape == (8, 32)
     assert torch.equal(model(idx)[0], logits)
-    with pytest.raises(ValueError, match="longer than block_size=8"):
+    with pytest.raises(ValueError, match="9 tokens are longer than block_size=8"):
         model(tokens(1, 9))
     with pytest.raises(ValueError, match=r"block_size must be in \[1, 8\], got 9"):
         model.crop_block_size(9)
@@ -417,7 +417,7 @@ def test_crop_block_size():
     [
         (torch.zeros(5), None, r"idx must be \[B, T\] with T >= 1, got shape \(5,\)"),
         (torch.zeros(1, 0), None, r"idx must be \[B, T\] with T >= 1, got shape \(1, 0\)"),
-        (torch.zeros(1, 17), None, "a sequence of 17 tokens is longer than block_size=16"),
+        (torch.zeros(1, 17), None, "17 tokens are longer than block_size=16"),
         (torch.zeros(1, 5), torch.zeros(1, 4), r"targets must have the shape of idx, \(1, 5\), got \(1, 4\)"),
         (torch.full((1, 5), 31), None, "token id 31 is out of range; accepted: 0 to 30"),
         (torch.full((1, 5), -1), None, "token id -1 is out of range; accepted: 0 to 30"),

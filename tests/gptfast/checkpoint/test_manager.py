@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gptfast.checkpoint.atomic_files import checksum, read_json, read_tensors, write_json, write_tensors
-from gptfast.checkpoint.manager import Checkpoint, Checkpoints
+from gptfast.checkpoint.manager import Checkpoint, CheckpointManager
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -32,14 +32,14 @@ def checkpoint(step: int) -> Checkpoint:
 
 
 def save(folder: Path, *steps: int, keep: int = 2) -> None:
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = CheckpointManager(folder, keep)
     for step in steps:
         checkpoints.save(checkpoint(step))
     checkpoints.close()
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    return Checkpoints(folder, 2).latest()
+    return CheckpointManager(folder, 2).latest()
 
 
 def names(folder: Path) -> list[str]:
@@ -156,7 +156,7 @@ def test_a_checkpoint_comes_back(tmp_path):
 
 
 def test_all_dtypes_and_shapes(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = CheckpointManager(tmp_path, 1)
     checkpoints.save(Checkpoint(0, TENSORS, {}, {}))
     checkpoints.close()
     found = latest(tmp_path)[0]
@@ -248,7 +248,7 @@ def test_a_checkpoint_without_the_checksum_of_its_state(tmp_path):
     content = json.loads(path.read_text())
     del content["sha256"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"state.json is damaged: its checksum is another"):
+    with pytest.raises(ValueError, match=r"state.json is damaged: its checksum does not match"):
         latest(tmp_path)
 
 
@@ -293,19 +293,19 @@ FAILURES = {
 }
 
 
-def write_more(checkpoints: Checkpoints) -> None:
+def write_more(checkpoints: CheckpointManager) -> None:
     for _ in range(3):  # at the latest when two are waiting
-        checkpoints.write(lambda: None)
+        checkpoints.submit(lambda: None)
 
 
 @pytest.mark.parametrize(("module", "name", "failing", "calls"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("later", [write_more, Checkpoints.close])
+@pytest.mark.parametrize("later", [write_more, CheckpointManager.close])
 @pytest.mark.parametrize("older", [(), (1, 2)], ids=["", "older ones"])
 def test_a_failed_write_comes_up_later_and_costs_nothing(
     tmp_path, monkeypatch, module, name, failing, calls, later, older
 ):
     save(tmp_path, *older)
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     with monkeypatch.context() as patched:
         patched.setattr(module, name, after(calls, getattr(module, name), failing))
         checkpoints.save(checkpoint(3))
@@ -356,9 +356,9 @@ def test_what_a_killed_process_left_is_never_read(tmp_path):
     found, wrong = latest(tmp_path)
     assert same(found, checkpoint(2))
     assert wrong == []
-    Checkpoints(tmp_path, 2).clean()
+    CheckpointManager(tmp_path, 2).clean()
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    Checkpoints(tmp_path / "missing", 2).clean()
+    CheckpointManager(tmp_path / "missing", 2).clean()
 
 
 def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
@@ -372,16 +372,16 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
 
 
 def test_nobody_waits_for_the_disk_until_two_are_waiting(tmp_path):
-    checkpoints, disk, written = Checkpoints(tmp_path, 3), threading.Event(), []
+    checkpoints, disk, written = CheckpointManager(tmp_path, 3), threading.Event(), []
 
     def slowly():
         assert disk.wait(10)
         written.append("first")
 
-    checkpoints.write(slowly)
+    checkpoints.submit(slowly)
     checkpoints.save(checkpoint(2))
     assert written == []  # and yet this line is reached
-    third = threading.Thread(target=checkpoints.write, args=[lambda: written.append(latest(tmp_path)[0].step)])
+    third = threading.Thread(target=checkpoints.submit, args=[lambda: written.append(latest(tmp_path)[0].step)])
     third.start()
     third.join(0.05)
     assert third.is_alive()
@@ -395,9 +395,9 @@ def test_nobody_waits_for_the_disk_until_two_are_waiting(tmp_path):
 
 
 def test_writing_is_done_by_one_thread_of_its_own(tmp_path):
-    checkpoints, threads = Checkpoints(tmp_path, 2), []
+    checkpoints, threads = CheckpointManager(tmp_path, 2), []
     for _ in range(4):
-        checkpoints.write(lambda: threads.append(threading.current_thread()))
+        checkpoints.submit(lambda: threads.append(threading.current_thread()))
     checkpoints.close()
     assert len(set(threads)) == 1
     assert threads[0] is not threading.current_thread()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptfast import GPT, TrainStep, devices
-from gptfast.checkpoint.manager import Checkpoints
+from gptfast.checkpoint.manager import CheckpointManager
 from gptfast.training import recipes
 from gptfast.training.train_state import TrainState
 from tests.support.oracle import DEVICE
@@ -29,10 +29,10 @@ def test_checkpoints_of_gpt2_take_less_than_two_percent_of_training(tmp_path):
         seconds = time.perf_counter() - started
     trained = TrainState(model, step)
     devices.keep_freed_memory()  # as in a run
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointManager(tmp_path, keep=1)
     checkpoints.save(trained.checkpoint(0, {}))
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointManager(tmp_path, keep=1)
     started = time.perf_counter()
     best = trained.files()
     checkpoints.save(trained.checkpoint(1, {}))

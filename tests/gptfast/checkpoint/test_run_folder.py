@@ -91,7 +91,7 @@ def test_a_flipped_byte_of_the_weights(tmp_path):
     content = bytearray((tmp_path / "run/model.safetensors").read_bytes())
     content[-5] ^= 1
     (tmp_path / "run/model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its checksum is another"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its checksum does not match"):
         load_model.load_run(tmp_path / "run")
 
 

@@ -190,4 +190,4 @@ def test_folders_that_do_not_do(here, capsys):
     content = bytearray(Path("run/model.safetensors").read_bytes())
     content[-5] ^= 1
     Path("run/model.safetensors").write_bytes(content)
-    assert refused(capsys, "export", "run", "out") == "run/model.safetensors is damaged: its checksum is another"
+    assert refused(capsys, "export", "run", "out") == "run/model.safetensors is damaged: its checksum does not match"

@@ -99,7 +99,7 @@ def test_a_changed_byte_is_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train-00000.bin is damaged: its checksum is another"):
+    with pytest.raises(ValueError, match=r"train-00000.bin is damaged: its checksum does not match"):
         shards.verify(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="7 tokens do not fit into a cache for 6"):
             model(tokens(2, 2), cache=cache)
         assert cache.length == 5
-        with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than block_size=12"):
+        with pytest.raises(ValueError, match="13 tokens are longer than block_size=12"):
             model(tokens(2, 8), cache=cache)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig, load_model, lora, tokenizers
 from gptfast.checkpoint import run_folder
-from gptfast.checkpoint.manager import Checkpoints
+from gptfast.checkpoint.manager import CheckpointManager
 from gptfast.tokenizers import CharTokenizer
 from gptfast.training import finetuning, trainer
 from gptfast.training.config import TrainConfig
@@ -160,7 +160,7 @@ def test_sources_that_are_none(base, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its checksum is another"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its checksum does not match"):
         PretrainedInit.load(str(tmp_path / "run"), GPTConfig(block_size=16))
     path.unlink()
     with pytest.raises(ValueError, match=r"is not a run folder with weights: it has no model\.safetensors"):
@@ -234,7 +234,7 @@ def adapted(base, tmp_path_factory) -> Path:
 
 def test_weights_beside_adapters_stay(base, adapted):
     """Bit for bit, in the checkpoint; all others as well."""
-    checkpoint, wrong = Checkpoints(adapted / "checkpoints", 2).latest()
+    checkpoint, wrong = CheckpointManager(adapted / "checkpoints", 2).latest()
     assert (checkpoint.step, wrong) == (STEPS, [])
     before = weights(load_model.load_run(base)[0])
     inside = ".parametrizations.weight."
@@ -290,7 +290,7 @@ def test_a_run_of_adapters_goes_on(base, tmp_path, optimizer: str):
     finetune(base, tmp_path / "parts", resume=True, **changes)
     for name in ("model", "optimizer"):
         whole, parts = (
-            getattr(Checkpoints(tmp_path / folder / "run/checkpoints", 2).latest()[0], name)
+            getattr(CheckpointManager(tmp_path / folder / "run/checkpoints", 2).latest()[0], name)
             for folder in ("whole", "parts")
         )
         assert changed(whole, parts) == set()
@@ -302,7 +302,7 @@ def test_frozen_parameters_stay_and_all_others_change(base, tmp_path, optimizer:
     before, after = (weights(load_model.load_run(folder)[0]) for folder in (base, Path(config.out)))
     frozen = {name for name in before if name.startswith(("transformer.h.0.", "transformer.wpe."))}
     assert changed(before, after) == before.keys() - frozen
-    checkpoint = Checkpoints(tmp_path / "run/checkpoints", 2).latest()[0]
+    checkpoint = CheckpointManager(tmp_path / "run/checkpoints", 2).latest()[0]
     assert changed(before, checkpoint.model) == before.keys() - frozen
     assert {name.rpartition("/")[0] for name in checkpoint.optimizer} == before.keys() - frozen
     assert not (tmp_path / "run/adapters.safetensors").exists()

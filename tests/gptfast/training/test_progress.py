@@ -146,7 +146,7 @@ def test_tensorboard_gets_the_numbers_of_the_log(folder):
 def test_tensorboard_forgets_steps_that_are_taken_again(folder):
     pytest.importorskip("tensorboard")
     logged(folder, *({**STEP, "step": step, "loss": 3.0} for step in (1, 5, 8, 10)), tensorboard=True)
-    folder.forget_log_after(8)
+    folder.truncate_log(8)
     logged(folder, *({**STEP, "step": step, "loss": 2.0} for step in (9, 10)), first=8, tensorboard=True)
     assert scalars(folder)["loss"] == [(1, 3.0), (5, 3.0), (8, 3.0), (9, 2.0), (10, 2.0)]
     assert [(entry["step"], entry["loss"]) for entry in read_log(folder.path)] == scalars(folder)["loss"]
