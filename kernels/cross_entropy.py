@@ -123,6 +123,7 @@ def _cross_entropy_kernel(
         factor = upstream * (1.0 + 2.0 * z_loss * lse) / sum_exp
         factor = tl.where(valid, factor, float("nan"))
         smoothing = upstream * label_smoothing / n_classes
+        on_target = upstream * (1.0 - label_smoothing)  # computed before the loops, which saves registers
         for start in range(0, n_full, BLOCK):
             cols = start + offsets
             b_z = _load_logits(p_row, cols, n_classes, n_columns, True)
@@ -135,7 +136,7 @@ def _cross_entropy_kernel(
             tl.store(p_row + cols, b_dz.to(logits_ptr.dtype.element_ty), mask=cols < n_columns)
         # the store below overwrites one of the loop's, perhaps another thread's
         tl.debug_barrier()
-        dz_target = _gradient(target_logit, m, factor, smoothing) - upstream * (1.0 - label_smoothing)
+        dz_target = _gradient(target_logit, m, factor, smoothing) - on_target
         tl.store(p_row + target, dz_target.to(logits_ptr.dtype.element_ty), mask=valid)
 
 
