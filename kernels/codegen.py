@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation of every kernel for GPUs that are not there, and what came out.
+"""Ahead-of-time compilation of every kernel for several GPUs, without a GPU.
 
-`python -m kernels.codegen` prints registers, spills, shared memory, occupancy and instruction counts of each kernel, as
-the operators launch it, in every configuration that tuning tries, for each target. No GPU is needed: the launches are
-recorded on CPU tensors, then compiled. A ! behind the matrix instructions: they are serialised.
+`python -m kernels.codegen` prints registers, spills, shared memory, occupancy and instruction counts of each kernel in
+every configuration that tuning tries, for each target. The operators' launches are recorded on CPU tensors, then
+compiled. A ! after the number of matrix instructions marks serialised ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import operators, tile, tuning
 from kernels.targets import TARGETS, Compiled, Target
 
-CANDIDATES = 4  # of a launch at most
+_MAX_CANDIDATES = 4
 _COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 _TYPE_OF_DTYPE = {
@@ -39,7 +39,7 @@ _TYPE_OF_DTYPE = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as an operator made it: the function, its arguments by name and its compiler options."""
+    """A recorded kernel launch: the function, its arguments by name and its compiler options."""
 
     case: str
     kernel: JITFunction
@@ -48,7 +48,7 @@ class Launch:
 
 
 def record(case: str, function: Callable[..., object], *arguments: object) -> list[Launch]:
-    """Call an operator's host function with kernel launches recorded and not executed."""
+    """Call an operator's host function, and record its kernel launches instead of executing them."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def record(case: str, function: Callable[..., object], *arguments: object) -> li
     with patch.object(JITFunction, "run", run):
         function(*arguments)
     if not launches:
-        raise RuntimeError(f"{case}: no launch of a kernel was recorded")
+        raise RuntimeError(f"{case}: no kernel launch was recorded")
     return launches
 
 
@@ -74,7 +74,7 @@ def operator_launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def compile_for(launch: Launch, target: Target) -> Compiled:
-    """Compile a recorded launch as Triton would specialise it: sizes and strides by divisibility, 1 by its value."""
+    """Compile a recorded launch, specialised as Triton does: integers by divisibility by 16, and 1 by its value."""
     constexprs, signature, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -97,10 +97,10 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
 
 
 def launches_for(target: Target, dtype: torch.dtype) -> list[Launch]:
-    """Every launch on `target` once: with the rule's configuration first, then with the other candidates."""
+    """Return every launch on `target` once, with the default configuration first, then with other candidates."""
     launches: dict[str, Launch] = {}
     with tuning.assume_architecture(target.name):
-        for index in range(CANDIDATES):
+        for index in range(_MAX_CANDIDATES):
             with tuning.candidate(index):
                 for launch in operator_launches(dtype):
                     launches.setdefault(f"{launch.case} {launch.kernel.__name__} {_configuration(launch)}", launch)
@@ -114,59 +114,59 @@ def _configuration(launch: Launch) -> dict[str, int]:
 
 
 def results(targets: tuple[Target, ...] = TARGETS) -> Iterator[tuple[Launch, str, Target, Compiled]]:
-    """Every launch in bfloat16 and float32 on each target: the launch, its dtype, the target and what came out."""
+    """Compile every launch in bfloat16 and float32 for each target."""
     for dtype in (torch.bfloat16, torch.float32):
         for target in targets:
             for launch in launches_for(target, dtype):
                 yield launch, str(dtype).removeprefix("torch."), target, compile_for(launch, target)
 
 
-def _line(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
+def _line(launch: Launch, dtype: str, target: Target, result: Compiled) -> str:
     return (
         f"{launch.case:34} {launch.kernel.__name__:36} {_blocks(launch):18} {dtype:9} {target.name:7} "
-        f"{got.registers:4} {got.spilled_bytes:5} {got.shared_bytes:6} {got.occupancy:9.0%} "
-        f"{got.matrix_instructions:6}{'!' if got.serialised else ' '}{got.bulk_copies:4} "
-        f"{got.loads:5} {got.stores:6} {got.wide_share:7.0%}"
+        f"{result.registers:4} {result.spilled_bytes:5} {result.shared_bytes:6} {result.occupancy:9.0%} "
+        f"{result.matrix_instructions:6}{'!' if result.serialised else ' '}{result.bulk_copies:4} "
+        f"{result.loads:5} {result.stores:6} {result.wide_share:7.0%}"
     )
 
 
 def _blocks(launch: Launch) -> str:
-    """Such as 128x64x64 w8 s3: block shape, warps and pipeline stages."""
+    """Return block shape, warps and pipeline stages, such as "128x64x64 w8 s3"."""
     sizes = "x".join(str(launch.arguments[name]) for name in ("BM", "BN", "BK", "BLOCK") if name in launch.arguments)
     stages = f" s{launch.options['num_stages']}" if "num_stages" in launch.options else ""
     return f"{sizes} w{launch.options.get('num_warps', 4)}{stages}"
 
 
-def _json(launch: Launch, dtype: str, target: Target, got: Compiled) -> str:
+def _json(launch: Launch, dtype: str, target: Target, result: Compiled) -> str:
     return json.dumps(
         {"case": launch.case, "kernel": launch.kernel.__name__, "dtype": dtype, "target": target.name}
         | _configuration(launch)
-        | dataclasses.asdict(got)
+        | dataclasses.asdict(result)
     )
 
 
 def main() -> None:
     """Print the table.
 
-    Exit status 1 if a kernel spills, needs more shared memory than the chip has, or has its products serialised; 2 for
-    misuse.
+    The exit status is 1 if a kernel spills, exceeds shared memory or has serialised matrix instructions; 2 for misuse.
     """
     names = [target.name for target in TARGETS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", choices=names, help="this GPU architecture alone")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel instead of the table")
+    parser.add_argument("--target", choices=names, help="compile for this GPU architecture only")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel instead of the table")
     options = parser.parse_args()
     if tile.INTERPRETED.value:
-        print("kernels.codegen: interpreted kernels are not compiled; unset TRITON_INTERPRET", file=sys.stderr)
+        print("kernels.codegen: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
         sys.exit(2)
     if not options.json:
         print(f"triton {triton.__version__}")
         head = f"{'case':34} {'kernel':36} {'blocks':18} {'dtype':9} {'target':7}"
         print(f"{head} regs spill shared occupancy matrix bulk loads stores 16-byte")
     failed = False
-    for launch, dtype, target, got in results(tuple(t for t in TARGETS if options.target in (None, t.name))):
-        failed |= got.spilled_bytes > 0 or got.shared_bytes > target.shared_limit or got.serialised
-        print(_json(launch, dtype, target, got) if options.json else _line(launch, dtype, target, got), flush=True)
+    write = _json if options.json else _line
+    for launch, dtype, target, result in results(tuple(t for t in TARGETS if options.target in (None, t.name))):
+        failed |= result.spilled_bytes > 0 or result.shared_bytes > target.shared_limit or result.serialised
+        print(write(launch, dtype, target, result), flush=True)
     sys.exit(failed)
 
 

@@ -1,4 +1,4 @@
-"""GPUs that kernels are compiled for without being there, and what the compilers say of the result."""
+"""Targets of ahead-of-time compilation, and the resources and instructions of the compiled code."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one launch compiles to: resources of one program, and counts of the instructions that decide its speed."""
+    """Resources of one program, and counts of the instructions that decide its speed."""
 
     registers: int  # per thread
     spilled_bytes: int  # per thread
     shared_bytes: int  # per program
-    occupancy: float  # the share of a processor's warps that can run at once
+    occupancy: float  # share of a multiprocessor's warps that run concurrently
     matrix_instructions: int
-    matrix_units: str  # the kinds of these instructions, such as "wgmma"
-    serialised: bool  # of "wgmma": each product waits for the one before it, because the compiler gave up
-    bulk_copies: int  # of whole tiles between global and shared memory, by tensor descriptors
-    loads: int  # of global memory, copies to shared memory included
+    matrix_units: str  # kinds of these instructions, such as "wgmma"
+    serialised: bool  # ptxas makes each wgmma wait for the one before
+    transposed_results: int  # transposes of computed tiles, whose matmuls Triton before 3.7.1 miscompiles for Hopper
+    bulk_copies: int  # TMA copies of whole tiles
+    loads: int  # of global memory, including copies to shared memory
     stores: int  # to global memory
-    wide_share: float  # of the bytes that a thread loads and stores, those in accesses of 16 bytes
-    loaded_bytes: int  # by one program, each statement counted once
+    wide_share: float  # share of loaded and stored bytes in accesses of 16 bytes
+    loaded_bytes: int  # by one program; each statement counts once
     stored_bytes: int
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture and the limits of one of its processors.
+    """A GPU architecture and the limits of one of its multiprocessors.
 
     NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". AMD: CDNA 3 instruction set
     architecture reference guide.
@@ -46,22 +47,22 @@ class Target:
 
     name: str
     gpu: GPUTarget
-    shared_limit: int  # bytes that one program may have
-    registers: int  # of a processor, in 32 bits, one for each thread
-    warps: int  # of a processor
-    programs: int  # of a processor
+    shared_limit: int  # bytes for one program
+    registers: int  # 32-bit registers, one for each thread
+    warps: int
+    programs: int
     read: Callable[[Any, Target], tuple[int, int, bool, list[tuple[str, int]]]]  # as _read_nvidia
-    reserved_shared: int = 1024  # bytes of every program that the system takes
+    reserved_shared: int = 1024  # bytes that the system takes of every program
 
     def occupancy(self, warps: int, registers: int, shared: int) -> float:
-        """The share of the processor's warps that programs of `warps` fill."""
+        """Return the share of a multiprocessor's warps that programs of `warps` fill."""
         width = self.gpu.warp_size
         per_warp = -(-registers * width // 256) * 256  # allocated in units of 256
         fitting = min(
             self.programs,
             self.warps // warps,
             self.registers // max(per_warp * warps, 1),
-            # one program may have all but what is reserved
+            # one program may use all but the reserved bytes
             (self.shared_limit + self.reserved_shared) // (shared + self.reserved_shared) if shared else self.programs,
         )
         return fitting * warps / self.warps
@@ -83,6 +84,7 @@ class Target:
             matrix_instructions=sum(matrix.values()),
             matrix_units="+".join(unit for unit, count in matrix.items() if count > 0),
             serialised=serialised,
+            transposed_results=_transposed_results(compiled.asm["ttir"]),
             bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.tensor", assembly)),
             loads=sum(kind == "load" for kind, _ in accesses),
             stores=sum(kind == "store" for kind, _ in accesses),
@@ -102,7 +104,7 @@ _BITS = {"bf16": 16, "f16": 16, "f32": 32, "i64": 64, "i32": 32, "i8": 8}
 
 
 def _program_bytes(ttir: str) -> tuple[int, int]:
-    """Bytes that the statements of a program load and store, a loop's body counted once, masks not counted."""
+    """Return the bytes that a program loads and stores. Loop bodies count once, and masks do not count."""
     total = {"load": 0, "store": 0}
     for kind, shape, dtype in re.findall(r"tt\.(load|store) .*: (?:tensor<([\dx]*)x)?!tt\.ptr<(\w+)>", ttir):
         elements = 1
@@ -112,20 +114,27 @@ def _program_bytes(ttir: str) -> tuple[int, int]:
     return total["load"], total["store"]
 
 
+def _transposed_results(ttir: str) -> int:
+    """Count the transposes of tiles that were computed, not loaded."""
+    operation = dict(re.findall(r"%(\S+) = ([\w.]+)", ttir))
+    transposed = re.findall(r"tt\.trans %(\S+)", ttir)
+    return sum(operation.get(value) not in ("tt.load", "tt.descriptor_load", "tt.reshape") for value in transposed)
+
+
 def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple[str, int]]]:
-    """Registers, spilled bytes, whether products are serialised, and the accesses: load or store, and bytes."""
+    """Return registers, spilled bytes, if wgmma is serialised, and the accesses: load or store, and bytes."""
     ptx = compiled.asm["ptx"]
     capability = target.gpu.arch
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        # tensor-core instructions of the data-centre chips are specific to one architecture
+        # matrix instructions of the data-centre GPUs are specific to one architecture
         arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
         command = [get_ptxas(capability).path, "-v", f"-arch={arch}", source, "-o", Path(folder, "cubin")]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(found) for found in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", report))
-    # in the words of every cause, each of which has a number: C7514 where sums are read too early, C7515, C7520
+    # the text of every cause: C7514 where accumulators are read too early, C7515, C7520
     serialised = "wgmma.mma_async instructions are serialized" in report
     accesses = []
     for kind, suffixes in re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)+)", ptx):
@@ -148,7 +157,7 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple
         return max((int(found) for found in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
     accesses = []
-    # the longest name first: "dwordx4" begins with "dword", and "ushort" or "short_d16" hold "short"
+    # "dwordx4" starts with "dword": the longest name first
     sizes = "|".join(sorted(_AMD_SIZES, key=len, reverse=True))
     for kind, size in re.findall(rf"(?:global|buffer)_(load|store)_\w*?({sizes})", assembly):
         accesses.append((kind, _AMD_SIZES[size]))
@@ -159,46 +168,16 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple
 _nvidia = partial(Target, read=_read_nvidia, registers=65_536)
 
 TARGETS = (
-    _nvidia(
-        name="sm_80",
-        gpu=GPUTarget("cuda", 80, 32),
-        shared_limit=166_912,
-        warps=64,
-        programs=32,
-    ),
-    _nvidia(
-        name="sm_89",
-        gpu=GPUTarget("cuda", 89, 32),
-        shared_limit=101_376,
-        warps=48,
-        programs=24,
-    ),
-    _nvidia(
-        name="sm_90",
-        gpu=GPUTarget("cuda", 90, 32),
-        shared_limit=232_448,
-        warps=64,
-        programs=32,
-    ),
-    _nvidia(
-        name="sm_100",
-        gpu=GPUTarget("cuda", 100, 32),
-        shared_limit=232_448,
-        warps=64,
-        programs=32,
-    ),
-    _nvidia(
-        name="sm_120",
-        gpu=GPUTarget("cuda", 120, 32),
-        shared_limit=101_376,
-        warps=48,
-        programs=24,
-    ),
+    _nvidia("sm_80", GPUTarget("cuda", 80, 32), shared_limit=166_912, warps=64, programs=32),
+    _nvidia("sm_89", GPUTarget("cuda", 89, 32), shared_limit=101_376, warps=48, programs=24),
+    _nvidia("sm_90", GPUTarget("cuda", 90, 32), shared_limit=232_448, warps=64, programs=32),
+    _nvidia("sm_100", GPUTarget("cuda", 100, 32), shared_limit=232_448, warps=64, programs=32),
+    _nvidia("sm_120", GPUTarget("cuda", 120, 32), shared_limit=101_376, warps=48, programs=24),
     Target(
-        name="gfx942",
-        gpu=GPUTarget("hip", "gfx942", 64),
+        "gfx942",
+        GPUTarget("hip", "gfx942", 64),
         shared_limit=65_536,
-        registers=4 * 512 * 64,  # four units of 512 registers for each of 64 lanes
+        registers=4 * 512 * 64,  # four SIMD units with 512 registers for each of 64 lanes
         warps=32,
         programs=32,
         read=_read_amd,
