@@ -7,7 +7,7 @@ measured without the profiler; the GPU idles where its kernels do not fill it. O
 from __future__ import annotations
 
 import os
-import time
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from benchmarks.measuring.model_bench import GenerationBench, TrainingBench
 from benchmarks.measuring.model_providers import ModelCase
 from benchmarks.measuring.operator_bench import OperatorBench
 from benchmarks.measuring.processes import run_command
-from benchmarks.measuring.timing import WARMUP_CALLS, Call, synchronize
+from benchmarks.measuring.timing import WARMUP_CALLS, Call, WallClock, synchronize
 from benchmarks.operators import OPERATORS
 from gptfast import GPTConfig
 from gptfast.config import PRESETS
@@ -57,7 +57,7 @@ def main(
 
     Args:
         suite: training, generation, or the name of an operator.
-        provider: its name in the benchmarks; by default triton on a GPU and eager on a CPU.
+        provider: its name in the benchmarks; by default triton on a GPU, and on a CPU eager or, for models, cpu.
         case: words of an operator's case, such as "bfloat16 T=1024"; the first case with all of them is taken.
         mode: an operator's pass: forward, backward or both.
         model: preset of the model.
@@ -74,7 +74,7 @@ def main(
         raise ValueError(f"--repeats and --top must be at least 1, got {repeats} and {top}")
     if external and device.type != "cuda":
         raise ValueError("--external needs a CUDA GPU, and none was found")
-    provider = provider or ("triton" if device.type == "cuda" else "eager")
+    provider = provider or ("triton" if device.type == "cuda" else "cpu" if suite in MODELS else "eager")
     if suite in MODELS:
         bench = model_bench(suite, model, batch, length, new_tokens, provider, device)
         mode = model_providers.MODES[suite]
@@ -88,7 +88,8 @@ def main(
         run_between_markers(call, device)
         print(f"{title}: ran once")
     else:
-        seconds = wall_clock(call, device, repeats)
+        clock = WallClock(device)
+        seconds = statistics.fmean(clock(call)[0] for _ in range(repeats))
         print(f"{title}\n{table(profile_kernels(call, device, repeats), seconds, device, top)}")
 
 
@@ -124,19 +125,6 @@ def model_bench(
 def _require_known(kind: str, name: str, accepted: Any) -> None:
     if name not in accepted:
         raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(accepted)}")
-
-
-def wall_clock(call: Call, device: torch.device, repeats: int) -> float:
-    """Measure the mean seconds of a run without the profiler."""
-    total = 0.0
-    for _ in range(repeats):
-        prepared = call.prepare()
-        synchronize(device)
-        start = time.perf_counter()
-        call.run(prepared)
-        synchronize(device)
-        total += time.perf_counter() - start
-    return total / repeats
 
 
 def profile_kernels(call: Call, device: torch.device, repeats: int) -> list[KernelTime]:

@@ -1,9 +1,9 @@
-"""FLOPs and bytes of every operator, in closed form: what a roofline needs.
+"""FLOPs and bytes of every operator in closed form, for the roofline.
 
-Bytes are the least that the method must move through device memory: each tensor that one of its passes reads counts
-once for that pass, each that it writes once. FLOPs are those of the matrix products; where an operator has none, of
-its elementwise arithmetic. Attention counts the scores that the mask lets through, and its backward five products,
-whatever an implementation computes a second time (Dao 2023, arXiv:2307.08691, section 4.1).
+Bytes are the least that the method must move through device memory: a tensor counts once for each pass that reads it,
+and once for each that writes it. FLOPs are those of the matrix products, or of the elementwise arithmetic where there
+are none. Attention counts the unmasked scores, and five products in its backward, whatever an implementation recomputes
+(Dao 2023, arXiv:2307.08691, section 4.1).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from gptfast.config import GPTConfig
 
-_STATISTIC = 4  # bytes: statistics of rows, and scales, are kept in float32
+_STATISTIC = 4  # bytes of row statistics and scales in float32
 _TOKEN = 8  # bytes of a token id
+_WORKSPACE = 2**29  # bytes of logits that the loss holds at a time
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Cost:
         return Cost(self.flops * times, self.bytes * times)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The roofline's bound (Williams et al. 2009): the slower of arithmetic and memory, the other one hidden."""
+        """Compute the roofline's bound (Williams et al. 2009), the slower of arithmetic and memory."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
     def bound(self, flops_per_second: float, bytes_per_second: float) -> str:
-        """Which of the two is the slower: "memory" or "arithmetic"."""
+        """Return the slower of the two, "memory" or "arithmetic"."""
         return "memory" if self.bytes / bytes_per_second >= self.flops / flops_per_second else "arithmetic"
 
 
@@ -65,22 +66,22 @@ def layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passe
 def add_layer_norm(
     rows: int, width: int, itemsize: int, bias: bool = True, residual_itemsize: int | None = None
 ) -> Passes:
-    """Residual addition and layer norm in one pass: reads x and the residual, writes their sum and its norm.
+    """Residual addition and layer norm in one pass, which reads x and the residual and writes their sum and its norm.
 
-    The backward reads the gradients of both results and the sum, and writes one gradient, which x and the residual
-    share; two where the residual stream has another size than x and the norm.
+    The backward reads the gradients of both results and the sum. It writes one gradient for x and the residual, or two
+    if the residual stream has another itemsize than x and the norm.
     """
     norm, elements = layer_norm(rows, width, itemsize, bias), rows * width
     stream = residual_itemsize or itemsize
     added = Cost(elements, 2 * elements * stream)
-    # reads dy, dh and h, writes the stream's gradient, and x's
+    # reads dy, dh and h, writes the gradients of the stream and of x
     moved = elements * (itemsize + 3 * stream + (itemsize if stream != itemsize else 0))
     backward = Cost(norm.backward.flops + elements, norm.backward.bytes - 3 * elements * itemsize + moved)
     return Passes(norm.inference + added, norm.forward + added, backward)
 
 
 def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = True) -> Passes:
-    """A product [rows, inputs] x [inputs, outputs] with the gradients of both."""
+    """A product [rows, inputs] x [inputs, outputs] and the gradients of both."""
     x, weight, y = rows * inputs, inputs * outputs, rows * outputs
     b = outputs if bias else 0
     forward = Cost(2 * rows * weight, (x + weight + b + y) * itemsize)
@@ -90,16 +91,16 @@ def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = Tru
 
 
 def int8_linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Passes:
-    """A product [rows, inputs] x [inputs, outputs] with weights of 8 bits and a scale for each output; no backward."""
+    """A product [rows, inputs] x [inputs, outputs] with int8 weights and a scale per output, without a backward."""
     moved = (rows * inputs + rows * outputs) * itemsize + inputs * outputs + outputs * _STATISTIC
     forward = Cost(2 * rows * inputs * outputs, moved)
     return Passes(forward, forward, Cost(0, 0))
 
 
 def gelu_ffn(rows: int, width: int, hidden: int, itemsize: int, bias: bool = True) -> Passes:
-    """The feed-forward with the activation in the epilogue of the first product; it keeps the pre-activation alone.
+    """The feed-forward with the activation in the epilogue of the first product, which keeps the pre-activation only.
 
-    The backward recomputes the activation in the epilogue of dy @ w_down, which writes it beside its gradient.
+    The backward recomputes the activation in the epilogue of dy @ w_down, and writes it beside its gradient.
     """
     x, h, weight = rows * width, rows * hidden, width * hidden
     b = width + hidden if bias else 0
@@ -117,22 +118,24 @@ def causal_attention(batch: int, heads: int, queries: int, keys: int, head_size:
     q, k = batch * heads * queries * head_size * itemsize, batch * heads * keys * head_size * itemsize
     lse = batch * heads * queries * _STATISTIC
     inference = Cost(2 * product, 2 * q + 2 * k)
-    # reads q, k, v, o, do and the log-sum-exp, writes dq, dk, dv
+    # reads q, k, v, o, do and lse, writes dq, dk, dv
     backward = Cost(5 * product, 4 * q + 4 * k + lse)
     return Passes(inference, inference + Cost(0, lse), backward)
 
 
 def linear_cross_entropy(
-    rows: int, width: int, vocabulary: int, itemsize: int, weight_itemsize: int | None = None, chunks: int = 1
+    rows: int, width: int, vocabulary: int, itemsize: int, weight_itemsize: int | None = None, chunks: int | None = None
 ) -> Passes:
-    """Cross-entropy of the logits of x [rows, width] and a weight [vocabulary, width], in `chunks` of rows.
+    """Cross-entropy of the logits of x [rows, width] and a weight [vocabulary, width].
 
-    The training forward computes both gradients: the logits are written by their product, read by the kernel, which
-    writes their gradient in place, and read by two products more; the weight's gradient is summed in float32 from chunk
-    to chunk. The kernel's second look at a row is not counted: it comes from the cache. The backward multiplies by the
-    upstream gradient.
+    Rows are processed in `chunks`, by default as many as the workspace for logits needs.
+
+    The training forward computes both gradients. A product writes the logits, the kernel reads them and writes their
+    gradient in place, two products read that; the weight's gradient is summed over chunks in float32. The kernel's
+    second read of a row hits the cache and does not count. The backward multiplies by the upstream gradient.
     """
     x, weight, logits = rows * width, vocabulary * width, rows * vocabulary
+    chunks = chunks or -(-logits * itemsize // _WORKSPACE)
     product = 2 * rows * vocabulary * width
     targets = rows * (_TOKEN + _STATISTIC)  # and losses
     inference = Cost(product, (x + chunks * weight + 2 * logits) * itemsize + targets)
@@ -143,12 +146,12 @@ def linear_cross_entropy(
 
 
 def adamw(parameters: int) -> Cost:
-    """One fused AdamW step in float32: reads weight, gradient and two moments, writes all but the gradient."""
+    """One fused AdamW step in float32, which reads weight, gradient and two moments and writes all but the gradient."""
     return Cost(12 * parameters, 7 * 4 * parameters)
 
 
 def parameters(config: GPTConfig) -> int:
-    """Number of parameters, tied ones counted once."""
+    """Count the parameters of a GPT, tied ones once."""
     width, bias = config.n_embd, config.bias
     norm = width * (2 if bias else 1)
     block = 12 * width**2 + 2 * norm
@@ -160,9 +163,10 @@ def parameters(config: GPTConfig) -> int:
 
 
 def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int, int8_weights: bool = False) -> int:
-    """Bytes that generating one token for each of `batch` sequences must read: the weights once, and the keys and
-    values of `context` earlier tokens of each sequence. Embedding rows are too few to count, and of weights of 8 bits
-    so are scales, biases and norms, a byte each here.
+    """Count the bytes that decoding one token of each sequence reads: the weights, and the cached keys and values.
+
+    The cache holds `context` tokens of each sequence. Embedding rows are too few to count. With int8 weights, scales,
+    biases and norms count as a byte each.
     """
     looked_up = config.block_size * config.n_embd if config.position == "learned" else 0
     looked_up += 0 if config.tie_weights else config.vocab_size * config.n_embd

@@ -16,7 +16,7 @@ from benchmarks.measuring.timing import Call, Times, percentiles
 
 # a failure of these is an error of this project; a peer that fails, the compiler included, is skipped with its reason
 OWN = (
-    "eager", "eager int8", "cpu", "cpu int8", "cpu compiled",
+    "eager", "eager int8", "cpu", "cpu int8",
     "triton", "triton int8", "triton compiled", "triton captured", "triton compiled captured",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 import gptfast
+from benchmarks.measuring.bench import dtype_name
 from benchmarks.measuring.timing import Call, kernel_times, percentiles
 from benchmarks.reporting.results import FORMAT
 from gptfast import hardware
@@ -24,12 +25,12 @@ MATRIX_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def default_device() -> torch.device:
-    """The current CUDA device where there is one, else the CPU."""
+    """Return the current CUDA device, or the CPU without one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def slug(device: torch.device) -> str:
-    """The name of the device's folder of results: "cpu", or "h200", "rtx-4090", "a100-sxm4-80gb"."""
+    """Return the name of the device's folder of results, such as "cpu", "h200", "rtx-4090" or "a100-sxm4-80gb"."""
     if device.type != "cuda":
         return device.type
     name = torch.cuda.get_device_name(device).lower()
@@ -38,7 +39,7 @@ def slug(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, driver and versions, as the results hold them."""
+    """Collect device, driver and versions for the results."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
@@ -58,11 +59,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _peak(device: torch.device) -> dict[str, Any]:
-    """What MFU and MBU are shares of; without a name for a GPU that the table does not know."""
+    """Peak rates that MFU and MBU refer to; without a name for a GPU that `hardware` does not list."""
     if device.type == "cpu":
         return {
             "name": "this CPU",
-            "flops": {_name(dtype): hardware.peak_flops(device, dtype) for dtype in MATRIX_DTYPES},
+            "flops": {dtype_name(dtype): hardware.peak_flops(device, dtype) for dtype in MATRIX_DTYPES},
             "bandwidth": hardware.peak_bandwidth(device),
             "source": "measured: the best of several matrix products and copies",
         }
@@ -72,18 +73,14 @@ def _peak(device: torch.device) -> dict[str, Any]:
     return {"name": gpu.name, "flops": dict(gpu.flops), "bandwidth": gpu.bandwidth, "source": gpu.source}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def measure_limits(device: torch.device) -> dict[str, Any]:
-    """The best that this machine does: bytes per second of a copy (read and written), FLOP/s of a matrix product.
+    """Measure the best rates of this machine: bytes/s of a copy, read and written, and FLOP/s of a product by dtype.
 
-    Random normal data: on zeros a GPU draws less power and clocks higher. Medians, by dtype for the products.
+    Medians on random normal data: on zeros a GPU draws less power and clocks higher.
     """
     return {
         "copy_bytes_per_second": _copy_rate(device),
-        "matrix_flops_per_second": {_name(dtype): _product_rate(device, dtype) for dtype in MATRIX_DTYPES},
+        "matrix_flops_per_second": {dtype_name(dtype): _product_rate(device, dtype) for dtype in MATRIX_DTYPES},
     }
 
 

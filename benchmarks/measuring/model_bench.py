@@ -106,7 +106,7 @@ class TrainingBench(ModelBench):
         """Training FLOPs per token, three times thop's count of the forward; None if thop is not installed."""
         batch, length = self.case.batch, self.case.length
         try:
-            return 3 * thop_count.count(self.reference, batch, length).matrix_flops // (batch * length)
+            return 3 * thop_count.count(self.reference, batch, length) // (batch * length)
         except ImportError:
             return None
 

@@ -67,11 +67,15 @@ class ModelCase:
 
 @dataclass(frozen=True)
 class ModelProvider:
-    """An implementation of GPT: `build(reference)` gives a model with the weights of `reference`.
+    """An implementation of GPT: `build(reference)` returns a model with the weights of `reference`.
 
-    `loss(model, idx, targets)` and `logits(model, idx)` speak its language. With `captured` it trains by
-    `gptfast.TrainStep` in CUDA graphs, else by a plain loop; with `int8` its products have weights of 8 bits. A result
-    may differ from the truth by `tolerance`, where that is more than what its dtype may have.
+    Args:
+        name: in results.
+        build: raises UnavailableError if the implementation cannot run here.
+        loss, logits, generate: the calls of the model's own interface.
+        captured: train by `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
+        int8: the weights of products have 8 bits.
+        tolerance: accepted relative error, where it is above that of the dtype.
     """
 
     name: str
@@ -86,50 +90,33 @@ class ModelProvider:
 
 
 def twin(reference: GPT, backend: str) -> GPT:
-    """A model with another backend on the very same parameters: weights, gradients and optimizer are shared."""
+    """Build a model with another backend on the same parameters: weights and gradients are shared."""
     with torch.device("meta"):
         model = GPT(reference.config)
-    # not its `state_dict`, which would be copies where the vocabulary is padded
+    # a `state_dict` would copy a padded vocabulary
     model.load_state_dict(dict(reference.named_parameters(remove_duplicate=False)), assign=True)
     model.set_backend(backend)
     return model.train(reference.training)
 
 
-def _eager(reference: GPT) -> GPT:
-    return twin(reference, "eager")
+def _backend(name: str, quantized: bool = False, compiled: bool = False) -> Callable[[GPT], nn.Module]:
+    """Build a twin by one of our backends, on the device that it is meant for."""
 
+    def build(reference: GPT) -> nn.Module:
+        device = reference.lm_head.weight.device
+        if name == "cpu" and device.type != "cpu":
+            raise UnavailableError("the backend cpu is measured on a CPU")
+        if name == "triton" and device.type != "cuda":
+            raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
+        reason = runtime.unsupported_reason(device) if name == "triton" else None
+        if reason is not None:
+            raise UnavailableError(reason)
+        model = twin(reference, name)
+        if compiled:
+            model.compile()
+        return quantize(model) if quantized else model
 
-def _cpu(reference: GPT) -> GPT:
-    if reference.lm_head.weight.device.type != "cpu":
-        raise UnavailableError("the backend cpu is measured on a CPU")
-    return twin(reference, "cpu")
-
-
-def _triton(reference: GPT) -> GPT:
-    device = reference.lm_head.weight.device
-    if device.type != "cuda":
-        raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
-    reason = runtime.unsupported_reason(device)
-    if reason is not None:
-        raise UnavailableError(reason)
-    return twin(reference, "triton")
-
-
-def _int8(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
-    return lambda reference: quantize(build(reference))
-
-
-def _compiled(build: Callable[[GPT], GPT]) -> Callable[[GPT], nn.Module]:
-    def compiled(reference: GPT) -> nn.Module:
-        model = build(reference)
-        model.compile()
-        return model
-
-    return compiled
-
-
-def _by_compiled_steps(model: GPT, idx: Tensor, count: int) -> Tensor:
-    return model.generate(idx, count, temperature=0, compiled=True)
+    return build
 
 
 def _hugging_face(reference: GPT) -> nn.Module:
@@ -139,18 +126,16 @@ def _hugging_face(reference: GPT) -> nn.Module:
         raise UnavailableError(f"transformers cannot be imported: {error}") from error
     config = reference.config
     if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
-        raise UnavailableError("Hugging Face's GPT-2 has biases, tied weights, norms before and learned positions")
+        raise UnavailableError("Hugging Face's GPT-2 needs biases, tied weights, pre-norm and learned positions")
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        # the fused form: GPT-2's own "gelu_new" is the same function in five passes over memory
+        # the fused form of "gelu_new", which takes five passes over memory
         "activation_function": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_implementation": "sdpa",
@@ -162,7 +147,7 @@ def _hugging_face(reference: GPT) -> nn.Module:
     ours = reference.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # its projections hold their matrices as [in, out]
+            # Hugging Face stores projections as [in, out]
             transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             parameter.copy_(ours[name].t() if transposed else ours[name])
     return model.train(reference.training)
@@ -171,42 +156,45 @@ def _hugging_face(reference: GPT) -> nn.Module:
 def _nanogpt(checkout: str | None) -> Callable[[GPT], nn.Module]:
     def build(reference: GPT) -> nn.Module:
         if checkout is None:
-            raise UnavailableError("nanoGPT is no package: give the folder of a checkout with --nanogpt")
+            raise UnavailableError("nanoGPT is not a package: pass the folder of a checkout as --nanogpt")
         path = Path(checkout, "model.py")
         if not path.is_file():
-            raise UnavailableError(f"{checkout} has no model.py; --nanogpt takes a checkout of nanoGPT")
+            raise UnavailableError(f"--nanogpt {checkout} has no model.py; a checkout of nanoGPT is accepted")
         spec = importlib.util.spec_from_file_location("nanogpt_model", path)
         if spec is None or spec.loader is None:
             raise UnavailableError(f"{path} cannot be imported")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = reference.config
-        if config.activation == "relu":  # its GELU is by erf; by tanh it differs in the fourth digit
+        if config.activation == "relu":  # the two GELUs differ in the fourth digit
             raise UnavailableError("nanoGPT's activation is GELU")
         settings = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
         with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
             model = module.GPT(module.GPTConfig(**settings))
-        model.load_state_dict(reference.state_dict(), strict=False)  # without the mask that old PyTorch needs
+        model.load_state_dict(reference.state_dict(), strict=False)  # without the mask of old PyTorch
         weight = reference.lm_head.weight
         return model.to(weight.device, weight.dtype).train(reference.training)
 
     return build
 
 
+def _generate_compiled(model: GPT, idx: Tensor, count: int) -> Tensor:
+    return model.generate(idx, count, temperature=0, compiled=True)
+
+
 def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
-    """All providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
+    """Return all providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
+    triton_compiled, eager_compiled = (_backend(name, compiled=True) for name in ("triton", "eager"))
     built = [
-        ModelProvider("triton", _triton),
-        ModelProvider("triton captured", _triton, captured=True),
-        ModelProvider("triton compiled", _compiled(_triton), generate=_by_compiled_steps),
-        ModelProvider("triton compiled captured", _compiled(_triton), captured=True),
-        ModelProvider("cpu", _cpu),
-        ModelProvider("eager", _eager),
-        ModelProvider("eager compiled", _compiled(_eager), generate=_by_compiled_steps),
+        *(ModelProvider(name, _backend(name)) for name in ("triton", "cpu", "eager")),
+        ModelProvider("triton captured", _backend("triton"), captured=True),
+        ModelProvider("triton compiled", triton_compiled, generate=_generate_compiled),
+        ModelProvider("triton compiled captured", triton_compiled, captured=True),
+        ModelProvider("eager compiled", eager_compiled, generate=_generate_compiled),
         *(
-            # weights that are rounded to 8 bits change logits by a percent
-            ModelProvider(f"{name} int8", _int8(build), int8=True, tolerance=0.05)
-            for name, build in (("triton", _triton), ("cpu", _cpu), ("eager", _eager))
+            # int8 weights change logits by a percent
+            ModelProvider(f"{name} int8", _backend(name, quantized=True), int8=True, tolerance=0.05)
+            for name in ("triton", "cpu", "eager")
         ),
         ModelProvider(
             "Hugging Face",
@@ -229,14 +217,14 @@ def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
 
 
 def reference_model(case: ModelCase, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Random weights, the same on every run."""
+    """Build the eager model with random weights, the same on every run."""
     torch.manual_seed(0)
     with device:
         return gptfast.GPT(case.config, backend="eager").to(dtype)
 
 
 def tokens(case: ModelCase, device: torch.device) -> Tensor:
-    """Random ids [B, T + 1]: inputs and, one later, targets."""
+    """Draw token ids [B, T + 1]: inputs, and targets one position later."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.batch, case.length + 1)
     return torch.randint(case.config.vocab_size, shape, generator=generator, device=device)

@@ -1,18 +1,16 @@
-"""Measuring time and memory so that variants can be compared: warmed up, interleaved, synchronised.
+"""Time and memory of calls that are compared: warmed up, interleaved, synchronised.
 
-Two kinds of time. `kernel_times` is for single operators: the GPU's own time between two events, with cold caches and
-a queue that is already full, so that gaps between launches are not counted; the time that the host needs for the call
-stands beside it. `step_times` is for whole steps, where such gaps are part of the truth: wall clock between two
-synchronisations.
+`kernel_times` is for operators. It takes the GPU's time between two events, with cold caches and a full queue, so that
+gaps between launches do not count; the host's time for the call is kept beside it. `step_times` is for whole steps,
+where such gaps do count. It takes the wall clock between two synchronisations.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,7 +22,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: `run(prepare())`, of which `prepare` is left out of the time."""
+    """A call `run(prepare())`; the time of `prepare` does not count."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -32,25 +30,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round; `host` is None where it is the same thing."""
+    """Seconds of each round on the device, and of the host's call if that is another time."""
 
     device: list[float]
     host: list[float] | None
 
 
+Clock = Callable[[Call], tuple[float, float]]  # runs a call once and returns the device's and the host's seconds
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, interpolated between neighbours."""
-    ordered = sorted(seconds)
-    if len(ordered) == 1:
-        return dict.fromkeys(("p20", "median", "p80"), ordered[0])
-    p20, *_, p80 = statistics.quantiles(ordered, n=5, method="inclusive")
-    return {"p20": p20, "median": statistics.median(ordered), "p80": p80}
-
-
-class Stopwatch(Protocol):
-    """Runs a call once and gives the seconds of the device and those of the host."""
-
-    def __call__(self, call: Call) -> tuple[float, float]: ...
+    """Compute the median and the 20th and 80th percentile, interpolated between neighbours."""
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    values = torch.tensor(seconds, dtype=torch.float64).quantile(quantiles).tolist()
+    return dict(zip(("p20", "median", "p80"), values, strict=True))
 
 
 class WallClock:
@@ -70,34 +63,34 @@ class WallClock:
 
 
 class EventClock:
-    """Seconds between two CUDA events around the call, its inputs out of the L2 cache.
+    """Seconds between two CUDA events around the call, with its inputs out of the L2 cache.
 
-    Before the first event the GPU is kept busy overwriting a buffer several times the size of its L2 cache: that
-    flushes the cache, and while it lasts the host queues the whole call, so that the GPU never waits for the host.
+    Before the first event the GPU overwrites a buffer several times as large as its L2 cache. That flushes the cache,
+    and lets the host queue the whole call meanwhile, so that the GPU never waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.buffer = torch.empty(max(4 * properties.L2_cache_size, 2**27), dtype=torch.int8, device=device)
-        self.host_seconds: dict[Call, float] = {}  # as last seen
+        self.host_seconds: dict[Call, float] = {}  # of the last run
         self.flush_seconds = self._measure_flush()
 
     def _measure_flush(self) -> float:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.buffer.zero_()
-        events[0].record()
+        start.record()
         for _ in range(10):
             self.buffer.zero_()
-        events[1].record()
+        end.record()
         torch.cuda.synchronize(self.device)
-        return events[0].elapsed_time(events[1]) / 10 / 1e3
+        return start.elapsed_time(end) / 10 / 1e3
 
     def __call__(self, call: Call) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         prepared = call.prepare()
         torch.cuda.synchronize(self.device)
-        # a call that was never seen may take its time on the host; half as much again is for noise
+        # keep the GPU busy for 1.5 times the host's last call, or for 1.5 ms before a first one
         lead = 1.5 * self.host_seconds.get(call, 1e-3)
         for _ in range(1 + min(int(lead / self.flush_seconds), 1000)):
             self.buffer.zero_()
@@ -112,29 +105,28 @@ class EventClock:
 
 
 def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float = 0.3) -> dict[Key, Times]:
-    """Time operators against each other; see `interleave`."""
+    """Time operators in turns, see `interleave`: by CUDA events on a GPU, by the wall clock on a CPU."""
     if device.type == "cuda":
         return interleave(calls, EventClock(device), seconds, host=True)
     return interleave(calls, WallClock(device), seconds)
 
 
 def step_times(calls: Mapping[Key, Call], device: torch.device, seconds: float) -> dict[Key, Times]:
-    """Time whole steps against each other; see `interleave`."""
+    """Time whole steps in turns by the wall clock, see `interleave`."""
     return interleave(calls, WallClock(device), seconds)
 
 
-def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host: bool = False) -> dict[Key, Times]:
-    """Time calls in turn, so that what changes with time (clocks, heat, neighbours) strikes all of them alike.
+def interleave(calls: Mapping[Key, Call], clock: Clock, seconds: float, host: bool = False) -> dict[Key, Times]:
+    """Time calls in turns, so that drifts of clocks, heat and other load affect all of them alike.
 
     Args:
-        calls: by name. Each is warmed up before any of them is measured.
+        calls: by name. All are warmed up before the first is measured.
         clock: runs and times one call.
-        seconds: about how long the measured rounds of all calls may take together; there are at least 5 rounds of
-            each and at most 50.
+        seconds: approximate duration of the measured rounds of all calls together; each call gets 5 to 50 rounds.
         host: keep the time of the host as well.
 
     Returns:
-        The times of each call, in the order in which they were taken.
+        The times of each call in measured order.
     """
     warm = {}
     for name, call in calls.items():
@@ -145,7 +137,7 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
             if warm[name] > WARMUP_SECONDS:
                 break
     taken: dict[Key, list[tuple[float, float]]] = {name: [] for name in calls}
-    for order in _orders(list(calls), rounds=rounds_within(seconds, sum(warm.values()))):
+    for order in _orders(list(calls), rounds_within(seconds, sum(warm.values()))):
         for name in order:
             taken[name].append(clock(calls[name]))
     return {
@@ -155,33 +147,31 @@ def interleave(calls: Mapping[Key, Call], clock: Stopwatch, seconds: float, host
 
 
 def rounds_within(seconds: float, one_round: float) -> int:
-    """How many rounds of `one_round` seconds to measure in about `seconds`."""
+    """Compute the number of rounds of `one_round` seconds that fit into `seconds`, from 5 to 50."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-9))))
 
 
 def _orders(names: list[Key], rounds: int) -> Iterator[list[Key]]:
-    """Every call follows every other one: what the caches and clocks inherit must not be always the same call's."""
+    """Rotate the names, so that no call always inherits the caches and clocks of the same other one."""
     for number in range(rounds):
         shift = number % len(names)
         yield names[shift:] + names[:shift]
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Device memory that the call needs at its peak beyond what was allocated before it; None without a counter."""
+    """Measure the peak of the device memory that the call allocates; None on a CPU."""
     if device.type != "cuda":
         return None
     prepared = call.prepare()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    result = call.run(prepared)
+    result = call.run(prepared)  # noqa: F841 - the result stays alive until the peak is read
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del result
-    return peak
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was told."""
+    """Wait until `device` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -74,7 +74,7 @@ def test_a_spent_budget_starts_nothing():
 def test_a_checkout_that_is_none(tmp_path):
     case = "training and nano-B12-T64 and nanoGPT"
     done = benchmark("-k", case, "--nanogpt", str(tmp_path))
-    assert f"{tmp_path} has no model.py; --nanogpt takes a checkout of nanoGPT" in done.stdout
+    assert f"--nanogpt {tmp_path} has no model.py" in done.stdout
 
 
 def test_a_peak_that_is_no_number_is_refused_before_anything_is_measured(monkeypatch):
