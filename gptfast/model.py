@@ -77,7 +77,7 @@ class CausalSelfAttention(BackendModule):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, D] each
         k, v = cache.extend(self.layer, k, v)  # [B, H, S, D] each
         if (T == 1 or cache.lengths is not None) and dropout == 0.0:
-            y = self.backend.decode_attention(q, k, v, cache.seen(T, x))  # [B, H, T, D]
+            y = self.backend.decode_attention(q, k, v, cache.kv_lengths(T, x))  # [B, H, T, D]
         else:
             seen = cache.length + T
             y = self.backend.causal_attention(q, k[:, :, :seen], v[:, :, :seen], dropout_p=dropout)  # [B, H, T, D]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gptfast import devices
-from gptfast.generation.autoregressive import evaluating
+from gptfast.generation.decoder import evaluating
 from gptfast.model import GPT
 
 

@@ -1,1 +1,1 @@
-"""Writing with a GPT: the cache of keys and values, sampling, beam search, text as it comes."""
+"""Text generation: KV cache, sampling, speculative decoding, beam search and streaming."""

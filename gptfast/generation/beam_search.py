@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations of prompts, found among the likeliest beginnings of every length."""
+"""Beam search: likely continuations of prompts, by keeping the likeliest prefixes of every length."""
 
 from __future__ import annotations
 
@@ -12,22 +12,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EarlyStopping = bool | Literal["never"]
-Process = Callable[[Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
-NOWHERE = float("-inf")  # the score of a beam or a hypothesis that is not there
+NO_SCORE = float("-inf")  # of a missing beam or hypothesis
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Settings of a beam search.
+
+    Args:
+        num_beams: open beams of each prompt. With 1 the search is greedy and ends with the first stop token.
+        length_penalty: scores are divided by length ** length_penalty: above 0 favours long sequences, below short.
+        early_stopping: when the search of a prompt is over, once it holds `num_beams` finished sequences. True: at
+            once. False: when its best open beam, scored as if finished, is not better than the worst held sequence.
+            "never": when no open beam can become better at any length up to the limit.
+        num_return_sequences: hypotheses of each prompt, at most `num_beams`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(
+                f"num_return_sequences must be from 1 to num_beams={self.num_beams}, got {self.num_return_sequences}"
+            )
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
 
 class Decoder(Protocol):
-    """What the search asks of a model that remembers the rows it has read; one row for each beam of each prompt."""
+    """The interface of a model with a KV cache that the search calls; one row for each beam of each prompt."""
 
     def prefill(self) -> Tensor:
-        """Read the prompts, one to a row: logits [B, V] of the token after each."""
+        """Read the prompts: logits [B, V] after each."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read one more token of each row, [B] int64: logits [B, V] of the token after it."""
+    def decode_one_token(self, tokens: Tensor) -> Tensor:
+        """Read one more token of each row, [B] int64: logits [B, V] after it."""
 
-    def select(self, rows: Tensor) -> None:
-        """From now on row i continues what row `rows[i]` was; rows [B'] int64 repeats rows and leaves rows out."""
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i the one that was rows[i]; rows [B'] int64 may repeat and omit rows."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +69,9 @@ class Hypothesis:
     """A continuation of a prompt.
 
     Args:
-        tokens: without the prompt, with the stop token.
+        tokens: the new tokens, with the stop token.
         score: sum of the tokens' log-probabilities, divided by their number to the power of the length penalty.
-        finished: a stop token ends it, not the limit of new tokens.
+        finished: True if a stop token ends it, False if the limit of new tokens does.
     """
 
     tokens: list[int]
@@ -45,12 +79,15 @@ class Hypothesis:
     finished: bool
 
 
+NO_HYPOTHESIS = Hypothesis([], NO_SCORE, False)
+
+
 @dataclass
 class _Held:
-    """The best complete continuations of P prompts so far, best first, N places for each.
+    """The best finished continuations of P prompts, best first, N places for each.
 
     Args:
-        scores: [P, N] with the length penalty; places that are not taken have -inf.
+        scores: [P, N] with the length penalty; -inf in free places.
         tokens: [P, N, t] int64, padded behind the end.
         lengths: [P, N] int64.
     """
@@ -59,7 +96,7 @@ class _Held:
     tokens: Tensor
     lengths: Tensor
 
-    def of(self, prompts: Tensor) -> _Held:
+    def select(self, prompts: Tensor) -> _Held:
         return _Held(self.scores[prompts], self.tokens[prompts], self.lengths[prompts])
 
 
@@ -68,10 +105,10 @@ class _State:
     """The search of P prompts after t tokens.
 
     Args:
-        prompts: the number of each prompt in the batch, on the host.
-        scores: [P, n] log-probabilities of the open beams, best first; n is N as soon as there are as many.
+        prompts: index of each prompt in the batch, on the host.
+        scores: [P, n] log-probabilities of the open beams, best first; n is at most N.
         tokens: [P, n, t] int64 of the open beams.
-        held: what is complete.
+        held: finished continuations.
     """
 
     prompts: list[int]
@@ -82,13 +119,13 @@ class _State:
 
 @dataclass
 class _Candidates:
-    """The C likeliest beginnings that are one token longer than the open beams, best first.
+    """The C likeliest continuations of the open beams by one token, best first.
 
     Args:
         scores: [P, C] log-probabilities.
         tokens: [P, C, t] int64.
         beams: [P, C] int64, the open beam that each continues.
-        stopped: [P, C] bool, whether its last token is a stop token.
+        stopped: [P, C] bool, True if the last token is a stop token.
     """
 
     scores: Tensor
@@ -102,67 +139,54 @@ def search(
     decoder: Decoder,
     prompt_batch: int,
     max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: EarlyStopping = False,
+    settings: BeamSearch,
     stop_tokens: Collection[int] = (),
-    num_return_sequences: int = 1,
-    process: Process | None = None,
+    process: LogitsProcessor | None = None,
 ) -> list[list[Hypothesis]]:
     """Find likely continuations of each prompt (Sutskever et al. 2014, arXiv:1409.3215, section 3.2).
 
-    Rules and arithmetic are those of Hugging Face transformers 5.23 (`generate(num_beams=...)` without sampling), and
-    so are sequences and scores, from the same logits. They can differ
-    - where scores are exactly equal: `torch.topk` does not say which of equals comes first;
-    - where fewer sequences than beams have a probability above 0 (a vocabulary smaller than `num_beams`, or `process`
-      forbids nearly all): transformers fills up with sequences that score about -1e9, and those count as complete for
-      `early_stopping=True`; here they are left out;
-    - where a length penalty far below 0 takes scores below -1e9, which transformers takes for no sequence;
-    - with one beam and a `process`: transformers is then greedy and hands its processors logits, not log-probabilities.
+    Rules, sequences and scores are those of Hugging Face transformers 5.23 (`generate(num_beams=...)` without
+    sampling) for the same logits, except
 
-    The search of a prompt is over when nothing can come into its held hypotheses any more, by the rule of
-    `early_stopping`. Its rows are then dropped from the decoder, which is exact: from there on transformers takes 1e9
-    from the score of whatever the prompt still finds, which is less than any of those held. What remains is the model's
-    own rounding, if that depends on the number of rows.
+    - for equal scores, which `torch.topk` orders arbitrarily;
+    - where fewer sequences than beams have a probability above 0: transformers fills up with sequences that score about
+      -1e9 and count as finished for `early_stopping=True`; here they are left out;
+    - where a length penalty far below 0 takes scores below -1e9, which transformers treats as missing;
+    - with one beam and a `process`: transformers then decodes greedily and processes logits, not log-probabilities.
 
-    All tensors stay on the decoder's device. With stop tokens one flag for each prompt is read on the host per step,
-    all in one copy: whether its search is over. Without, nothing is read before the end.
+    A prompt whose search is over leaves the batch. This is exact: transformers from there on subtracts 1e9 from new
+    scores of that prompt, which are then below all held ones.
+
+    All tensors stay on the decoder's device. With stop tokens each step copies one flag per prompt to the host; without
+    them nothing is copied before the end.
 
     Args:
-        decoder: the model, at the prompts.
+        decoder: a decoder that is not prefilled yet.
         prompt_batch: B, the number of prompts.
         max_new_tokens: the longest continuation; 0 gives the empty one.
-        num_beams: open beginnings of each prompt. With 1 the search is greedy, and over with the first stop token.
-        length_penalty: scores are divided by length ** length_penalty: above 0 is for long sequences, below for short.
-        early_stopping: when the search of a prompt is over, once it holds `num_beams` complete sequences. True: at
-            once. False: when its best open beam, scored as if it were complete, is not better than the worst held.
-            "never": when no open beam can become better, complete at any length up to `max_new_tokens`.
-        stop_tokens: tokens that complete a sequence.
-        num_return_sequences: hypotheses for each prompt.
-        process: changes log-probabilities before they are added up, as penalties and the blocking of n-grams do:
-            `process(log_probs [R, V], tokens [R, t] int64) -> [R, V]`, where tokens are those after the prompt. The
-            rows are those of the decoder at that moment (B after `prefill`, then as `select` was told), so whoever
-            needs the prompts too takes them along in `select`.
+        settings: beams, length penalty and the rule that ends a search.
+        stop_tokens: tokens that finish a sequence.
+        process: maps log-probabilities [R, V] and the tokens after the prompt [R, t] int64 to log-probabilities [R, V],
+            for penalties and n-gram blocking. Rows are the decoder's: B after `prefill`, then as `reorder` orders them.
 
     Returns:
-        For each prompt its `num_return_sequences` best hypotheses, best first. `Hypothesis([], -inf, False)` stands
-        where there is none.
+        For each prompt its `num_return_sequences` best hypotheses, best first; missing ones are `NO_HYPOTHESIS`.
 
     Raises:
-        ValueError: a setting out of range, or a decoder or a `process` whose result has another shape.
+        ValueError: an argument out of range, or a decoder or `process` that returns another shape.
     """
-    _check(prompt_batch, max_new_tokens, num_beams, length_penalty, early_stopping, num_return_sequences)
+    _check(prompt_batch, max_new_tokens, settings.length_penalty)
+    num_beams, length_penalty = settings.num_beams, settings.length_penalty
     if max_new_tokens == 0:
-        others = num_return_sequences - 1
-        return [[Hypothesis([], 0.0, False), *(_nothing() for _ in range(others))] for _ in range(prompt_batch)]
+        others = [NO_HYPOTHESIS] * (settings.num_return_sequences - 1)
+        return [[Hypothesis([], 0.0, False), *others] for _ in range(prompt_batch)]
     logits = decoder.prefill()
     stops = set(stop_tokens)
     is_stop = _is_stop(stops, logits, prompt_batch)
-    # as many of each beam, so that `num_beams` go on whatever stops
+    # enough for `num_beams` open beams whichever candidates stop
     count = (1 + len(stops)) * num_beams
-    if num_beams == 1:
-        early_stopping = True
-    state = _start(prompt_batch, num_beams, logits.device)
+    early_stopping = settings.early_stopping if num_beams > 1 else True
+    state = _initial_state(prompt_batch, num_beams, logits.device)
     done: list[tuple[list[int], _Held]] = []
     for length in range(1, max_new_tokens + 1):
         log_probs = _log_probs(logits, state.tokens.flatten(0, 1), process)
@@ -170,80 +194,68 @@ def search(
         state.held = _hold(state.held, candidates, length**length_penalty, length == max_new_tokens)
         if length == max_new_tokens:
             break
-        rows = _go_on(state, candidates, num_beams)  # [P, n]
+        rows = _advance(state, candidates, num_beams)  # [P, n]
         some_over = False
         if stops:
-            over = _over(state, length, max_new_tokens, length_penalty, early_stopping)
-            ends = over.tolist()  # the one read of this step
-            if all(ends):
+            over = _is_over(state, length, max_new_tokens, length_penalty, early_stopping)
+            flags = over.tolist()  # the only synchronisation of the step
+            if all(flags):
                 break
-            some_over = any(ends)
+            some_over = any(flags)
             if some_over:
-                taken, going = _take_out(state, over, ends)
-                done.append(taken)
-                rows = rows[going]
+                finished, remaining = _remove_finished(state, over, flags)
+                done.append(finished)
+                rows = rows[remaining]
         if num_beams > 1 or some_over:
-            decoder.select(rows.flatten())
-        logits = decoder.step(state.tokens[:, :, -1].flatten())
+            decoder.reorder(rows.flatten())
+        logits = decoder.decode_one_token(state.tokens[:, :, -1].flatten())
     done.append((state.prompts, state.held))
-    return _read(done, prompt_batch, num_return_sequences, stops)
+    return _hypotheses(done, prompt_batch, settings.num_return_sequences, stops)
 
 
-def _check(
-    prompt_batch: int,
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float,
-    early_stopping: EarlyStopping,
-    num_return_sequences: int,
-) -> None:
-    """Raise ValueError for a setting out of range. Arguments as `search`."""
-    for name, value, least in (
-        ("prompt_batch", prompt_batch, 1),
-        ("max_new_tokens", max_new_tokens, 0),
-        ("num_beams", num_beams, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 1 <= num_return_sequences <= num_beams:
-        raise ValueError(f"num_return_sequences must be from 1 to num_beams={num_beams}, got {num_return_sequences}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
-    # scores are float32, whose exponents end at -126 and 127
+def _check(prompt_batch: int, max_new_tokens: int, length_penalty: float) -> None:
+    if prompt_batch < 1:
+        raise ValueError(f"prompt_batch must be at least 1, got {prompt_batch}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    # scores are float32, with exponents from -126 to 127
     if abs(length_penalty) * math.log2(max(max_new_tokens, 1)) > 126:
         raise ValueError(
             f"length_penalty must leave max_new_tokens ** length_penalty within float32, got {length_penalty} "
             f"for max_new_tokens={max_new_tokens}"
         )
-    if not (isinstance(early_stopping, bool) or early_stopping == "never"):
-        raise ValueError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
 
 
 def _is_stop(stops: set[int], logits: Tensor, prompt_batch: int) -> Tensor:
-    """Whether each token is a stop token, [V] bool on the device of `logits`.
+    """True for stop tokens, [V] bool on the device of `logits`.
 
     Raises:
-        ValueError: `logits` are not [prompt_batch, V], or V tokens do not go with these stop tokens.
+        ValueError: `logits` are not [prompt_batch, V], or the stop tokens do not fit V.
     """
     if logits.dim() != 2 or len(logits) != prompt_batch:
         raise ValueError(f"the decoder's logits must be [{prompt_batch}, V], got shape {tuple(logits.shape)}")
-    vocabulary = logits.shape[1]
-    outside = sorted(token for token in stops if not 0 <= token < vocabulary)
-    if outside:
-        raise ValueError(f"stop_tokens must be from 0 to {vocabulary - 1}, got {', '.join(map(str, outside))}")
-    if vocabulary <= len(stops):
+    vocab_size = logits.shape[1]
+    require_stop_tokens(stops, vocab_size)
+    if vocab_size <= len(stops):
         raise ValueError(
-            f"a search with {len(stops)} stop tokens needs a vocabulary of at least {len(stops) + 1}, got {vocabulary}"
+            f"a search with {len(stops)} stop tokens needs a vocabulary of at least {len(stops) + 1}, got {vocab_size}"
         )
-    is_stop = torch.zeros(vocabulary, dtype=torch.bool)
+    is_stop = torch.zeros(vocab_size, dtype=torch.bool)
     is_stop[list(stops)] = True
     return is_stop.to(logits.device)
 
 
-def _start(prompt_batch: int, num_beams: int, device: torch.device) -> _State:
-    """One open beam without tokens for each prompt, and nothing held."""
+def require_stop_tokens(stop_tokens: Collection[int], vocab_size: int) -> None:
+    """Raise ValueError for stop tokens out of range."""
+    outside = sorted(token for token in stop_tokens if not 0 <= token < vocab_size)
+    if outside:
+        raise ValueError(f"stop_tokens must be from 0 to {vocab_size - 1}, got {', '.join(map(str, outside))}")
+
+
+def _initial_state(prompt_batch: int, num_beams: int, device: torch.device) -> _State:
+    """One open beam without tokens for each prompt."""
     held = _Held(
-        scores=torch.full((prompt_batch, num_beams), NOWHERE, device=device),
+        scores=torch.full((prompt_batch, num_beams), NO_SCORE, device=device),
         tokens=torch.zeros(prompt_batch, num_beams, 0, dtype=torch.int64, device=device),
         lengths=torch.zeros(prompt_batch, num_beams, dtype=torch.int64, device=device),
     )
@@ -255,130 +267,117 @@ def _start(prompt_batch: int, num_beams: int, device: torch.device) -> _State:
     )
 
 
-def _log_probs(logits: Tensor, tokens: Tensor, process: Process | None) -> Tensor:
-    """Log-probabilities [R, V] float32 after rows of `tokens` [R, t], as `process` leaves them."""
+def _log_probs(logits: Tensor, tokens: Tensor, process: LogitsProcessor | None) -> Tensor:
+    """Processed log-probabilities [R, V] float32 after rows of `tokens` [R, t]."""
     log_probs = logits.float().log_softmax(dim=-1)
     if process is None:
         return log_probs
-    shape = log_probs.shape
-    log_probs = process(log_probs, tokens)
-    if log_probs.shape != shape:
-        raise ValueError(f"process must keep the shape {tuple(shape)}, got {tuple(log_probs.shape)}")
-    return log_probs
+    processed = process(log_probs, tokens)
+    if processed.shape != log_probs.shape:
+        raise ValueError(f"process must keep the shape {tuple(log_probs.shape)}, got {tuple(processed.shape)}")
+    return processed
 
 
 def _candidates(state: _State, log_probs: Tensor, is_stop: Tensor, count: int) -> _Candidates:
-    """The `count` likeliest continuations by one token, or as many as there are.
+    """The `count` likeliest continuations by one token, or all if there are fewer.
 
     Args:
-        state: of P prompts with n open beams each.
+        state: P prompts with n open beams each.
         log_probs: [P * n, V].
         is_stop: [V] bool.
         count: C.
     """
     prompts, beams = state.scores.shape
-    vocabulary = log_probs.shape[1]
-    scores = (state.scores[:, :, None] + log_probs.view(prompts, beams, vocabulary)).flatten(1)  # [P, n * V]
+    vocab_size = log_probs.shape[1]
+    scores = (state.scores[:, :, None] + log_probs.view(prompts, beams, vocab_size)).flatten(1)  # [P, n * V]
     best = scores.topk(min(count, scores.shape[1]))
-    beam = best.indices // vocabulary
-    token = best.indices % vocabulary
+    beam = best.indices // vocab_size
+    token = best.indices % vocab_size
     return _Candidates(
         scores=best.values,
-        tokens=torch.cat((_rows(state.tokens, beam), token[:, :, None]), dim=2),
+        tokens=torch.cat((_select(state.tokens, beam), token[:, :, None]), dim=2),
         beams=beam,
         stopped=is_stop[token],
     )
 
 
-def _hold(held: _Held, candidates: _Candidates, divisor: float, last: bool) -> _Held:
-    """The best of what was held and what is complete now, by scores that are divided by `divisor`.
+def _hold(held: _Held, candidates: _Candidates, divisor: float, is_last: bool) -> _Held:
+    """The best of the held sequences and the candidates that are finished, whose scores are divided by `divisor`.
 
-    Only the N likeliest candidates may come in; those behind them are there for the beams to go on. After the `last`
-    token all of those N are complete.
+    Only the N likeliest candidates can be held; the others are there for the beams to continue. The last token finishes
+    all of those N.
     """
     places = held.scores.shape[1]
     scores = candidates.scores[:, :places] / divisor
-    if not last:
-        scores = scores.masked_fill(~candidates.stopped[:, :places], NOWHERE)
+    if not is_last:
+        scores = scores.masked_fill(~candidates.stopped[:, :places], NO_SCORE)
     tokens = candidates.tokens[:, :places]
     lengths = torch.full_like(tokens[:, :, 0], tokens.shape[2])
     best = torch.cat((held.scores, scores), dim=1).topk(places)
     return _Held(
         scores=best.values,
-        tokens=_rows(torch.cat((F.pad(held.tokens, (0, 1)), tokens), dim=1), best.indices),
+        tokens=_select(torch.cat((F.pad(held.tokens, (0, 1)), tokens), dim=1), best.indices),
         lengths=torch.cat((held.lengths, lengths), dim=1).gather(1, best.indices),
     )
 
 
-def _go_on(state: _State, candidates: _Candidates, num_beams: int) -> Tensor:
-    """Make the likeliest candidates that do not stop the open beams of `state`.
-
-    Returns:
-        [P, n] int64: the decoder's row that each continues.
-    """
-    rows_before = state.scores.shape[1]
-    open_scores = candidates.scores.masked_fill(candidates.stopped, NOWHERE)
+def _advance(state: _State, candidates: _Candidates, num_beams: int) -> Tensor:
+    """Make the likeliest unfinished candidates the open beams; return the decoder's row that each continues, [P, n]."""
+    beams_before = state.scores.shape[1]
+    open_scores = candidates.scores.masked_fill(candidates.stopped, NO_SCORE)
     best = open_scores.topk(min(num_beams, open_scores.shape[1]))
     state.scores = best.values
-    state.tokens = _rows(candidates.tokens, best.indices)
-    first = torch.arange(len(state.prompts), device=best.indices.device)[:, None] * rows_before
-    return first + candidates.beams.gather(1, best.indices)
+    state.tokens = _select(candidates.tokens, best.indices)
+    first_rows = torch.arange(len(state.prompts), device=best.indices.device)[:, None] * beams_before
+    return first_rows + candidates.beams.gather(1, best.indices)
 
 
-def _over(
+def _is_over(
     state: _State, length: int, max_new_tokens: int, length_penalty: float, early_stopping: EarlyStopping
 ) -> Tensor:
-    """Whether the search of each prompt is over after `length` tokens, [P] bool. Arguments as `search`."""
-    # a log-probability only falls, so a beam scores best complete now, or as long as can be where length is rewarded
+    """True for prompts whose search is over after `length` tokens, [P] bool."""
+    # log-probabilities only fall: a beam scores best finished now, or at the limit where length is rewarded
     best_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
     best_open = state.scores[:, 0] / best_length**length_penalty
-    worst_held = state.held.scores[:, -1]  # -inf as long as a place is free
+    worst_held = state.held.scores[:, -1]  # -inf while a place is free
     over = ~(best_open > worst_held)
-    return over | (worst_held > NOWHERE) if early_stopping is True else over
+    return over | (worst_held > NO_SCORE) if early_stopping is True else over
 
 
-def _take_out(state: _State, over: Tensor, ends: list[bool]) -> tuple[tuple[list[int], _Held], Tensor]:
-    """Leave only the prompts in the state whose search goes on.
-
-    Args:
-        state: of P prompts.
-        over: [P] bool.
-        ends: the same on the host.
+def _remove_finished(state: _State, over: Tensor, flags: list[bool]) -> tuple[tuple[list[int], _Held], Tensor]:
+    """Remove the prompts from the state whose search is over, [P] bool, the same as `flags` on the host.
 
     Returns:
-        The prompts that are over, with what they hold, and the places [P'] int64 of those that go on.
+        The removed prompts with their held sequences, and the indices [P'] int64 of the others.
     """
-    # the places are known on the host too, but need not be copied from there
-    places = over.byte().argsort(stable=True)
-    count = ends.count(False)
-    going = places[:count]
-    taken = [prompt for prompt, end in zip(state.prompts, ends, strict=True) if end], state.held.of(places[count:])
-    state.prompts = [prompt for prompt, end in zip(state.prompts, ends, strict=True) if not end]
-    state.scores = state.scores[going]
-    state.tokens = state.tokens[going]
-    state.held = state.held.of(going)
-    return taken, going
+    # sorted on the device: a copy of the indices from the host would synchronise
+    order = over.byte().argsort(stable=True)
+    count = flags.count(False)
+    remaining = order[:count]
+    finished = [prompt for prompt, flag in zip(state.prompts, flags, strict=True) if flag]
+    removed = finished, state.held.select(order[count:])
+    state.prompts = [prompt for prompt, flag in zip(state.prompts, flags, strict=True) if not flag]
+    state.scores = state.scores[remaining]
+    state.tokens = state.tokens[remaining]
+    state.held = state.held.select(remaining)
+    return removed, remaining
 
 
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """Of `tokens` [P, n, t] the sequences `index` [P, m] of each prompt, [P, m, t]."""
+def _select(tokens: Tensor, index: Tensor) -> Tensor:
+    """Select the sequences `index` [P, m] of each prompt from `tokens` [P, n, t]: [P, m, t]."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def _read(
+def _hypotheses(
     done: list[tuple[list[int], _Held]], prompt_batch: int, num_return_sequences: int, stops: set[int]
 ) -> list[list[Hypothesis]]:
-    """The best hypotheses of all prompts, in the order of the batch, from what was held when their search was over."""
+    """The best hypotheses of all prompts, in the order of the batch."""
     hypotheses: list[list[Hypothesis]] = [[] for _ in range(prompt_batch)]
     for prompts, held in done:
         columns = (part[:, :num_return_sequences].tolist() for part in (held.scores, held.tokens, held.lengths))
         for prompt, *of_prompt in zip(prompts, *columns, strict=True):
             for score, padded, length in zip(*of_prompt, strict=True):
                 tokens = padded[:length]
-                there = score > NOWHERE
-                hypotheses[prompt].append(Hypothesis(tokens, score, tokens[-1] in stops) if there else _nothing())
+                found = Hypothesis(tokens, score, tokens[-1] in stops) if score > NO_SCORE else NO_HYPOTHESIS
+                hypotheses[prompt].append(found)
     return hypotheses
-
-
-def _nothing() -> Hypothesis:
-    return Hypothesis([], NOWHERE, False)

@@ -1,4 +1,4 @@
-"""Text from tokens as they come, up to a stop string."""
+"""Incremental detokenizer: text from tokens as they arrive, up to a stop string."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ _Text = TypeVar("_Text", str, bytes)
 
 
 class TextStream:
-    """The text of tokens, given out as soon as no later token can change it.
+    """Text of tokens, returned as soon as no later token can change it.
 
-    What it returns adds up to `tokenizer.decode` of all the tokens, cut before the first stop string. That is the one
-    which ends first, of those that end together the longest: wherever tokens begin and end, and however many stop
-    strings overlap. Held back are the bytes of an unfinished character and what may be the beginning of a stop string.
+    The pieces add up to `tokenizer.decode` of all tokens, cut before the first stop string. The first is the one that
+    ends first, and the longest of those that end together, wherever tokens begin and end. The stream holds back the
+    bytes of an unfinished character and a possible beginning of a stop string.
 
-    Each token is decoded once, with the one before it: words are written differently after one another.
+    Each token is decoded once, together with the token before it, because a word's spacing depends on its neighbour.
 
     Args:
-        tokenizer: of the tokens.
-        stop: texts before which the stream ends, if any.
-        after: the token before the first, of which the stream has nothing: words have a space between them.
+        tokenizer: the tokens' tokenizer.
+        stop: strings before which the stream ends.
+        after: the token before the first, whose text is not in the stream.
 
     Raises:
-        ValueError: an empty stop string, one that is no string, or a string in the place of a sequence.
+        ValueError: `stop` is a string, or holds an empty string or something that is no string.
     """
 
     finished: bool
-    """A stop string has appeared: there is no more text."""
+    """True after a stop string; no text follows."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: int | None = None) -> None:
-        if isinstance(stop, str):  # its letters would be stop strings
+        if isinstance(stop, str):  # else each letter would be a stop string
             raise ValueError(f"stop must be a sequence of strings, got {stop!r}; accepted: [{stop!r}]")
         for text in stop:
             if not isinstance(text, str) or not text:
@@ -41,18 +41,18 @@ class TextStream:
         self.finished = False
         self._stop = tuple(stop)
         self._tokenizer = tokenizer
-        # their tokens are whole characters, among which may be surrogates, that UTF-8 has no bytes for
-        self._characters = isinstance(tokenizer, CharTokenizer | WordTokenizer)
+        # their tokens are whole characters, among them surrogates, which UTF-8 cannot encode
+        self._is_text = isinstance(tokenizer, CharTokenizer | WordTokenizer)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._before = [] if after is None else [after]  # the last token
+        self._previous = [] if after is None else [after]
         self._held = ""
         self._flushed = False
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token; "" once `finished`.
+        """Add a token and return the text that is certain with it; "" once `finished`.
 
         Raises:
-            ValueError: a token that is out of range, or that comes after `flush`.
+            ValueError: a token out of range, or after `flush`.
         """
         if self._flushed:
             raise ValueError("a token after the end of the stream, which flush() is; make a new TextStream")
@@ -60,27 +60,27 @@ class TextStream:
             raise ValueError(f"token {token} is out of range; accepted: 0 to {self._tokenizer.vocab_size - 1}")
         if self.finished:
             return ""
-        if self._characters:
+        if self._is_text:
             text = self._added(self._tokenizer.decode, token)
         else:
             text = self._utf8.decode(self._added(self._tokenizer.decode_bytes, token))
-        self._before = [token]
-        return self._released(text)
+        self._previous = [token]
+        return self._release(text)
 
     def flush(self) -> str:
-        """End the stream: what was held back, with a replacement character for an unfinished one; "" the next time."""
-        over, self._flushed = self._flushed or self.finished, True
-        if over:
+        """End the stream and return the text held back, with U+FFFD for an unfinished character; then ""."""
+        ended, self._flushed = self._flushed or self.finished, True
+        if ended:
             return ""
-        text = self._released(self._utf8.decode(b"", final=True))
+        text = self._release(self._utf8.decode(b"", final=True))
         held, self._held = self._held, ""
         return text + held
 
     def _added(self, decode: Callable[[list[int]], _Text], token: int) -> _Text:
-        return decode([*self._before, token])[len(decode(self._before)) :]
+        return decode([*self._previous, token])[len(decode(self._previous)) :]
 
-    def _released(self, text: str) -> str:
-        """What of the text held back and of `text` after it is certain; the rest is held back."""
+    def _release(self, text: str) -> str:
+        """Return what is certain of the text held back and of `text` behind it; hold back the rest."""
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
@@ -92,5 +92,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop`, which it does not contain, begins: as many as possible."""
+    """Length of the longest proper prefix of `stop` that ends `text`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,29 +1,30 @@
-"""Continuing text with a GPT: greedily, by sampling or by beam search, prompts of any lengths together."""
+"""Continuations of token ids: greedy, sampled, speculative or by beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.generation import beam_search, sampling, speculative
-from gptfast.generation.autoregressive import Step, check, evaluating, steps
-from gptfast.generation.decoder import CachedDecoder, CausalLM, Logits
-from gptfast.generation.sampling import Sampling
-from gptfast.generation.speculative import Draft
+from gptfast.generation import beam_search
+from gptfast.generation.autoregressive import Step, decode_n_tokens
+from gptfast.generation.beam_search import BeamSearch, EarlyStopping, Hypothesis
+from gptfast.generation.decoder import CachedDecoder, CausalLM, GenerationRequest, RawLogits, evaluating
+from gptfast.generation.sampling import Sampling, process_logits
+from gptfast.generation.speculative import Draft, speculative_decode
 
 
 @dataclass
 class Continuation:
-    """What follows a prompt.
+    """A continuation of a prompt.
 
     Args:
-        tokens: the new ones; the last is the stop token, if one ended it.
-        log_probs: the model's log-probability of each of them, before temperature, penalties and filters.
-        finished: a stop token ended it.
+        tokens: the new tokens, with the stop token.
+        log_probs: the model's log-probability of each token, before temperature, penalties and filters.
+        finished: True if a stop token ends it.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -43,55 +44,51 @@ def generate(
     num_samples: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
-    early_stopping: beam_search.EarlyStopping = False,
+    early_stopping: EarlyStopping = False,
     draft: Draft | None = None,
     compiled: bool = False,
     **settings: Any,
 ) -> Tensor:
-    """Continue each row of `idx`; nanoGPT's function, with more to choose from.
+    """Continue each row of `idx`; nanoGPT's function, with more options.
 
-    Keys and values are kept, so that each token is computed once, until the window of `block_size` tokens is full and
-    moves on with every token: then it is computed anew. Dropout is off while it runs. The model is left in the mode it
-    was in.
+    A KV cache lets each token be computed once, until the window of `block_size` tokens is full. From then on every
+    token reads the window again. Dropout is off, and the model's mode is restored afterwards.
 
     Args:
         model: the GPT.
         idx: [B, T] int64 token ids, T >= 1.
         max_new_tokens: tokens to add to each row.
-        temperature: divides the logits; any size, down to 0, which takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens only.
-        generator: makes the sampling repeatable; on the device of `idx`.
-        stop_tokens: tokens that end a row, which is filled up with the one that ended it.
-        num_samples: continuations of each row, which stand below each other; with beams the best ones, best first.
-        num_beams: more than 1 searches for likely continuations and draws nothing; see `search_beams`.
-        length_penalty: of the search.
-        early_stopping: of the search.
+        generator: source of random numbers, on the device of `idx`; a seeded one makes the result repeatable.
+        stop_tokens: tokens that end a row; the last of them fills it up.
+        num_samples: continuations of each row, in rows below each other; with beams the best ones, best first.
+        num_beams: above 1 searches for likely continuations and draws nothing.
+        length_penalty: of the beam search; see `BeamSearch`.
+        early_stopping: of the beam search; see `BeamSearch`.
         draft: a smaller model that proposes tokens; see `gptfast.generation.speculative`.
-        compiled: as `continuations`.
-        settings: the others of `Sampling`.
+        compiled: compile each step with `torch.compile`, which takes a minute for each new shape.
+        settings: the other fields of `gptfast.Sampling`.
 
     Returns:
         [B * num_samples, T + n] int64, n the number of new tokens of the longest continuation.
 
     Raises:
-        ValueError: a setting out of range, settings that contradict each other, or token ids out of range.
+        ValueError: a setting out of range, settings that exclude each other, or token ids out of range.
     """
-    if idx.dim() != 2 or idx.shape[1] == 0:
-        raise ValueError(f"idx must be [B, T] with T >= 1, got shape {tuple(idx.shape)}")
-    chosen = Sampling(temperature=temperature, top_k=top_k, **settings)
-    lengths = [idx.shape[1]] * len(idx)
-    found: Sequence[Sequence[Continuation | beam_search.Hypothesis]]
+    sampling = Sampling(temperature=temperature, top_k=top_k, **settings)
+    lengths = [idx.shape[-1]] * len(idx)
+    request = GenerationRequest(
+        idx, lengths, max_new_tokens, sampling, generator=generator, log_probs=False, compiled=compiled
+    )
+    found: list[list[Continuation]] | list[list[Hypothesis]]
     if num_beams == 1:
-        found = continuations(
-            model, idx, lengths, max_new_tokens, chosen, stop_tokens, num_samples, generator, False, draft, compiled
-        )
+        found = continuations(model, request, stop_tokens, num_samples, draft)
     elif draft is not None or compiled:
         raise ValueError(f"num_beams={num_beams} excludes a draft and a compiled step: both are for drawing tokens")
     else:
-        found = search_beams(
-            model, idx, lengths, max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens, num_samples,
-            chosen,
-        )  # fmt: skip
+        beams = BeamSearch(num_beams, length_penalty, early_stopping, num_samples)
+        found = search_beams(model, request, beams, stop_tokens)
     rows = [continuation.tokens for samples in found for continuation in samples]
     longest = max(map(len, rows), default=0)
     new = [row + row[-1:] * (longest - len(row)) for row in rows]
@@ -101,108 +98,71 @@ def generate(
 
 def continuations(
     model: CausalLM,
-    idx: Tensor,
-    lengths: Sequence[int],
-    max_new_tokens: int,
-    settings: Sampling | None = None,
+    request: GenerationRequest,
     stop_tokens: Collection[int] = (),
     num_samples: int = 1,
-    generator: torch.Generator | None = None,
-    log_probs: bool = True,
     draft: Draft | None = None,
-    compiled: bool = False,
 ) -> list[list[Continuation]]:
-    """Continue prompts of any lengths.
+    """Continue prompts up to a stop token.
 
     Args:
         model: the GPT.
-        idx: [B, T] int64 token ids, padded at the end with anything that is a token.
-        lengths: how many tokens of each row are its prompt, at least 1.
-        max_new_tokens: the most to add to each.
-        settings: how tokens are drawn; by default from the model's distribution.
+        request: `is_finished` is replaced.
         stop_tokens: tokens that end a continuation.
         num_samples: continuations of each prompt.
-        generator: makes the sampling repeatable; on the device of `idx`.
-        log_probs: give the log-probabilities of tokens too.
         draft: a smaller model that proposes tokens; see `gptfast.generation.speculative`.
-        compiled: put a step through torch.compile, which takes a minute at the first of each shape.
 
     Returns:
         For each prompt its `num_samples` continuations.
 
     Raises:
-        ValueError: a setting out of range, or token ids out of range.
+        ValueError: an argument out of range, or options that exclude each other.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    rows = torch.arange(len(idx), device=idx.device).repeat_interleave(num_samples)
-    repeated = [length for length in lengths for _ in range(num_samples)]
-    found = [Continuation() for _ in repeated]
+    beam_search.require_stop_tokens(stop_tokens, model.config.vocab_size)
     stops = frozenset(stop_tokens)
-    _check_stops(model, stops)
-    ends = lambda row, token: token in stops  # noqa: E731
-    arguments = (idx[rows], repeated, max_new_tokens, settings, ends, generator, log_probs)
-    for step in follow(model, draft, compiled, *arguments):
+    repeated = replace(
+        request,
+        idx=request.idx.repeat_interleave(num_samples, dim=0),
+        lengths=[length for length in request.lengths for _ in range(num_samples)],
+        is_finished=lambda row, token: token in stops,
+    )
+    found = [Continuation() for _ in repeated.lengths]
+    for step in decode(model, repeated, draft):
         for place, (row, token) in enumerate(zip(step.rows, step.tokens, strict=True)):
             found[row].tokens.append(token)
-            if log_probs:
+            if request.log_probs:
                 found[row].log_probs.append(step.log_probs[place])
             found[row].finished = token in stops
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
 
-def follow(
-    model: CausalLM,
-    draft: Draft | None,
-    compiled: bool,
-    idx: Tensor,
-    lengths: Sequence[int],
-    max_new_tokens: int,
-    settings: Sampling | None,
-    ends: Callable[[int, int], bool],
-    generator: torch.Generator | None,
-    log_probs: bool = True,
-) -> Iterator[Step]:
-    """`steps` with these arguments, with tokens that a draft proposes if there is one.
+def decode(model: CausalLM, request: GenerationRequest, draft: Draft | None = None) -> Iterator[Step]:
+    """Yield new tokens step by step, with a draft's proposals if there is one.
 
     Raises:
-        ValueError: as `steps`, and for a draft and a compiled step together.
+        ValueError: as `decode_n_tokens` and `speculative_decode`, and for a draft with a compiled step.
     """
-    arguments = (idx, lengths, max_new_tokens, settings, ends, generator, log_probs)
     if draft is None:
-        return steps(model, *arguments, compiled=compiled)
-    if compiled:
-        raise ValueError("a draft excludes a compiled step: what is read at a time is not one token")
-    return speculative.steps(model, draft, *arguments)
+        return decode_n_tokens(model, request)
+    if request.compiled:
+        raise ValueError("a draft excludes a compiled step, which reads one token at a time")
+    return speculative_decode(model, draft, request)
 
 
 @torch.no_grad()
 def search_beams(
-    model: CausalLM,
-    idx: Tensor,
-    lengths: Sequence[int],
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: beam_search.EarlyStopping = False,
-    stop_tokens: Collection[int] = (),
-    num_return_sequences: int = 1,
-    settings: Sampling | None = None,
-) -> list[list[beam_search.Hypothesis]]:
-    """The likeliest continuations of prompts of any lengths.
+    model: CausalLM, request: GenerationRequest, beams: BeamSearch, stop_tokens: Collection[int] = ()
+) -> list[list[Hypothesis]]:
+    """Find the likeliest continuations of prompts; see `gptfast.generation.beam_search.search`.
 
     Args:
         model: the GPT.
-        idx: as `continuations`.
-        lengths: as `continuations`.
-        max_new_tokens: as `continuations`.
-        num_beams: open beginnings of each prompt; see `gptfast.generation.beam_search.search` for the method.
-        length_penalty: above 0 is for long continuations, below for short ones.
-        early_stopping: when the search of a prompt is over.
-        stop_tokens: tokens that complete a continuation.
-        num_return_sequences: hypotheses for each prompt.
-        settings: penalties and the blocking of n-grams, which change log-probabilities. A search draws nothing: filters
-            and temperatures other than 0 and 1 contradict it.
+        request: of its sampling, penalties and n-gram blocking apply to log-probabilities; filters and temperatures
+            other than 0 and 1 are refused, because a search draws nothing.
+        beams: settings of the search.
+        stop_tokens: tokens that finish a continuation.
 
     Returns:
         For each prompt its best hypotheses, best first.
@@ -210,29 +170,19 @@ def search_beams(
     Raises:
         ValueError: a setting out of range, or token ids out of range.
     """
-    chosen = settings or Sampling()
-    drawing = [name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(chosen, name) is not None]
-    if chosen.temperature not in (0.0, 1.0):
-        drawing.insert(0, "temperature")
-    if drawing:
-        raise ValueError(f"num_beams={num_beams} searches and draws nothing; it excludes {', '.join(drawing)}")
-    check(model, idx, lengths, max_new_tokens)
-    if len(idx) == 0:
+    sampling = request.sampling
+    excluded = [name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(sampling, name) is not None]
+    if sampling.temperature not in (0.0, 1.0):
+        excluded.insert(0, "temperature")
+    if excluded:
+        raise ValueError(f"num_beams={beams.num_beams} searches and draws nothing; it excludes {', '.join(excluded)}")
+    model.require_tokens(request.idx)
+    if len(request.idx) == 0:
         return []
     with evaluating(model):
-        decoder = CachedDecoder(model, idx, lengths, max_new_tokens, Logits())
+        decoder = CachedDecoder(model, request, RawLogits())
 
         def process(log_probs: Tensor, tokens: Tensor) -> Tensor:
-            return sampling.process(log_probs, decoder.tokens, decoder.ends, decoder.prompts, chosen)
+            return process_logits(log_probs, decoder.tokens, decoder.lengths, decoder.prompt_lengths, sampling)
 
-        return beam_search.search(
-            decoder, len(idx), max_new_tokens, num_beams, length_penalty, early_stopping, stop_tokens,
-            num_return_sequences, process,
-        )  # fmt: skip
-
-
-def _check_stops(model: CausalLM, stop_tokens: Collection[int]) -> None:
-    vocabulary = model.config.vocab_size
-    outside = sorted(token for token in stop_tokens if not 0 <= token < vocabulary)
-    if outside:
-        raise ValueError(f"stop_tokens must be from 0 to {vocabulary - 1}, got {', '.join(map(str, outside))}")
+        return beam_search.search(decoder, len(request.idx), request.max_new_tokens, beams, stop_tokens, process)

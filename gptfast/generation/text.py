@@ -1,16 +1,17 @@
-"""Continuing texts: from strings to strings, whole or piece by piece."""
+"""Continuations of texts: whole, streamed or by beam search."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptfast.generation import generate
-from gptfast.generation.decoder import CausalLM, device_of
+from gptfast.generation.beam_search import BeamSearch
+from gptfast.generation.decoder import CausalLM, GenerationRequest, device_of
 from gptfast.generation.detokenizer import TextStream
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.speculative import Draft
@@ -19,15 +20,15 @@ from gptfast.tokenizers import Tokenizer
 
 @dataclass
 class Text:
-    """A continuation of a prompt.
+    """A prompt and its continuation.
 
     Args:
-        prompt: what it continues.
-        text: what was added, without the stop string or the token at the end of a document that ended it.
-        tokens: the new ones, with those.
-        log_probs: the model's log-probability of each of them.
-        finished: a stop string or the end of a document ended it.
-        score: of a search by beams, which gives no log-probabilities of single tokens.
+        prompt: the given text.
+        text: the continuation, without the stop string or end-of-text token that ended it.
+        tokens: the new tokens, including those of the stop string.
+        log_probs: the model's log-probability of each token.
+        finished: True if a stop string or the end-of-text token ended it.
+        score: of a beam search, which has no log-probabilities of single tokens.
     """
 
     prompt: str
@@ -49,7 +50,7 @@ def generate_text(
     draft: Draft | None = None,
     compiled: bool = False,
 ) -> str:
-    """Continue a text, until a stop string or the end of the document; what is added, without either.
+    """Continue a text up to a stop string or the end-of-text token, and return what was added, without either.
 
     Arguments and errors are those of `stream`.
     """
@@ -68,42 +69,45 @@ def stream(
     draft: Draft | None = None,
     compiled: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Continue texts together, and fill them in.
+    """Continue texts together, fill them in, and yield their pieces as soon as no later token can change them.
 
     Args:
         model: the GPT.
-        tokenizer: of the model.
-        texts: prompts of any lengths; one without tokens, as space is among words, stands for the end of a document
-            before, where the tokenizer has a token for that.
-        max_new_tokens: the most to add to each.
+        tokenizer: the model's.
+        texts: prompts of any lengths. A prompt without tokens, such as white space among words, is replaced by the
+            end-of-text token if the tokenizer has one.
+        max_new_tokens: the most tokens to add to each.
         settings: how tokens are drawn.
         stop: strings before which a continuation ends.
-        generator: makes the sampling repeatable; on the model's device.
-        draft: a smaller model of the same tokenizer that proposes tokens; some texts get ahead of others then.
-        compiled: put a step through torch.compile, which takes a minute at the first of each shape.
+        generator: source of random numbers, on the model's device; a seeded one makes the result repeatable.
+        draft: a smaller model of the same tokenizer that proposes tokens; texts then advance unevenly.
+        compiled: compile each step with `torch.compile`, which takes a minute for each new shape.
 
-    Returns:
-        The number of a text, and a piece of its continuation that is certain: no piece splits a character, and none is
-        the beginning of a stop string.
+    Yields:
+        The index of a text and a piece of its continuation, which neither splits a character nor is part of a stop
+        string.
 
     Raises:
-        ValueError: a setting out of range, an empty prompt that nothing stands for, or one the tokenizer has no tokens
-            for.
+        ValueError: a setting out of range, or a prompt that has no tokens.
     """
     end = tokenizer.end_of_text
-    prompts, idx, lengths = _encode(model, tokenizer, texts)
+    prompts = _encode(tokenizer, [text.prompt for text in texts])
     streams = [TextStream(tokenizer, stop, after=ids[-1]) for ids in prompts]
-
-    def ends(row: int, token: int) -> bool:
-        return texts[row].finished
-
-    arguments = (idx, lengths, max_new_tokens, settings, ends, generator)
-    for step in generate.follow(model, draft, compiled, *arguments):
+    request = _request(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=settings or Sampling(),
+        is_finished=lambda row, token: texts[row].finished,
+        generator=generator,
+        compiled=compiled,
+    )
+    for step in generate.decode(model, request, draft):
         for row, token, log_prob in zip(*step, strict=True):
             text = texts[row]
             text.tokens.append(token)
             text.log_probs.append(log_prob)
-            # the token at the end of a document has no text
+            # the end-of-text token has no text
             piece = streams[row].flush() if token == end else streams[row].push(token)
             text.finished = token == end or streams[row].finished
             if piece:
@@ -121,62 +125,54 @@ def search(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float = 1.0,
+    beams: BeamSearch,
     settings: Sampling | None = None,
-    num_samples: int = 1,
 ) -> list[Text]:
-    """The likeliest continuations of texts, each up to the end of the document.
+    """Find the likeliest continuations of texts, up to the end-of-text token.
 
     Args:
         model: the GPT.
-        tokenizer: of the model.
-        prompts: of any lengths, as in `stream`.
-        max_new_tokens: the most to add to each.
-        num_beams: open beginnings of each.
-        length_penalty: above 0 favours long continuations, below 0 short ones; see `beam_search.search`.
-        settings: penalties and the blocking of n-grams.
-        num_samples: continuations of each prompt, best first; at most `num_beams`.
+        tokenizer: the model's.
+        prompts: as in `stream`.
+        max_new_tokens: the most tokens to add to each.
+        beams: settings of the search.
+        settings: penalties and n-gram blocking.
 
     Returns:
-        `num_samples` texts for each prompt, with their scores.
+        For each prompt its `beams.num_return_sequences` texts with their scores, best first.
 
     Raises:
-        ValueError: as `stream`, and for settings of sampling, which beams exclude.
+        ValueError: as `stream`, and for sampling settings that a search excludes.
     """
     end = tokenizer.end_of_text
-    stops = [] if end is None else [end]
-    texts = [Text(prompt) for prompt in prompts]
-    ids, idx, lengths = _encode(model, tokenizer, texts)
-    found = generate.search_beams(
-        model, idx, lengths, max_new_tokens, num_beams, length_penalty, stop_tokens=stops,
-        num_return_sequences=num_samples, settings=settings,
-    )  # fmt: skip
-    written: list[Text] = []
+    ids = _encode(tokenizer, prompts)
+    request = _request(model, ids, max_new_tokens, sampling=settings or Sampling())
+    found = generate.search_beams(model, request, beams, [] if end is None else [end])
+    texts: list[Text] = []
     for prompt, before, hypotheses in zip(prompts, ids, found, strict=True):
         for hypothesis in hypotheses:
-            pieces = TextStream(tokenizer, after=before[-1])
-            text = "".join([*(pieces.push(token) for token in hypothesis.tokens if token != end), pieces.flush()])
-            tokens, finished = hypothesis.tokens, hypothesis.finished
-            score = hypothesis.score if math.isfinite(hypothesis.score) else None  # there is none
-            written.append(Text(prompt, text, tokens, finished=finished, score=score))
-    return written
+            stream = TextStream(tokenizer, after=before[-1])
+            text = "".join([*(stream.push(token) for token in hypothesis.tokens if token != end), stream.flush()])
+            score = hypothesis.score if math.isfinite(hypothesis.score) else None
+            texts.append(Text(prompt, text, hypothesis.tokens, finished=hypothesis.finished, score=score))
+    return texts
 
 
-def _encode(model: CausalLM, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], Tensor, list[int]]:
-    """The prompts' tokens, the same padded [B, T] int64 on the model's device, and how many they are."""
-    prompts = [_ids(tokenizer, text.prompt) for text in texts]
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Tokens of the prompts, at least one of each."""
+    found = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    if tokenizer.end_of_text is not None:
+        return [ids or [tokenizer.end_of_text] for ids in found]
+    for prompt, ids in zip(prompts, found, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one character")
+    return found
+
+
+def _request(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> GenerationRequest:
+    """A request for tokenised prompts, padded on the model's device."""
     lengths = [len(ids) for ids in prompts]
     longest = max(lengths, default=1)
     padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
-    device = device_of(model)
-    return prompts, torch.tensor(padded, device=device).view(len(texts), longest), lengths
-
-
-def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    ids = tokenizer.encode(prompt).tolist()
-    if not ids and tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
-    if not ids:
-        raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one character")
-    return ids
+    idx = torch.tensor(padded, device=device_of(model)).view(len(prompts), longest)
+    return GenerationRequest(idx, lengths, max_new_tokens, **options)

@@ -294,7 +294,7 @@ def test_an_interrupt_outside_of_training_is_one_line(trained, monkeypatch, caps
         raise KeyboardInterrupt
 
     capsys.readouterr()
-    monkeypatch.setattr("gptfast.generation.sampling.choose", interrupt)
+    monkeypatch.setattr("gptfast.generation.autoregressive.sample", interrupt)
     assert fails(capsys, "generate", trained, status=130) == "interrupted"
 
 

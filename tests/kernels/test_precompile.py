@@ -86,7 +86,7 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(
                 model(idx[:, :length], cache=cache)
             cache = KVCache(config.n_layer, config.block_size)
             model(idx[:, :16], cache=cache)
-            cache.part(torch.tensor([3, 5], device=DEVICE))
+            cache.set_lengths(torch.tensor([3, 5], device=DEVICE))
             for length in (1, 2, Draft.tokens + 1):
                 model(idx[:, :length], cache=cache)
     assert {name for name, _, _ in launched} <= {name for name, _, _ in warmed_up}

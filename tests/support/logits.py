@@ -1,4 +1,4 @@
-"""Logits and sequences to draw tokens from."""
+"""Logits and token sequences for tests of sampling, and numpy references of the filters."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import assume, currently_in_test_context
 
-from gptfast.generation.sampling import Sampling
+from gptfast.generation.sampling import Sampling, exponential_noise, sample
 from tests.support.oracle import DEVICE
 
 INF = math.inf
@@ -36,13 +36,18 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
+def draw(logits: torch.Tensor, chosen: Sampling, random: torch.Generator | None = None) -> torch.Tensor:
+    noise = None if chosen.temperature == 0.0 else exponential_noise(logits, random)
+    return sample(logits, noise, chosen)
+
+
 def kept(logits: torch.Tensor) -> np.ndarray:
     assert not logits.isnan().any()
     return (logits > -INF).cpu().numpy()
 
 
 def ragged(vocabulary: int, width: int = 24, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sequences with rubbish for padding, their lengths, and those of their prompts."""
+    """Sequences with invalid tokens as padding, their lengths and their prompts' lengths."""
     random = np.random.default_rng(seed)
     lengths = np.array([width, width - 5, 7, 3, 2, 1, 0, width])
     sequences = random.integers(vocabulary, size=(len(lengths), width))
@@ -50,6 +55,19 @@ def ragged(vocabulary: int, width: int = 24, seed: int = 1) -> tuple[torch.Tenso
         sequences[row, length:] = random.choice([-100, 0, 1, vocabulary, 2**40], size=width - length)
     prompts = np.minimum(lengths, [5, 0, 7, 1, 2, 0, 0, width - 1])
     return tuple(torch.from_numpy(part).to(DEVICE) for part in (sequences, lengths, prompts))
+
+
+def assert_distributed(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Chi-square test at 99.99%; cells with less than five expected counts are merged."""
+    counts, expected = counts.double().cpu(), probabilities.double().cpu() * counts.sum().item()
+    assert not counts[expected == 0.0].any()
+    rare = expected < 5.0
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    some = expected > 0.0
+    freedom = int(some.sum()) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+    assert ((counts - expected)[some] ** 2 / expected[some]).sum() < limit
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,7 +80,7 @@ def numpy_top_k(logits: np.ndarray, k: int) -> np.ndarray:
 
 
 def decided(far_enough: bool) -> None:
-    """Take another example where rounding decides."""
+    """Skip a hypothesis example in which rounding decides."""
     if currently_in_test_context():
         assume(far_enough)
 
@@ -83,14 +101,14 @@ def numpy_typical(logits: np.ndarray, p: float) -> np.ndarray:
     information[probabilities > 0] = -np.log(probabilities[probabilities > 0])
     entropy = (probabilities * np.where(probabilities > 0, information, 0)).sum()
     distance = np.abs(information - entropy)
-    for one in np.unique(logits[probabilities > 0]):  # two logits on both sides of the entropy: rounding orders them
+    for one in np.unique(logits[probabilities > 0]):  # rounding orders logits on both sides of the entropy
         others = distance[(logits != one) & (probabilities > 0)]
         decided(np.abs(others - distance[logits == one][0]).min(initial=1) > 1e-4)
     return numpy_first(probabilities, np.argsort(distance, kind="stable"), p)
 
 
 def numpy_first(probabilities: np.ndarray, order: np.ndarray, p: float) -> np.ndarray:
-    """As few as possible of those in `order`, such that they add up to p."""
+    """The fewest first tokens in `order` whose probabilities add up to p."""
     chosen = np.zeros(len(order), dtype=bool)
     total = 0.0
     for index in order:

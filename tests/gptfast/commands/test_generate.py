@@ -12,6 +12,7 @@ import torch
 from gptfast import cli, load_model
 from gptfast.commands import generate
 from gptfast.generation import text as texts
+from gptfast.generation.beam_search import BeamSearch
 from gptfast.quantization import Int8Linear, PackedLinear
 from gptfast.training import trainer
 from tests.support.tiny_runs import tiny_run
@@ -41,7 +42,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_beams_are_those_of_search(trained, capsys):
     model, tokenizer = load_model.load_run(Path(trained))
-    expected = texts.search(model, tokenizer, ["To be"], 12, 3, 0.5, num_samples=2)
+    expected = texts.search(model, tokenizer, ["To be"], 12, BeamSearch(3, 0.5, num_return_sequences=2))
     options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-samples", "2", "--dtype", "float32"]
     found = [
         json.loads(line) for line in written(capsys, trained, "--prompt", "To be", "--json", *options).splitlines()

@@ -1,4 +1,4 @@
-"""Tokens one by one: compiled, from graphs and ahead of the host, they are the same."""
+"""Compiled steps, steps from CUDA graphs and steps ahead of the host give the same tokens."""
 
 from __future__ import annotations
 
@@ -7,37 +7,22 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-import gptfast.generation.decoder
-from gptfast import GPT, GPTConfig, Sampling
-from gptfast.generation.autoregressive import Step, steps
-from tests.support.graphs import stand_in
+from gptfast import GPT, Sampling
+from gptfast.generation.autoregressive import Step, decode_n_tokens
+from tests.support.generation import GREEDY, generator, gpt, request
 from tests.support.oracle import DEVICE
 
-GREEDY = Sampling(temperature=0.0)
 SAMPLED = Sampling(temperature=0.7, top_k=9, top_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=3)
+SETTINGS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+LENGTHS = pytest.mark.parametrize("lengths", [[4], [3, 3], [1, 5, 9]], ids=str)
 
 
-def build(backend: str = "eager", **changes) -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=2, n_embd=32, init_std=0.3, **changes)
-    return GPT(config, backend=backend).to(DEVICE).eval()
-
-
-def prompts(lengths: list[int]) -> Tensor:
-    return torch.randint(23, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-
-def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(0)
-
-
-def taken(
-    model: GPT, lengths: list[int], settings: Sampling, stops: tuple[int, ...] = (), count=9, **how
+def decode(
+    lengths: list[int], sampling: Sampling = GREEDY, new: int = 9, model: GPT | None = None, **options
 ) -> list[Step]:
-    ends = lambda row, token: token in stops  # noqa: E731
-    return list(steps(model, prompts(lengths), lengths, count, settings, ends, generator(), **how))
+    asked = request(lengths, new, sampling, **{"generator": generator()} | options)
+    return list(decode_n_tokens(gpt(block_size=12) if model is None else model, asked))
 
 
 def assert_same(found: list[Step], expected: list[Step]) -> None:
@@ -46,119 +31,91 @@ def assert_same(found: list[Step], expected: list[Step]) -> None:
         assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("lengths", [[4], [3, 3], [1, 5, 9]], ids=str)
-def test_steps_ahead_of_the_host_are_the_same(lengths, settings):
-    assert_same(taken(build(), lengths, settings, ahead=True), taken(build(), lengths, settings, ahead=False))
+@SETTINGS
+@LENGTHS
+def test_running_ahead_of_the_host_changes_nothing(lengths, sampling):
+    assert_same(decode(lengths, sampling, run_ahead=True), decode(lengths, sampling, run_ahead=False))
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 5, 9]], ids=str)
-def test_sequences_that_end_leave_also_ahead_of_the_host(lengths):
-    free = taken(build(), lengths, GREEDY)
-    sizes = set()
+def test_running_ahead_drops_finished_sequences(lengths):
+    free, sizes = decode(lengths), set()
     for stop in {token for step in free for token in step.tokens}:
-        found = taken(build(), lengths, GREEDY, (stop,), ahead=True)
+        is_finished = lambda row, token, stop=stop: token == stop  # noqa: E731
+        found = decode(lengths, is_finished=is_finished, run_ahead=True)
         sizes |= {len(step.rows) for step in found}
-        assert_same(found, taken(build(), lengths, GREEDY, (stop,), ahead=False))
+        assert_same(found, decode(lengths, is_finished=is_finished, run_ahead=False))
     assert len(sizes) > 1
 
 
-def test_the_device_is_a_step_ahead_and_never_too_far(monkeypatch):
-    model = build()
-    read = []
-    forward = type(model.transformer).forward
-    monkeypatch.setattr(
-        type(model.transformer), "forward", lambda self, *arguments: read.append(1) or forward(self, *arguments)
-    )
-    for ahead in (True, False):
-        read.clear()
-        counts = [len(read) for _ in steps(model, prompts([2]), [2], 4, GREEDY, ahead=ahead)]
-        assert counts == ([2, 3, 4, 4] if ahead else [1, 2, 3, 4])
+def test_the_device_runs_one_step_ahead(reads):
+    for run_ahead, expected in ((True, [2, 3, 4, 4]), (False, [1, 2, 3, 4])):
+        reads.clear()
+        steps = decode_n_tokens(gpt(), request([2], 4, run_ahead=run_ahead, cuda_graph=False))
+        assert [len(reads) for _ in steps] == expected
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("lengths", [[4], [3, 3], [1, 5, 9]], ids=str)
-def test_a_step_is_one_graph_for_the_compiler(monkeypatch, lengths, settings):
-    """As traced, without generated code; past the window too, which is read anew."""
+@SETTINGS
+@LENGTHS
+def test_a_compiled_step_is_one_graph(monkeypatch, lengths, sampling):
+    """As traced, without generated code; past the window too."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.compiler.reset()
-    expected = taken(build(), lengths, settings)
-    assert_same(taken(build(), lengths, settings, compiled=True), expected)
+    expected = decode(lengths, sampling)
+    assert_same(decode(lengths, sampling, compiled=True), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", *(["triton"] if DEVICE.type == "cuda" else [])])
-def test_compiled_steps(backend):
+def test_compiled_steps_give_the_same_tokens(backend):
     torch.compiler.reset()
-    for lengths, settings in (([4], GREEDY), ([1, 5, 9], SAMPLED)):
-        expected = taken(build(), lengths, settings)
-        assert_same(taken(build(backend), lengths, settings, compiled=True), expected)
+    for lengths, sampling in (([4], GREEDY), ([1, 5, 9], SAMPLED)):
+        expected = decode(lengths, sampling)
+        assert_same(decode(lengths, sampling, model=gpt(backend=backend, block_size=12), compiled=True), expected)
 
 
-@pytest.fixture
-def captures(monkeypatch) -> list:
-    """Steps from graphs: in form alone on machines without a GPU, where what is captured is called at each replay.
-
-    It collects the generator of each capture.
-    """
-    if DEVICE.type != "cuda":
-        graphed = functools.partial(gptfast.generation.decoder.CachedDecoder, graph=True)
-        monkeypatch.setattr("gptfast.generation.autoregressive.CachedDecoder", graphed)
-    return stand_in(monkeypatch)
-
-
-def test_a_graph_draws_anew_at_each_step(captures):
-    model, idx, own = build(), prompts([1, 5]), generator()
-    found = list(steps(model, idx, [1, 5], 6, SAMPLED, generator=own, ahead=True))
+def test_a_graph_draws_new_numbers_at_each_step(captures):
+    own = generator()
+    graphed = {"new": 6, "run_ahead": True, "cuda_graph": True}
+    found = decode([1, 5], SAMPLED, generator=own, **graphed)
     assert captures == [own]
-    rows = torch.tensor([step.tokens for step in found])  # [6, 2]
-    assert len(rows.unique(dim=0)) > 3
-    assert_same(found, list(steps(model, idx, [1, 5], 6, SAMPLED, generator=generator(), ahead=True)))
+    assert len({tuple(step.tokens) for step in found}) > 3
+    assert_same(found, decode([1, 5], SAMPLED, **graphed))
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_a_graph_is_captured_anew_when_half_of_the_sequences_have_ended(captures, ahead):
-    """Those that have ended before are drawn for, and not given out."""
-    lengths, count = [1, 2, 3, 1, 2, 3], 9
-    expected = taken(build(), lengths, GREEDY, count=count)
+@pytest.mark.parametrize("run_ahead", [True, False])
+def test_a_graph_is_recaptured_when_half_of_the_sequences_are_finished(captures, run_ahead):
+    lengths, new = [1, 2, 3, 1, 2, 3], 9
+    expected = decode(lengths, new=new)
     captures.clear()
-    end = {0: 1, 3: 2, 4: 4, 1: 6}  # the last step of sequences
-    given: dict[int, list[int]] = {row: [] for row in range(6)}
+    last = {0: 1, 3: 2, 4: 4, 1: 6}  # step of each row's last token
     seen = dict.fromkeys(range(6), -1)
 
-    def ends(row: int, token: int) -> bool:
+    def is_finished(row: int, token: int) -> bool:
         seen[row] += 1
-        return seen[row] == end.get(row)
+        return seen[row] == last.get(row)
 
-    for step in steps(build(), prompts(lengths), lengths, count, GREEDY, ends, ahead=ahead):
+    given: dict[int, list[int]] = {row: [] for row in range(6)}
+    for step in decode(lengths, new=new, is_finished=is_finished, run_ahead=run_ahead, cuda_graph=True):
         for row, token in zip(step.rows, step.tokens, strict=True):
             given[row].append(token)
     for row in range(6):
-        whole = [step.tokens[row] for step in expected]
-        assert given[row] == whole[: end.get(row, count) + 1]
-    assert len(captures) == 2  # of six, and of three
+        assert given[row] == [step.tokens[row] for step in expected][: last.get(row, new) + 1]
+    assert len(captures) == 2  # for six sequences, and for three
 
 
-def test_sequences_that_have_ended_leave_before_they_fill_the_window(captures):
-    """For them alone all would be read anew, at every step."""
-    model, lengths = build(), [9, 1, 1]
-    sizes = []
-    forward = type(model.transformer).forward
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            type(model.transformer),
-            "forward",
-            lambda self, idx, *rest: sizes.append(tuple(idx.shape)) or forward(self, idx, *rest),
-        )
-        list(steps(model, prompts(lengths), lengths, 9, GREEDY, lambda row, token: row == 0, ahead=False))
-    assert sizes[0] == (3, 9)
-    assert all(length == 1 for _, length in sizes[1:])
+def test_a_finished_sequence_is_dropped_before_it_fills_the_window(captures, reads):
+    """It would make every step read all windows again."""
+    decode([9, 1, 1], is_finished=lambda row, token: row == 0, run_ahead=False, cuda_graph=True)
+    shapes = [shape for _, shape in reads]
+    assert shapes[0] == (3, 9)
+    assert all(length == 1 for _, length in shapes[1:])
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_logits_that_are_no_numbers(ahead):
-    model = build()
+@pytest.mark.parametrize("run_ahead", [True, False])
+def test_logits_that_are_not_finite_are_refused(run_ahead):
+    model = gpt()
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    with pytest.raises(ValueError, match="row 0 of the logits has NaN; accepted: finite logits"):
-        list(steps(model, prompts([3]), [3], 5, GREEDY, ahead=ahead))
+    with pytest.raises(ValueError, match="row 0 of the logits has NaN"):
+        decode([3], new=5, model=model, run_ahead=run_ahead)

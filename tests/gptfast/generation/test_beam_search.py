@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measuring import model_providers
 from gptfast import GPT, GPTConfig
-from gptfast.generation.beam_search import Hypothesis, search
+from gptfast.generation import beam_search
+from gptfast.generation.beam_search import NO_HYPOTHESIS, BeamSearch, Hypothesis
 from tests.support.oracle import DEVICE
 
 VOCAB = 23
 SIZES = {"block_size": 20, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.6}
 NEW = 12
-NOTHING = Hypothesis([], -math.inf, False)
 # prompts of different lengths, so that the search of each takes another course
 PROMPTS = [[3, 14, 15, 9, 2, 6], [5, 3], [5, 8, 9, 7]]
 PAD = 4
@@ -40,13 +40,13 @@ class Whole:
     def prefill(self) -> torch.Tensor:
         return self._logits()
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode_one_token(self, tokens: torch.Tensor) -> torch.Tensor:
         assert tokens.dtype == torch.int64
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         return self._logits()
 
-    def select(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor) -> None:
         assert rows.dtype == torch.int64
         self.rows = [list(self.rows[row]) for row in rows.tolist()]
 
@@ -71,12 +71,17 @@ class Fixed:
     def prefill(self) -> torch.Tensor:
         return self.log_probs.expand(self.rows, -1)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode_one_token(self, tokens: torch.Tensor) -> torch.Tensor:
         self.steps += 1
         return self.log_probs.expand(len(tokens), -1)
 
-    def select(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor) -> None:
         pass
+
+
+def search(decoder, prompt_batch: int, max_new_tokens: int, num_beams: int, stop_tokens=(), process=None, **settings):
+    settings = BeamSearch(num_beams, **settings)
+    return beam_search.search(decoder, prompt_batch, max_new_tokens, settings, stop_tokens, process)
 
 
 def ours(model: GPT, prompts: list[list[int]], num_beams: int, **settings) -> list[list[Hypothesis]]:
@@ -198,8 +203,9 @@ def test_enough_beams_find_all_sequences_in_their_order(length_penalty, early_st
     prompts = [[1, 0, 2], [3]]
     stop = 2
     found = search(
-        Whole(model, prompts), 2, 4, 128, length_penalty, early_stopping, stop_tokens=[stop], num_return_sequences=128
-    )
+        Whole(model, prompts), 2, 4, 128, length_penalty=length_penalty, early_stopping=early_stopping,
+        stop_tokens=[stop], num_return_sequences=128,
+    )  # fmt: skip
     for prompt, of_prompt in zip(prompts, found, strict=True):
         sequences = set()
         for tokens in itertools.product(range(4), repeat=4):
@@ -211,7 +217,7 @@ def test_enough_beams_find_all_sequences_in_their_order(length_penalty, early_st
         for hypothesis, tokens in zip(of_prompt, ranking, strict=False):
             assert hypothesis.score == pytest.approx(scores[tokens], rel=1e-5)
             assert hypothesis.finished == (tokens[-1] == stop)
-        assert of_prompt[121:] == [NOTHING] * 7
+        assert of_prompt[121:] == [NO_HYPOTHESIS] * 7
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,10 @@ def test_enough_beams_find_all_sequences_in_their_order(length_penalty, early_st
 )
 def test_when_a_search_is_over(probabilities, length_penalty, early_stopping, limit, steps, expected):
     decoder = Fixed(probabilities)
-    (found,) = search(decoder, 1, limit, 2, length_penalty, early_stopping, stop_tokens=[1], num_return_sequences=2)
+    (found,) = search(
+        decoder, 1, limit, 2, length_penalty=length_penalty, early_stopping=early_stopping, stop_tokens=[1],
+        num_return_sequences=2,
+    )  # fmt: skip
     assert [tuple(hypothesis.tokens) for hypothesis in found] == list(expected)
     for hypothesis, probability in zip(found, expected.values(), strict=True):
         assert hypothesis.score == pytest.approx(math.log(probability) / len(hypothesis.tokens) ** length_penalty)
@@ -306,13 +315,13 @@ def test_processed_log_probabilities_are_those_of_transformers(name, stops):
 def test_where_there_is_nothing_more_there_is_no_hypothesis():
     (found,) = search(Fixed([0.5, 0.3, 0.2]), 1, 1, 5, num_return_sequences=5)
     assert [hypothesis.tokens for hypothesis in found] == [[0], [1], [2], [], []]
-    assert found[3:] == [NOTHING] * 2
+    assert found[3:] == [NO_HYPOTHESIS] * 2
     decoder = Fixed([0.5, 0.3, 0.2], prompts=2)
 
     def forbid_all(log_probs, tokens):
         return torch.full_like(log_probs, -math.inf)
 
-    assert search(decoder, 2, 8, 2, stop_tokens=[1], process=forbid_all) == [[NOTHING], [NOTHING]]
+    assert search(decoder, 2, 8, 2, stop_tokens=[1], process=forbid_all) == [[NO_HYPOTHESIS], [NO_HYPOTHESIS]]
     assert decoder.steps == 0
 
 
@@ -325,13 +334,13 @@ def test_one_prompt_at_its_end_and_another_with_all_tokens_before_it():
         return torch.cat((torch.full_like(log_probs[:rows], -math.inf), log_probs[rows:]))
 
     first, second = search(decoder, 2, 3, 2, stop_tokens=[2], num_return_sequences=2, process=forbid)
-    assert first == [NOTHING] * 2
+    assert first == [NO_HYPOTHESIS] * 2
     assert [hypothesis.tokens for hypothesis in second] == [[0, 0, 0], [0, 0, 1]]
 
 
 def test_nothing_asked_for_is_the_empty_continuation():
     found = search(Fixed([0.5, 0.5]), 3, 0, 2, num_return_sequences=2)
-    assert found == [[Hypothesis([], 0.0, False), NOTHING]] * 3
+    assert found == [[Hypothesis([], 0.0, False), NO_HYPOTHESIS]] * 3
 
 
 def test_repeated_stop_tokens_count_once():
@@ -345,8 +354,8 @@ def test_float16_logits_are_added_up_in_float32():
         def prefill(self):
             return super().prefill().half()
 
-        def step(self, tokens):
-            return super().step(tokens).half()
+        def decode_one_token(self, tokens):
+            return super().decode_one_token(tokens).half()
 
     ((found,),) = search(Half([0.9, 0.1]), 1, 50, 2, length_penalty=0.0)
     expected = torch.tensor([0.9, 0.1]).log().half().double().log_softmax(0)[0].item()
@@ -421,5 +430,8 @@ def test_bad_settings(arguments, message):
 
 @pytest.mark.parametrize("length_penalty", [-62.0, 62.0])
 def test_the_largest_length_penalties(length_penalty):
-    (found,) = search(Fixed([0.5, 0.3, 0.2]), 1, 4, 2, length_penalty, "never", stop_tokens=[2], num_return_sequences=2)
+    (found,) = search(
+        Fixed([0.5, 0.3, 0.2]), 1, 4, 2, length_penalty=length_penalty, early_stopping="never", stop_tokens=[2],
+        num_return_sequences=2,
+    )  # fmt: skip
     assert [hypothesis.score > -math.inf for hypothesis in found] == [True, True]

@@ -1,4 +1,4 @@
-"""Every preset's model writes with its cache what it writes without: token for token, with logits within the rule."""
+"""Every preset's model decodes with a KV cache the tokens it decodes without, with logits within the oracle's bound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast import GPT, Sampling
 from gptfast.config import PRESETS
-from gptfast.generation.decoder import CachedDecoder, Logits
+from gptfast.generation.decoder import CachedDecoder, GenerationRequest, RawLogits
 from gptfast.generation.generate import continuations
 from gptfast.training.recipes import RECIPES
 from tests.support.oracle import DEVICE, assert_equal_to_oracle
@@ -21,13 +21,13 @@ NEW = 8  # past the window of the longest prompt
 
 
 def build(name: str, backend: str, dtype: torch.dtype) -> GPT:
-    """Two layers of the preset's kind, narrow where the interpreter computes them, with weights that tell."""
+    """Two layers of the preset's kind, narrow where Triton's interpreter computes them."""
     changes = {"n_layer": 2, "block_size": 12, "vocab_size": 101, "dropout": 0.0, "init_std": 0.1}
     whole = MODELS[name]
     if DEVICE.type != "cuda":
         changes |= {"n_head": 2, "n_embd": 2 * whole.n_embd // whole.n_head}
     torch.manual_seed(0)
-    with DEVICE:  # a GPU draws wide weights in no time
+    with DEVICE:  # faster than drawing wide weights on the CPU
         model = GPT(dataclasses.replace(whole, **changes), backend=backend)
     return model.to(dtype).eval()
 
@@ -49,10 +49,10 @@ SLOW = [pytest.param("triton", prompt, marks=pytest.mark.slow) for prompt in ("o
 
 @pytest.mark.parametrize(("backend", "prompt"), [*(("eager", p) for p in PROMPTS), ("triton", "ragged"), *SLOW])
 @pytest.mark.parametrize("name", MODELS)
-def test_cached_is_uncached(name, backend, prompt):
+def test_cached_tokens_are_the_uncached(name, backend, prompt):
     lengths = PROMPTS[prompt]
     model, idx = build(name, backend, torch.float32), prompts(lengths)
-    found = continuations(model, idx, lengths, NEW, Sampling(temperature=0.0))
+    found = continuations(model, GenerationRequest(idx, lengths, NEW, Sampling(temperature=0.0)))
     for row, (continuation,) in enumerate(found):
         assert continuation.tokens == uncached(model, idx[row, : lengths[row]])
 
@@ -61,11 +61,11 @@ def test_cached_is_uncached(name, backend, prompt):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_within_the_rule_at_every_step(name, backend, dtype):
+def test_cached_logits_are_within_the_bound_at_every_step(name, backend, dtype):
     lengths = PROMPTS["ragged"]
     model, exact, eager = build(name, backend, dtype), build(name, "eager", dtype).double(), build(name, "eager", dtype)
     idx = prompts(lengths)
-    decoder = CachedDecoder(model, idx, lengths, NEW, Logits())
+    decoder = CachedDecoder(model, GenerationRequest(idx, lengths, NEW), RawLogits())
     logits = decoder.prefill()
     sequences = [row[:length] for row, length in zip(idx, lengths, strict=True)]
     for number in range(NEW):
@@ -73,4 +73,4 @@ def test_logits_are_within_the_rule_at_every_step(name, backend, dtype):
         assert_equal_to_oracle(f"logits of step {number}", logits, theirs, oracle)
         tokens = oracle.argmax(-1)
         sequences = [torch.cat((sequence, token[None])) for sequence, token in zip(sequences, tokens, strict=True)]
-        logits = decoder.step(tokens)
+        logits = decoder.decode_one_token(tokens)

@@ -1,39 +1,25 @@
-"""With keys and values kept, a model says what it says without."""
+"""A model with a KV cache gives the logits it gives without."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from gptfast import GPT, GPTConfig
 from gptfast.generation.kv_cache import KVCache
+from tests.support.generation import VARIANTS, gpt, prompts
 from tests.support.oracle import DEVICE
 
-MODELS = {
-    "pre-norm": {},
-    "post-norm": {"norm_position": "post", "activation": "relu"},
-    "sinusoidal": {"position": "sinusoidal", "bias": False},
-    "no positions": {"position": "none"},
-}
-
-
-def build(backend: str, **changes) -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=12, vocab_size=23, n_layer=3, n_head=2, n_embd=32, init_std=0.3, **changes)
-    return GPT(config, backend=backend).to(DEVICE).eval()
-
-
-def tokens(batch: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+MODEL = {"block_size": 12, "n_layer": 3}
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "triton"])
+MODELS = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [(12,), (5, 7), (1,) * 12, (3, 1, 1, 4, 3)], ids=str)
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_pieces_through_a_cache_give_the_logits_of_the_whole(backend: str, changes: dict, pieces: tuple[int, ...]):
-    model, idx = build(backend, **changes), tokens()
+@MODELS
+@BACKENDS
+def test_pieces_through_a_cache_give_the_logits_of_the_whole(backend, changes, pieces):
+    model, idx = gpt(backend=backend, **MODEL, **changes), prompts(12, 12)
     cache, start = KVCache(3, 12), 0
     for piece in pieces:
         end = start + piece
@@ -44,69 +30,69 @@ def test_pieces_through_a_cache_give_the_logits_of_the_whole(backend: str, chang
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_one_token_is_decoded_and_more_are_attended_to(backend: str, monkeypatch):
-    model, called = build(backend), []
+@BACKENDS
+def test_single_tokens_take_the_decode_operator(backend, monkeypatch):
+    model, called = gpt(backend=backend, **MODEL), []
     for name in ("causal_attention", "causal_attention_qkvpacked", "decode_attention"):
         operator = getattr(model.backend, name)
         monkeypatch.setattr(
             model.backend, name, lambda *a, name=name, operator=operator, **k: called.append(name) or operator(*a, **k)
         )
     cache = KVCache(3, 12)
-    for piece in (tokens(2, 5), tokens(2, 1), tokens(2, 2)):
-        model(piece, cache=cache)
-    model(tokens())
+    for length in (5, 1, 2):
+        model(prompts(length, length), cache=cache)
+    model(prompts(12, 12))
     expected = ["causal_attention", "decode_attention", "causal_attention", "causal_attention_qkvpacked"]
     assert called == [name for name in expected for _ in range(3)]
 
 
-def test_dropout_in_a_cache_is_that_of_training():
-    model = build("eager", dropout=0.5).train()
+def test_dropout_applies_with_a_cache_in_training():
+    model = gpt(dropout=0.5, **MODEL).train()
     cache = KVCache(3, 12)
-    model(tokens(2, 5), cache=cache)
+    model(prompts(5, 5), cache=cache)
     torch.manual_seed(1)
-    first, _ = model(tokens(2, 1), cache=cache)
+    first, _ = model(prompts(1, 1), cache=cache)
     cache.length = 5
     torch.manual_seed(2)
-    second, _ = model(tokens(2, 1), cache=cache)
+    second, _ = model(prompts(1, 1), cache=cache)
     assert not torch.equal(first, second)
 
 
-def test_what_does_not_fit_is_refused():
-    model, cache = build("eager"), KVCache(3, 6)
-    with torch.no_grad():
-        model(tokens(2, 5), cache=cache)
-        with pytest.raises(ValueError, match="7 tokens do not fit into a cache for 6"):
-            model(tokens(2, 2), cache=cache)
-        assert cache.length == 5
-        with pytest.raises(ValueError, match="13 tokens are longer than block_size=12"):
-            model(tokens(2, 8), cache=cache)
+@torch.no_grad()
+def test_tokens_beyond_the_capacity_are_refused():
+    model, cache = gpt(**MODEL), KVCache(3, 6)
+    model(prompts(5, 5), cache=cache)
+    with pytest.raises(ValueError, match=r"capacity of 6.*got 7"):
+        model(prompts(2, 2), cache=cache)
+    assert cache.length == 5
+    with pytest.raises(ValueError, match="block_size=12"):
+        model(prompts(8, 8), cache=cache)
 
 
 @torch.no_grad()
-def test_a_cleared_cache_forgets():
-    model, cache = build("eager"), KVCache(3, 12)
-    model(tokens(2, 5), cache=cache)
+def test_a_cleared_cache_is_as_new():
+    model, cache = gpt(**MODEL), KVCache(3, 12)
+    model(prompts(5, 5), cache=cache)
     cache.clear()
-    other = tokens(2, 12)[:, 5:]
+    other = prompts(7, 7)
     torch.testing.assert_close(model(other, cache=cache)[0], model(other)[0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_several_tokens_of_sequences_of_different_lengths(backend, changes, batch):
-    """Each as if it were alone, in places of its own; what was rewound is as if it had never been."""
-    model, idx = build(backend, **changes), tokens(batch, 9)
+@MODELS
+@BACKENDS
+def test_sequences_of_different_lengths_are_as_each_alone(backend, changes, batch):
+    """Rewound tokens leave no trace."""
+    model, idx = gpt(backend=backend, **MODEL, **changes), prompts(*[9] * batch)
     lengths = torch.tensor([3, 6, 1][:batch], device=DEVICE)
     cache = KVCache(3, 12)
     model.transformer(idx, cache)
-    cache.part(torch.full_like(lengths, 9))
+    cache.set_lengths(torch.full_like(lengths, 9))
     memory = cache.lengths
     for count in (3, 1, 2):
         cache.rewind(lengths)
-        following = tokens(5, 12)[-batch:, :count]
+        following = prompts(*[12] * 5)[-batch:, :count]
         logits = model.logits(model.transformer(following, cache))  # [B, count, V]
         for row, length in enumerate(lengths.tolist()):
             whole = torch.cat((idx[row, :length], following[row]))[None]
@@ -116,6 +102,6 @@ def test_several_tokens_of_sequences_of_different_lengths(backend, changes, batc
         assert torch.equal(memory, lengths + count)
 
 
-def test_sequences_are_not_rewound_before_they_part():
-    with pytest.raises(ValueError, match="sequences are rewound once they have parted"):
+def test_rewind_before_set_lengths_is_refused():
+    with pytest.raises(ValueError, match="rewind"):
         KVCache(1, 12).rewind(torch.tensor([1]))

@@ -7,6 +7,7 @@ import torch
 
 from gptfast import GPT, GPTConfig
 from gptfast.generation import text as texts
+from gptfast.generation.beam_search import BeamSearch
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.text import Text
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
@@ -100,7 +101,7 @@ def test_a_document_ends():
 def test_texts_are_searched_by_beams():
     tokenizer = ByteTokenizer()
     model = text_model(tokenizer)
-    found = texts.search(model, tokenizer, ["Zürich", "a"], 12, num_beams=3, num_samples=2)
+    found = texts.search(model, tokenizer, ["Zürich", "a"], 12, BeamSearch(3, num_return_sequences=2))
     assert [text.prompt for text in found] == ["Zürich", "Zürich", "a", "a"]
     for text in found:
         kept = [token for token in text.tokens if token != tokenizer.end_of_text]
@@ -110,5 +111,5 @@ def test_texts_are_searched_by_beams():
     idx = torch.from_numpy(tokenizer.encode("a")[None]).to(DEVICE)
     ids = model.generate(idx, 12, num_beams=3, stop_tokens=[tokenizer.end_of_text])[0, 1:].tolist()
     assert found[2].tokens == ids[: len(found[2].tokens)]
-    penalized = texts.search(model, tokenizer, ["a"], 12, num_beams=3, settings=Sampling(no_repeat_ngram_size=1))
+    penalized = texts.search(model, tokenizer, ["a"], 12, BeamSearch(3), Sampling(no_repeat_ngram_size=1))
     assert len(set(penalized[0].tokens)) == len(penalized[0].tokens) > 1

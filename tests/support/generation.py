@@ -1,4 +1,4 @@
-"""Models, drafts of them and prompts, and what came of them: for the tests of speculative decoding."""
+"""Small models, drafts, prompts and requests for tests of generation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptfast import GPT, GPTConfig
-from gptfast.generation import speculative
-from gptfast.generation.autoregressive import Step, steps
-from gptfast.generation.sampling import Sampling
-from gptfast.generation.speculative import Draft
+from gptfast import GPT, Draft, GPTConfig, Sampling
+from gptfast.generation.autoregressive import Step, decode_n_tokens
+from gptfast.generation.decoder import GenerationRequest
+from gptfast.generation.speculative import speculative_decode
 from tests.support.oracle import DEVICE
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
+
+VARIANTS = {
+    "pre-norm": {},
+    "post-norm": {"norm_position": "post", "activation": "relu"},
+    "sinusoidal": {"position": "sinusoidal", "bias": False},
+    "no positions": {"position": "none"},
+}
 
 
 def gpt(seed: int = 0, backend: str = "eager", **changes) -> GPT:
@@ -26,7 +32,7 @@ def gpt(seed: int = 0, backend: str = "eager", **changes) -> GPT:
 
 
 def perturbed(model: GPT, by: float = 0.05) -> GPT:
-    """One of which some proposals are accepted, and some are not."""
+    """A draft of which some proposals are accepted, and some are not."""
     other, noise = copy.deepcopy(model), torch.Generator(DEVICE).manual_seed(5)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -35,7 +41,7 @@ def perturbed(model: GPT, by: float = 0.05) -> GPT:
 
 
 def contrary(model: GPT) -> GPT:
-    """One that proposes what the model holds for the unlikeliest."""
+    """A draft that proposes the model's unlikeliest token."""
     other = copy.deepcopy(model)
     other.lm_head.weight = torch.nn.Parameter(-other.lm_head.weight)
     return other
@@ -45,22 +51,26 @@ DRAFTS = {"the model itself": lambda model: model, "perturbed": perturbed, "anot
           "contrary": contrary}  # fmt: skip
 
 
-def ragged(*lengths: int, vocabulary: int = 23) -> Tensor:
-    """Prompts of these lengths, padded with tokens that nobody is to look at."""
-    idx = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+def prompts(*lengths: int, vocab_size: int = 23) -> Tensor:
+    """Prompts of these lengths, padded with a token that must not matter."""
+    idx = torch.randint(vocab_size, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
     for row, length in enumerate(lengths):
-        idx[row, length:] = vocabulary - 1
+        idx[row, length:] = vocab_size - 1
     return idx.to(DEVICE)
+
+
+def request(lengths: list[int], new: int, sampling: Sampling = GREEDY, **options) -> GenerationRequest:
+    return GenerationRequest(prompts(*lengths), lengths, new, sampling, **options)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-def merged(found: Iterable[Step], rows: int) -> list[tuple[list[int], list[float]]]:
+def by_row(steps: Iterable[Step], rows: int) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of each row."""
     sequences: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
-    for step in found:
+    for step in steps:
         assert len(step.rows) == len(set(step.rows)) == len(step.tokens) == len(step.log_probs)
         for row, token, log_prob in zip(*step, strict=True):
             sequences[row][0].append(token)
@@ -68,10 +78,11 @@ def merged(found: Iterable[Step], rows: int) -> list[tuple[list[int], list[float
     return sequences
 
 
-def assert_as_plain(model: GPT, draft: Draft, idx: Tensor, lengths: list[int], new: int, settings: Sampling) -> None:
-    """Greedy: token for token."""
-    expected = merged(steps(model, idx, lengths, new, settings), len(lengths))
-    found = merged(speculative.steps(model, draft, idx, lengths, new, settings), len(lengths))
+def assert_as_plain(model: GPT, draft: Draft, lengths: list[int], new: int, sampling: Sampling = GREEDY, **options):
+    """Greedy decoding with a draft gives the tokens of decoding without."""
+    asked = request(lengths, new, sampling, **options)
+    expected = by_row(decode_n_tokens(model, asked), len(lengths))
+    found = by_row(speculative_decode(model, draft, asked), len(lengths))
     for (tokens, log_probs), (plain_tokens, plain_log_probs) in zip(found, expected, strict=True):
         assert tokens == plain_tokens
         assert len(tokens) == new

@@ -1,0 +1,111 @@
+"""The packed copy of a model is kept on the model, and follows its changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from gptfast import GPT, lora, quantize
+from gptfast.generation.model_cache import for_decoding
+from tests.support.generation import gpt
+
+
+@pytest.fixture(autouse=True)
+def pack_small_weights(monkeypatch):
+    monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
+
+
+def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    return gpt(backend="auto", block_size=12, **changes).to("cpu", dtype)
+
+
+def tokens(batch: int = 3, length: int = 12) -> torch.Tensor:
+    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    return model.logits(model.transformer(idx))
+
+
+def test_packed_copy_is_made_once_and_freed_with_its_model():
+    model = build(torch.bfloat16)
+    packed = for_decoding(model)
+    assert for_decoding(model) is packed
+    assert for_decoding(build(torch.bfloat16)) is not packed
+    freed = [weakref.ref(model), weakref.ref(packed)]
+    del model, packed
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+
+
+def _change_by_optimizer(model: GPT) -> None:
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    idx = tokens()
+    model(idx, idx)[1].backward()
+    optimizer.step()
+
+
+def _change_by_load(model: GPT) -> None:
+    model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()})
+
+
+def _change_in_place(model: GPT) -> None:
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_proj.weight[3, 2] += 1.0
+
+
+def _change_by_hook(model: GPT) -> None:
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def _change_memory(model: GPT) -> None:
+    model.lm_head.weight.data = -model.lm_head.weight.data
+
+
+def _change_strides(model: GPT) -> None:
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data = weight.data.t()
+
+
+def _change_module(model: GPT) -> None:
+    model.transformer.h[0].mlp = build(model.transformer.wte.weight.dtype, init_std=0.5).transformer.h[0].mlp
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_change_by_optimizer, _change_by_load, _change_in_place, _change_by_hook, _change_memory, _change_strides,
+     _change_module, lambda model: model.crop_block_size(11), lambda model: model.set_residual_dtype(torch.float64),
+     lambda model: lora.apply(model, rank=2, alpha=2.0, targets=["transformer.*"])],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_copy_follows_changes_of_its_model(dtype, change):
+    model, idx = build(dtype), tokens(length=11)
+    before = for_decoding(model)
+    change(model)
+    after = for_decoding(model)
+    assert after is not before
+    torch.testing.assert_close(logits(after, idx), logits(model, idx), rtol=0.05, atol=0.1)
+    assert for_decoding(model) is after
+
+
+def test_packed_copy_follows_moves_of_its_model():
+    model = build()
+    kinds = [{p.dtype for p in for_decoding(model.to(dtype)).parameters()} for dtype in (torch.bfloat16, torch.float32)]
+    assert kinds == [{torch.bfloat16}, {torch.float32}]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert for_decoding(model).lm_head._dtype == torch.bfloat16
+    assert for_decoding(model).lm_head._dtype == torch.float32
+
+
+def test_copies_of_a_model_have_packed_copies_of_their_own():
+    model = build(torch.bfloat16)
+    packed = for_decoding(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), quantize(model)):
+        assert for_decoding(other) is not packed
+    assert for_decoding(model) is packed
