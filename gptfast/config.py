@@ -1,4 +1,4 @@
-"""The shape of a GPT: its settings, their checks, and the sizes that have names."""
+"""Shape of a GPT: settings, their checks, and presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Activation = Literal["gelu_tanh", "gelu", "relu"]
 NormPosition = Literal["pre", "post"]
 Position = Literal["learned", "sinusoidal", "none"]
 
-# the settings of Raschka 2024, "Build a Large Language Model (From Scratch)", chapter 4, by ours
+# field to its name in Raschka 2024, "Build a Large Language Model (From Scratch)", chapter 4
 _BOOK_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "context_length",
@@ -29,12 +29,12 @@ _BOOK_NAMES = {
 
 @dataclass
 class GPTConfig:
-    """Settings of a GPT. The first seven fields and their defaults are nanoGPT's, so its scripts run unchanged."""
+    """Shape of a GPT. The first seven fields and their defaults are nanoGPT's, so its scripts run unchanged."""
 
     block_size: int = 1024
     """Longest sequence, in tokens."""
     vocab_size: int = 50304
-    """Number of token ids: GPT-2's 50,257 rounded up to a multiple of 64; a training run takes its tokenizer's."""
+    """Number of token ids: GPT-2's 50,257 rounded up to a multiple of 64. Training sets its tokenizer's."""
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
@@ -52,20 +52,20 @@ class GPTConfig:
     position: Position = "learned"
     """Position information: a learned embedding, the sinusoids of the first Transformer, or none."""
     tie_weights: bool = True
-    """Whether the output head is the token embedding's matrix."""
+    """Share one matrix between the output head and the token embedding."""
     qkv_bias: bool | None = None
     """Biases in the query, key and value projection; None follows `bias`."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     pad_vocab_size_to: int = 1
-    """Rows of the token embedding in memory are a multiple of this, which 128 makes fast for any vocabulary. Nobody
-    sees the padding: files, logits, samples and counts are of vocab_size."""
+    """Pad the token embedding in memory to a multiple of this many rows; 128 is fast for any vocabulary. Files, logits,
+    samples and counts have no padding."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_size_to"):
             value = getattr(self, name)
             try:
-                # NumPy's integers too, stored as Python's: settings are saved as JSON
+                # accepts NumPy's integers and stores Python's, which JSON can hold
                 number = 0 if isinstance(value, bool) else operator.index(value)
             except TypeError:
                 number = 0
@@ -109,12 +109,12 @@ class GPTConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether the query, key and value projection has biases."""
+        """True if the query, key and value projection has biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @classmethod
     def preset(cls, name: str, **changes) -> GPTConfig:
-        """The named size with `changes` applied.
+        """Return a preset with `changes` applied.
 
         Raises:
             ValueError: an unknown name, or settings that do not fit together.
@@ -125,14 +125,14 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **changes: Any) -> GPTConfig:
-        """The GPT that a dictionary with the names of Raschka 2024 describes, whose head has weights of its own.
+        """Convert a dictionary with the names of Raschka 2024. The head is not tied to the embedding.
 
         Args:
-            settings: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and qkv_bias, all of them.
+            settings: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and qkv_bias.
             changes: other fields, such as tie_weights=True.
 
         Raises:
-            ValueError: a key that is missing or unknown, a value that is wrong, or settings that do not fit together.
+            ValueError: a key that is missing or unknown, a value out of range, or settings that do not fit together.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dictionary, got {settings!r}")
@@ -147,7 +147,7 @@ class GPTConfig:
         try:
             return cls(**{**given, "tie_weights": False, **changes})
         except ValueError as error:
-            # of a key that was given, by the name that it was given by; a text that was given stays
+            # name the dictionary's keys, and leave quoted values alone
             renamed = {ours: theirs for ours, theirs in _BOOK_NAMES.items() if ours not in changes}
             message = re.sub(r"'[^']*'|\w+", lambda word: renamed.get(word[0], word[0]), str(error))
             raise ValueError(message) from error

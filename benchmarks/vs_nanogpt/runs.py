@@ -181,7 +181,7 @@ class Runs:
                 raise ValueError(f"{checkout} has no {name}; --nanogpt takes a checkout of nanoGPT")
         if not data.is_file():
             raise ValueError(f"no such file: {data}; --data takes a text file")
-        self.text = corpus.load(str(self.data))
+        self.text = corpus.load_text(str(self.data))
         self.nanogpt_folder = folder / "nanogpt"
         for name in FILES:
             copy = self.nanogpt_folder / name

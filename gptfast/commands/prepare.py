@@ -63,7 +63,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     require_unused(out)  # before the tokenizer reads every document
-    source = documents.source(config.source, config.field)
+    source = documents.open_source(config.source, config.field)
     tokenizer = tokenizers.for_documents(
         config.tokenizer, source.documents(), end_of_text=not source.one_document, vocabulary=config.vocabulary
     )

@@ -1,1 +1,1 @@
-"""Texts to train on: where they are from, their tokens on disk, batches of them."""
+"""Training data: texts, token shards on disk, batches."""

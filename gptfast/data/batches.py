@@ -122,7 +122,7 @@ def _permutation(seed: int, epoch: int, blocks: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
-def prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
+def open_prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
     """Open the training and validation splits of a folder of token shards (see `gptfast.data.shards`).
 
     Raises:
@@ -137,7 +137,7 @@ def prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
     return train, val
 
 
-def split(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, Split]:
+def split_tokens(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[Split, Split]:
     """Split tokens into training and validation: the last `held_out` share validates, as in nanoGPT.
 
     With `held_out` 0 both are the same object and hold all tokens, for texts too short to hold anything out.

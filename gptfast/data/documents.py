@@ -1,4 +1,4 @@
-"""Documents from text files, JSON lines, folders and patterns, a piece at a time: a file need not fit into memory."""
+"""Streams of documents from text files, JSON lines, folders and glob patterns. A file need not fit into memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import BinaryIO
 from gptfast.data import corpus
 
 PIECE = 2**20  # characters, about
-_LONGEST = 2**24  # characters of a piece that has no good place to be cut
+_MAX_PIECE = 2**24  # characters of a piece without a place to cut
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document.
+    """Part of a document.
 
     Args:
-        text: of the part.
-        last: whether the document ends with it.
+        text: its characters.
+        last: True for the last piece of a document.
         consumed: bytes of the source that were read for it.
     """
 
@@ -35,12 +35,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from: files, or texts that are there already.
+    """Documents in files or in memory.
 
     Args:
-        files: to be read one after the other.
-        texts: documents as they are.
-        field: of JSON lines that holds a document's text.
+        files: read one after the other.
+        texts: documents in memory.
+        field: field of a JSON line that holds a document's text.
     """
 
     files: tuple[Path, ...] = ()
@@ -49,50 +49,49 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Size of it all, as it lies on the disk."""
+        """Size of the files, compressed if they are, and of the texts."""
         return sum(path.stat().st_size for path in self.files) + sum(len(text.encode()) for text in self.texts)
 
     @property
     def one_document(self) -> bool:
-        """Whether all of it is a single text."""
+        """True if the source is a single text."""
         names = [path.name.removesuffix(".gz") for path in self.files]
         return len(names) + len(self.texts) == 1 and not any(name.endswith(_JSON_LINES) for name in names)
 
     def pieces(self) -> Iterator[Piece]:
-        """All documents, piece by piece.
+        """Yield all documents piece by piece.
 
         Raises:
             ValueError: a file that cannot be read, is not UTF-8, or is not JSON lines with that field.
         """
         for text in self.texts:
             yield from _cut([text], lambda: 0)
-            # consumed at its end
             yield Piece("", last=True, consumed=len(text.encode()))
         for path in self.files:
-            yield from _of_file(path, self.field)
+            yield from _read_file(path, self.field)
 
     def documents(self) -> Iterator[str]:
-        """The texts of all pieces, for whoever needs no boundaries."""
+        """Yield the texts of all pieces, without document boundaries."""
         for piece in self.pieces():
             yield piece.text
 
 
-def source(name: str, field: str = "text") -> Source:
-    """The documents that a name stands for.
+def open_source(name: str, field: str = "text") -> Source:
+    """Find the documents of a name.
 
     Args:
-        name: one of `corpus.NAMES`, a file, a folder (all files below it that are not hidden), or a pattern such as
-            "texts/**/*.txt". Files that end in .jsonl, .ndjson or .json are JSON lines, each a document; all others are
-            UTF-8 text, each a document; .gz after either is unpacked.
-        field: of JSON lines that holds the text.
+        name: one of `corpus.NAMES`, a file, a folder (all files below it that are not hidden), or a glob pattern such
+            as "texts/**/*.txt". Each line of a .jsonl, .ndjson or .json file is a document; every other file is a
+            document in UTF-8. Either may be compressed, with .gz appended to the name.
+        field: field of a JSON line that holds the text.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: no such files.
     """
     if name == "stdlib":
         return Source(texts=tuple(corpus.standard_library_modules()))
     if name in corpus.NAMES:
-        return Source(texts=(corpus.load(name),))
+        return Source(texts=(corpus.load_text(name),))
     path = Path(name).expanduser()
     if path.is_file():
         files = [path]
@@ -107,7 +106,7 @@ def source(name: str, field: str = "text") -> Source:
     return Source(files=tuple(sorted(files)), field=field)
 
 
-def _of_file(path: Path, field: str) -> Iterator[Piece]:
+def _read_file(path: Path, field: str) -> Iterator[Piece]:
     try:
         with path.open("rb") as raw:
             packed = path.name.endswith(".gz")
@@ -122,7 +121,7 @@ def _of_file(path: Path, field: str) -> Iterator[Piece]:
             if path.name.removesuffix(".gz").endswith(_JSON_LINES):
                 yield from _json_lines(path, binary, field, consumed)
             else:
-                # line ends as they are
+                # newline="": line ends unchanged
                 reader = io.TextIOWrapper(binary, encoding="utf-8", newline="")
                 yield from _cut(iter(lambda: reader.read(PIECE), ""), consumed)
                 yield Piece("", last=True, consumed=consumed())
@@ -145,20 +144,20 @@ def _json_lines(path: Path, binary: Iterable[bytes], field: str, consumed: Calla
         text = entry.get(field) if isinstance(entry, dict) else None
         if not isinstance(text, str):
             fields = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise ValueError(f"{path}, line {number}: no text in the field {field!r}; there is: {fields}")
+            raise ValueError(f"{path}, line {number}: no text in the field {field!r}; it has: {fields}")
         yield Piece(text, last=True, consumed=consumed())
 
 
 def _cut(blocks: Iterable[str], consumed: Callable[[], int]) -> Iterator[Piece]:
-    """One document in pieces, none of which is its last."""
+    """Cut a document into pieces, none of them marked as its last."""
     held = ""
     for block in blocks:
         held += block
         if len(held) < PIECE:
             continue
-        place = _last_place(held)
+        place = _last_cut(held)
         if place == 0:
-            if len(held) < _LONGEST:
+            if len(held) < _MAX_PIECE:
                 continue
             place = len(held)
         yield Piece(held[:place], last=False, consumed=consumed())
@@ -167,10 +166,11 @@ def _cut(blocks: Iterable[str], consumed: Callable[[], int]) -> Iterator[Piece]:
         yield Piece(held, last=False, consumed=consumed())
 
 
-def _last_place(text: str) -> int:
-    """Where a text can be cut without any tokenizer noticing: before a space between two words. 0 if nowhere.
+def _last_cut(text: str) -> int:
+    """Find the last place where a cut changes no tokens: before a space between two words. 0 if there is none.
 
-    Byte-pair encodings look ahead over white space and join marks and line ends; they begin anew at such a space.
+    Byte-pair encodings look ahead over white space and join punctuation and line ends, but start a piece at such a
+    space.
     """
     place = text.rfind(" ", 1, len(text) - 1)
     while place > 0 and not (text[place - 1].isalnum() and text[place + 1].isalnum()):

@@ -176,15 +176,3 @@ def _exit_with_parent() -> None:
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
     return [_tokenizer.encode(text) for text in texts]
-
-
-def describe(index: dict[str, Any], out: str) -> str:
-    """The outcome in a few lines for people."""
-    lines = []
-    for split, written in index["splits"].items():
-        per_token = written["text_bytes"] / written["tokens"]
-        lines.append(
-            f"{split}: {written['tokens']:,} tokens, {per_token:.2f} bytes of text each; documents: "
-            f"{written['documents']:,}, files: {len(written['shards'])}"
-        )
-    return "\n".join([*lines, f"vocabulary {index['vocab_size']:,}, {index['dtype']}, in {out}"])

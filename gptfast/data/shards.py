@@ -1,11 +1,11 @@
-"""Token shards: files of token ids that are mapped into memory, with an index.
+"""Token shards: memory-mapped files of token ids, with an index.
 
-    index.json         format, vocabulary size, dtype, and of each split its documents, bytes of text, and shards
-    tokenizer.json     the tokenizer
-    train-00000.bin    token ids, little-endian unsigned integers of 16 or 32 bits
+    index.json         format, vocabulary size, dtype; documents, bytes of text and shards of each split
+    tokenizer.json     tokenizer
+    train-00000.bin    token ids, little-endian uint16 or uint32
     val-00000.bin
 
-nanoGPT's folders, a train.bin and a val.bin of 16 bits, are read as they are.
+nanoGPT's folders, with a train.bin and a val.bin in uint16, can be read too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SHARD_TOKENS = 2**27
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The narrowest dtype that holds the ids of a vocabulary."""
+    """Return the narrowest dtype for the ids of a vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class Tokens:
-    """The token ids of a split, in one row over all its shards. Nothing is read before it is asked for.
+    """Token ids of a split, concatenated over its shards and read on access.
 
     Args:
         shards: [N_i] arrays of unsigned integers.
@@ -46,7 +46,7 @@ class Tokens:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` ids from each of `starts` [B] on, as int64 [B, length]; none may go beyond the end."""
+        """Read `length` ids from each of `starts` [B], as int64 [B, length]. All windows must lie within the split."""
         found = np.empty((len(starts), length), dtype=np.int64)
         for row, start in enumerate(starts.tolist()):
             index = int(np.searchsorted(self._ends, start, side="right"))
@@ -61,13 +61,13 @@ class Tokens:
 
 
 class SplitWriter:
-    """Writes the shards of a split.
+    """Writer of the shards of a split.
 
     Args:
-        folder: that they are written to.
-        split: its name.
+        folder: output folder.
+        split: name of the split.
         dtype: "uint16" or "uint32".
-        shard_tokens: ids of a shard.
+        shard_tokens: ids per shard.
     """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -77,7 +77,7 @@ class SplitWriter:
         self.tokens = self.documents = self.text_bytes = 0
 
     def append(self, ids: np.ndarray) -> None:
-        """Add ids [N] to the end."""
+        """Append ids [N]."""
         ids = ids.astype(self._dtype)
         self.tokens += len(ids)
         while len(ids):
@@ -103,7 +103,7 @@ class SplitWriter:
             self._shards[-1]["sha256"] = self._digest.hexdigest()
 
     def close(self) -> dict[str, Any]:
-        """Finish the last shard; what the index says of the split."""
+        """Finish the last shard and return the split's entry of the index."""
         self._finish()
         return {
             "tokens": self.tokens,
@@ -123,15 +123,15 @@ def write_index(folder: Path, vocab_size: int, dtype: str, splits: dict[str, dic
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder holds token shards, ours or nanoGPT's."""
+    """True if a folder holds token shards, of this package or of nanoGPT."""
     return (folder / "index.json").is_file() or all((folder / f"{split}.bin").is_file() for split in SPLITS)
 
 
 def open_split(folder: Path, split: str) -> Tokens:
-    """The tokens of a split.
+    """Map the tokens of a split into memory.
 
     Raises:
-        ValueError: no token shards, or shards that are not what the index says.
+        ValueError: no token shards, or shards that do not match the index.
     """
     if not (folder / "index.json").is_file():
         path = folder / f"{split}.bin"
@@ -144,25 +144,25 @@ def open_split(folder: Path, split: str) -> Tokens:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder.
+    """Read the index of a folder.
 
     Raises:
-        ValueError: there is none, or it is not of this format.
+        ValueError: no index, or one of another format.
     """
     path = folder / "index.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no token shards with an index: it has no index.json")
     index = read_json(path)
     if index.get("format") != FORMAT or index.get("dtype") not in DTYPES or set(index.get("splits", ())) != set(SPLITS):
-        raise ValueError(f"{path} is no index of token shards of format {FORMAT}")
+        raise ValueError(f"{path} is no index of token shards in format {FORMAT}; prepare the data again")
     return index
 
 
 def verify(folder: Path) -> None:
-    """Read every shard and compare it with its checksum.
+    """Compare every shard with its checksum.
 
     Raises:
-        ValueError: a shard that is damaged.
+        ValueError: a damaged shard.
     """
     for split in read_index(folder)["splits"].values():
         for shard in split["shards"]:

@@ -171,7 +171,7 @@ def load_tokens(source: str, split: str, tokenizer: Tokenizer) -> Tokens:
     """
     folder = Path(source).expanduser()
     if not (folder.is_dir() and shards.is_prepared(folder)):
-        return Tokens([tokenizer.encode(corpus.load(source))])
+        return Tokens([tokenizer.encode(corpus.load_text(source))])
     saved = folder / "tokenizer.json"  # absent from nanoGPT's folders
     if saved.is_file() and tokenizers.from_json(read_json(saved)).to_json() != tokenizer.to_json():
         raise ValueError(f"{folder} was prepared with another tokenizer than the model's; prepare the text with it")

@@ -1,8 +1,7 @@
-"""Tokenizers as the `tokenizer.json` of Hugging Face's `tokenizers`, which then encodes and decodes alike.
+"""Tokenizers as a `tokenizer.json`, with which Hugging Face's `tokenizers` encodes and decodes the same way.
 
-Text is encoded as here, special tokens in it like any other text: `tokenizer_config.json` asks for that, by
-`split_special_tokens`. A third file has the tokenizer as this package saves it: a `tokenizer.json` does not tell which
-of them it was.
+`tokenizer_config.json` sets `split_special_tokens`, so special tokens in a text stay plain text, as in this package. A
+third file holds the tokenizer as this package saves it, because a `tokenizer.json` does not record its kind.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ Json = dict[str, Any]
 OWN_FILE = "gptfast_tokenizer.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
 
-# the bytes that a byte-level vocabulary shows as themselves; the others are shown as characters from 256 on
-_SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_LETTERS = {byte: chr(byte) for byte in _SHOWN} | {
-    byte: chr(256 + number) for number, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))
+# GPT-2's byte-level alphabet: printable bytes stand for themselves, the others are characters from 256 on
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + number) for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-# Python's \w and \s in the terms of their regular expressions: theirs have combining marks in \w, and lack U+1C to
-# U+1F in \s. Characters that are newer than either's Unicode may differ.
+# Python's \w and \s in Oniguruma's syntax, whose \w has combining marks and whose \s lacks U+1C to U+1F. Characters
+# newer than either library's Unicode version may differ.
 _WORD_CHARACTER = r"[\p{L}\p{N}_]"
 _WORD = rf"{_WORD_CHARACTER}+(?:['\u2019]{_WORD_CHARACTER}+)*|[^\p{{L}}\p{{N}}_\s\x1c-\x1f]"
 
 
 def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
-    """The content of `tokenizer.json`, `tokenizer_config.json` and the file that `read_exported` reads, by their names.
+    """Return the content of `tokenizer.json`, `tokenizer_config.json` and `OWN_FILE`, by file name.
 
     Args:
-        tokenizer: one of this package's.
+        tokenizer: a tokenizer of this package.
         block_size: the model's longest sequence.
 
     Raises:
-        ValueError: a vocabulary that the format cannot hold.
+        ValueError: another tokenizer, or a vocabulary that the format cannot hold.
     """
     special = _special_tokens(tokenizer)
     if isinstance(tokenizer, ByteTokenizer):
@@ -54,7 +53,7 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
     elif isinstance(tokenizer, TiktokenTokenizer):
         content = _byte_pairs(tokenizer, special)
     else:
-        raise ValueError(f"a tokenizer.json holds the tokenizers of gptfast, got {type(tokenizer).__name__}")
+        raise ValueError(f"tokenizer must be one of gptfast's, got {type(tokenizer).__name__}")
     named = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
     return {
         "tokenizer.json": {
@@ -69,7 +68,7 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": block_size,
-            # GPT-2 would add embeddings for token types
+            # GPT-2 in transformers would embed token types
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
@@ -80,10 +79,10 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
 
 
 def read_exported(folder: Path) -> Tokenizer | None:
-    """The tokenizer that `gptfast export` has left in a folder; None where others wrote it.
+    """Read the tokenizer that `gptfast export` wrote; None in folders of other programs.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a damaged file.
     """
     path = folder / OWN_FILE
     if not path.is_file():
@@ -96,17 +95,17 @@ def read_exported(folder: Path) -> Tokenizer | None:
 
 
 def read_gpt2(folder: Path) -> Tokenizer | None:
-    """GPT-2's tokenizer, if a folder has it in the files of Hugging Face's models, to the byte; else None."""
+    """Read GPT-2's tokenizer from `GPT2_FILES`; None if a folder lacks them or has those of another vocabulary."""
     if not all((folder / name).is_file() for name in GPT2_FILES):
         return None
     try:
         return TiktokenTokenizer.named("gpt2", folder)
-    except ValueError:  # another vocabulary's, by their checksums
+    except ValueError:  # other checksums
         return None
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Tokens that no text has, in the order of their numbers."""
+    """Return the special tokens in the order of their ids."""
     if isinstance(tokenizer, TiktokenTokenizer):
         return dict(sorted(tokenizer.special_tokens.items(), key=lambda entry: entry[1]))
     unknown = {UNKNOWN: tokenizer.unknown} if isinstance(tokenizer, WordTokenizer) else {}
@@ -119,7 +118,7 @@ def _added(token: str, number: int) -> Json:
 
 
 def _split(pattern: str, drop_others: bool = False) -> Json:
-    """A piece for each match; what lies between them are pieces too, or nothing."""
+    """Make each match a piece, and what lies between matches a piece too or nothing."""
     behavior = "Removed" if drop_others else "Isolated"
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": drop_others}
 
@@ -137,7 +136,7 @@ def _byte_pair_model(vocabulary: dict[str, int], merges: list[str]) -> Json:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        # a special token's text is not to be looked up as a piece
+        # or the text of a special token would become that token
         "ignore_merges": False,
         "vocab": vocabulary,
         "merges": merges,
@@ -157,14 +156,14 @@ def _characters(tokenizer: CharTokenizer) -> Json:
     lone = next((char for char in tokenizer.chars if "\ud800" <= char <= "\udfff"), None)
     if lone is not None:
         raise ValueError(
-            f"the tokenizer has the lone surrogate U+{ord(lone):04X}, which no tokenizer.json can hold; export without "
-            "the tokenizer (--no-tokenizer)"
+            f"the tokenizer has the lone surrogate U+{ord(lone):04X}, which a tokenizer.json cannot hold; export "
+            "with --no-tokenizer"
         )
     vocabulary = {char: number for number, char in enumerate(tokenizer.chars)}
     return {
         "pre_tokenizer": _split(r"[\s\S]"),
         "decoder": {"type": "Fuse"},
-        # of no token: a character that is not there is an error, as here
+        # no unknown token: an unknown character is an error, as in this package
         "model": _word_level(vocabulary, unknown=""),
     }
 
@@ -172,7 +171,7 @@ def _characters(tokenizer: CharTokenizer) -> Json:
 def _words(tokenizer: WordTokenizer) -> Json:
     vocabulary = {word: number for number, word in enumerate(tokenizer.words)}
     replacements = [_removed_space(r" (?=[.,;:!?)\]}%])"), _removed_space(r"(?<=[(\[{]) ")]
-    # a space before every token but the first: none begins with the prefix that would prevent it
+    # WordPiece puts a space before every token without its prefix, and no word starts with a space
     spaces = {"type": "WordPiece", "prefix": " ", "cleanup": False}
     return {
         "pre_tokenizer": _split(_WORD, drop_others=True),
@@ -186,11 +185,11 @@ def _removed_space(pattern: str) -> Json:
 
 
 def _byte_pairs(tokenizer: TiktokenTokenizer, special: dict[str, int]) -> Json:
-    # special tokens too: their numbers may lie apart from those of the others
+    # with special tokens, because ids may have gaps before theirs
     vocabulary = {_shown(token): rank for token, rank in tokenizer.ranks.items()} | special
     merges = [f"{_shown(left)} {_shown(right)}" for left, right in _merges(tokenizer.ranks)]
-    # their regular expressions read a possessive {1,3}+ as a repetition; as no pattern of tiktoken would give back what
-    # it has taken there, it may be greedy
+    # Oniguruma reads a possessive {1,3}+ as a nested repetition; no pattern of tiktoken backtracks there, so greedy is
+    # the same
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tokenizer.pattern)
     return {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_split(pattern), _BYTE_LEVEL]},
@@ -204,10 +203,10 @@ def _shown(token: bytes) -> str:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that a vocabulary came of, in their order: what its tokens are before their last merge.
+    """Recover the merges of a byte-pair encoding from its ranks: the two parts of each token before its last merge.
 
     Raises:
-        ValueError: a token that no two others make.
+        ValueError: a token that is not the merge of two others.
     """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
@@ -216,14 +215,14 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             if len(parts) != 2:
                 raise ValueError(
                     f"the tokenizer has {token!r}, which is no merge of two tokens, as a tokenizer.json needs; export "
-                    "without the tokenizer (--no-tokenizer)"
+                    "with --no-tokenizer"
                 )
             found.append((parts[0], parts[1]))
     return found
 
 
 def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """A token's bytes after all merges that come before its own."""
+    """Merge a token's bytes by all merges that come before its own."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         first, i = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(pairwise(parts)))

@@ -1,11 +1,11 @@
-"""Text to token ids and back, behind one small interface, saved as JSON.
+"""Tokenizers behind one small interface, saved as JSON.
 
     char            a token per character of the training text
     byte            a token per byte of UTF-8
     word            a token per word of the training text, and one for all others
     gpt2, ...       the byte-pair encodings of `tiktoken`
 
-Every tokenizer has an end-of-text token, which stands between documents; of characters only if it is asked for.
+Every tokenizer has an end-of-text token between documents; the char tokenizer only on request.
 """
 
 from __future__ import annotations
@@ -34,50 +34,50 @@ __all__ = [
 
 
 class Tokenizer(Protocol):
-    """What preparation, training and generation need of a tokenizer."""
+    """Interface of a tokenizer that preparation, training and generation use."""
 
     vocab_size: int
     end_of_text: int | None
-    """The token between documents, None where there is none."""
+    """Token between documents, None where there is none."""
 
     def encode(self, text: str) -> np.ndarray:
-        """[N] int64 token ids of `text`, in which special tokens are text like any other.
+        """Encode a text as [N] int64 token ids. Special tokens in it are plain text.
 
         Raises:
-            ValueError: text that it has no tokens for.
+            ValueError: a character without a token.
         """
         ...
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 of token ids, which may begin and end inside a character."""
+        """Decode token ids to UTF-8, which may begin and end inside a character."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, with a replacement character for what is no UTF-8."""
+        """Decode token ids to text, with replacement characters for invalid UTF-8."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` makes the same tokenizer of, on any machine."""
+        """Return the content from which `from_json` builds the same tokenizer on any machine."""
         ...
 
 
 def for_documents(
     name: str, documents: Iterable[str], end_of_text: bool = False, vocabulary: str | Path | None = None
 ) -> Tokenizer:
-    """The tokenizer called `name` for training texts.
+    """Build the tokenizer of a name for training texts.
 
     Args:
-        name: "char", "byte", "word" or an encoding of tiktoken.
-        documents: the texts, which "char" and "word" read once.
-        end_of_text: give "char" an end-of-text token; the others have one.
-        vocabulary: a folder with the files of a tiktoken encoding, for machines without a network.
+        name: "char", "byte", "word" or a tiktoken encoding.
+        documents: the texts; "char" and "word" read them once.
+        end_of_text: give "char" an end-of-text token; the others always have one.
+        vocabulary: folder with the files of a tiktoken encoding, for machines without a network.
 
     Raises:
-        ValueError: an unknown name, or a vocabulary that is neither there nor can be downloaded.
+        ValueError: an unknown name, or a vocabulary that is missing or cannot be downloaded.
     """
     if vocabulary is not None and name not in encoding_names():
         raise ValueError(
-            f"a vocabulary folder is for tiktoken's encodings, {', '.join(encoding_names())}, not {name!r}"
+            f"a vocabulary folder was given for tokenizer {name!r}; accepted: {', '.join(encoding_names())}"
         )
     if name == "char":
         return CharTokenizer.of_documents(documents, end_of_text)
@@ -91,7 +91,7 @@ def for_documents(
 
 
 def text_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int | None:
-    """Bytes of UTF-8 that token ids [N] stand for, ends of documents left out; None of words, which keep no space."""
+    """Count the UTF-8 bytes of token ids [N], without ends of documents; None for words, which drop white space."""
     if isinstance(tokenizer, WordTokenizer):
         return None
     if tokenizer.end_of_text is not None:
@@ -108,10 +108,10 @@ _KINDS: dict[Any, Callable[[dict[str, Any]], Tokenizer]] = {
 
 
 def from_json(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described.
+    """Build the tokenizer that `to_json` described.
 
     Raises:
-        ValueError: JSON that no tokenizer here has written.
+        ValueError: JSON that `to_json` has not written.
     """
     kind = saved.get("kind")
     if kind not in _KINDS:

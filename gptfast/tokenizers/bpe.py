@@ -1,4 +1,4 @@
-"""The byte-pair encodings of `tiktoken`, by name, from the network, its cache or a folder."""
+"""Byte-pair encodings of `tiktoken`, from the network, its cache or a folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _AT_HUGGING_FACE = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 
 class TiktokenTokenizer:
-    """A byte-pair encoding. Saved with its whole vocabulary: what was trained with it needs no network later.
+    """Byte-pair encoding. It is saved with its vocabulary, so that a trained model needs no network later.
 
     Args:
-        encoding: of tiktoken, with an end-of-text token.
+        encoding: a tiktoken encoding.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
@@ -32,24 +32,24 @@ class TiktokenTokenizer:
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
         self.pattern: str = encoding._pat_str
-        """Regular expression of the pieces within which bytes are merged."""
+        """Regular expression that splits text into the pieces in which bytes are merged."""
         self.ranks: dict[bytes, int] = encoding._mergeable_ranks
-        """Tokens and their numbers, in the order of the merges."""
+        """Ids of the tokens; a lower id is an earlier merge."""
         self.special_tokens: dict[str, int] = encoding._special_tokens
         self.end_of_text: int | None = self.special_tokens.get(END_OF_TEXT)
 
     @classmethod
     def named(cls, name: str, vocabulary: str | Path | None = None) -> TiktokenTokenizer:
-        """The encoding called `name`, such as "gpt2".
+        """Load an encoding.
 
         Args:
-            name: of the encoding.
-            vocabulary: a folder with its files, by the names they have where they are published: encoder.json and
-                vocab.bpe for "gpt2", or vocab.json and merges.txt as Hugging Face has the same two, NAME.tiktoken for
-                others. If None they are downloaded once, or read from the folder TIKTOKEN_CACHE_DIR.
+            name: name of the encoding, such as "gpt2".
+            vocabulary: folder with its files under their published names: encoder.json and vocab.bpe for "gpt2" (or
+                vocab.json and merges.txt, as Hugging Face names them), NAME.tiktoken for others. If None, they are
+                downloaded once, or read from the folder TIKTOKEN_CACHE_DIR.
 
         Raises:
-            ValueError: the files are not there, are not the right ones, or cannot be downloaded.
+            ValueError: files that are missing, have another checksum or cannot be downloaded.
         """
         import tiktoken
 
@@ -61,7 +61,7 @@ class TiktokenTokenizer:
         except OSError as error:  # requests' errors are OSErrors
             raise ValueError(
                 f"the vocabulary of tokenizer {name!r} could not be downloaded ({type(error).__name__}); give a folder "
-                "that has its files (--vocabulary FOLDER, or TIKTOKEN_CACHE_DIR), or use the byte or char tokenizer"
+                "with its files (--vocabulary FOLDER, or TIKTOKEN_CACHE_DIR), or use the byte or char tokenizer"
             ) from error
 
     def encode(self, text: str) -> np.ndarray:
@@ -99,7 +99,7 @@ class TiktokenTokenizer:
 
 
 def encoding_names() -> list[str]:
-    """What `TiktokenTokenizer.named` accepts."""
+    """List the names that `TiktokenTokenizer.named` accepts."""
     import tiktoken
 
     return tiktoken.list_encoding_names()
@@ -115,7 +115,7 @@ def _constructor(name: str) -> Any:
 
 @contextmanager
 def _reading_from(folder: Path) -> Iterator[None]:
-    """Have tiktoken read its files from a folder instead of the network: by their names, or by those of its cache."""
+    """Make tiktoken read its files from a folder, under their own names or those of its cache."""
     from tiktoken import load
 
     def read(blobpath: str, expected_hash: str | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""A token for each byte of UTF-8."""
+"""One token per byte of UTF-8."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-END_OF_TEXT = "<|endoftext|>"  # of every tokenizer here, between documents
+END_OF_TEXT = "<|endoftext|>"  # token between documents, in all tokenizers
 
 
 class ByteTokenizer:
-    """The 256 bytes, and the end of text as the 257th token. It has tokens for every text."""
+    """The 256 bytes, and an end-of-text token. It encodes every text."""
 
     vocab_size = 257
     end_of_text: int | None = 256

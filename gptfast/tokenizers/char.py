@@ -1,4 +1,4 @@
-"""A token for each character of a training text."""
+"""One token per character of the training text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from gptfast.tokenizers.byte import END_OF_TEXT
 
 
 class CharTokenizer:
-    """One token per character, numbered in the order of their code points.
+    """One token per character, numbered in the given order.
 
     Args:
         chars: the characters, each once.
-        end_of_text: have a token more, for the end of documents.
+        end_of_text: add an end-of-text token.
 
     Raises:
-        ValueError: there are none, or one is there twice.
+        ValueError: no characters, or one that occurs twice.
     """
 
     def __init__(self, chars: str, end_of_text: bool = False) -> None:
         if not chars or len(set(chars)) < len(chars):
-            raise ValueError(f"a character tokenizer needs different characters, at least one, got {chars[:20]!r}")
+            raise ValueError(f"chars must be different characters, at least one, got {chars[:20]!r}")
         self.chars = chars
         self.end_of_text = len(chars) if end_of_text else None
         self.vocab_size = len(chars) + (1 if end_of_text else 0)
@@ -34,7 +34,7 @@ class CharTokenizer:
 
     @classmethod
     def of_documents(cls, documents: Iterable[str], end_of_text: bool = False) -> CharTokenizer:
-        """The tokenizer of the characters that occur in `documents`."""
+        """Build the tokenizer of the characters in `documents`, in the order of their code points."""
         found: set[int] = set()
         for document in documents:
             found.update(np.unique(_code_points(document)).tolist())
@@ -63,10 +63,10 @@ class CharTokenizer:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> CharTokenizer:
         if not isinstance(saved["chars"], str):
-            raise TypeError("chars is no string")
+            raise TypeError("chars must be a string")
         return cls(saved["chars"], bool(saved.get("end_of_text", False)))
 
 
 def _code_points(text: str) -> np.ndarray:
-    # utf-32 is code points as they are; surrogates pass, so that any str can be encoded
+    # UTF-32 is code points; surrogatepass accepts any str
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""A token for each word of a training text."""
+"""One token per word of the training text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NO_SPACE_AFTER = re.compile(r"(?<=[(\[{]) ")
 
 
 class WordTokenizer:
-    """Words and punctuation marks, numbered from the most frequent on; one token for every word it does not know.
+    """One token per word or punctuation mark, and one for all unknown words.
 
-    Space is not kept: `decode` puts one between words, and none before a full stop and its like.
+    White space is lost: `decode` puts a space between words, and none before a full stop and the like.
 
     Args:
         words: the vocabulary, each word once.
 
     Raises:
-        ValueError: there are none, or one is there twice or is a special token.
+        ValueError: no words, or one that occurs twice or is a special token.
     """
 
     unknown = 0
@@ -35,13 +35,13 @@ class WordTokenizer:
     def __init__(self, words: list[str]) -> None:
         self.words = [UNKNOWN, END_OF_TEXT, *words]
         if not words or len(set(self.words)) < len(self.words) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"a word tokenizer needs different words, at least one, got {words[:5]!r}")
+            raise ValueError(f"words must be different words, at least one, got {words[:5]!r}")
         self.vocab_size = len(self.words)
         self._ids = {word: index for index, word in enumerate(self.words)}
 
     @classmethod
     def of_documents(cls, documents: Iterable[str]) -> WordTokenizer:
-        """The tokenizer of the words that occur in `documents`."""
+        """Build the tokenizer of the words in `documents`, the most frequent first."""
         counts: Counter[str] = Counter()
         for document in documents:
             counts.update(_WORD.findall(document))

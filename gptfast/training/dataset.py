@@ -52,7 +52,7 @@ def load(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
     folder, block_size = Path(config.data).expanduser(), config.model.block_size
     if folder.is_dir() and shards.is_prepared(folder):
         tokenizer = _shard_tokenizer(folder, config, tokenizer)
-        dataset = Dataset(tokenizer, *batches.prepared(folder, block_size))
+        dataset = Dataset(tokenizer, *batches.open_prepared(folder, block_size))
         largest = max(int(split.probe().max()) for split in (dataset.train, dataset.val))
         if largest >= tokenizer.vocab_size:
             raise ValueError(
@@ -60,11 +60,11 @@ def load(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
                 "tokens; give --tokenizer as in the preparation of the data"
             )
         return dataset
-    text = corpus.load(config.data)
+    text = corpus.load_text(config.data)
     if tokenizer is None:
         tokenizer = tokenizers.for_documents(config.tokenizer, [text], vocabulary=config.vocabulary)
     ids = tokenizer.encode(text).astype(shards.DTYPES[shards.dtype_for(tokenizer.vocab_size)])
-    return Dataset(tokenizer, *batches.split(ids, block_size, config.held_out))
+    return Dataset(tokenizer, *batches.split_tokens(ids, block_size, config.held_out))
 
 
 def _shard_tokenizer(folder: Path, config: TrainConfig, tokenizer: Tokenizer | None) -> Tokenizer:

@@ -187,7 +187,7 @@ def test_commands_are_shown_as_one_would_type_them():
 def test_nanogpt_reads_the_tokens_that_gptfast_makes(tmp_path):
     vocab_size, held_out = recipe_runs.write_tokens(TEXT, tmp_path / "data")
     tokenizer = tokenizers.for_documents("char", [TEXT])
-    parts = batches.split(tokenizer.encode(TEXT).astype(np.uint16), 64, 0.1)
+    parts = batches.split_tokens(tokenizer.encode(TEXT).astype(np.uint16), 64, 0.1)
     for name, part in zip(("train", "val"), parts, strict=True):
         written = np.fromfile(tmp_path / "data" / f"{name}.bin", dtype=np.uint16)
         assert len(written) == len(part.tokens)

@@ -110,8 +110,8 @@ def damage(path: Path, content: bytes | None) -> None:
         ("config.json", b'{"model": {"layers": 3}}', "config.json holds no model settings: .*layers"),
         ("config.json", b'{"model": {"n_head": 5}}', "n_embd must be divisible by n_head"),
         ("tokenizer.json", b"{}", "not a saved tokenizer"),
-        ("tokenizer.json", b'{"kind": "char", "chars": ""}', "needs different characters, at least one, got ''"),
-        ("tokenizer.json", b'{"kind": "char", "chars": "aba"}', "needs different characters, at least one, got 'aba'"),
+        ("tokenizer.json", b'{"kind": "char", "chars": ""}', "chars must be .*, got ''"),
+        ("tokenizer.json", b'{"kind": "char", "chars": "aba"}', "chars must be .*, got 'aba'"),
         (
             "tokenizer.json",
             b'{"kind": "char", "chars": "ab"}',

@@ -9,19 +9,19 @@ from gptfast.data import corpus
 
 
 def test_the_standard_library_is_plain_python_and_the_same_every_time():
-    text = corpus.load("stdlib")
+    text = corpus.load_text("stdlib")
     assert len(text) > 3_000_000
     assert text.isascii()
     assert "def dataclass(" in text
     assert "\r" not in text
-    assert corpus.standard_library() == text
+    assert corpus.load_text("stdlib") == text
 
 
 def test_small_texts_by_name(tmp_path, monkeypatch):
     """Wherever the command is run, and before a file of that name."""
     monkeypatch.chdir(tmp_path)
     Path("clinic").write_text("another text")
-    found = {name: corpus.load(name) for name in corpus.NAMES[2:]}
+    found = {name: corpus.load_text(name) for name in corpus.NAMES[2:]}
     assert list(found) == ["chatbot", "clinic", "sentences"]
     starts = ["Hello, how are you today? I am a chatbot", "The patient came to the clinic", "The quick brown fox"]
     assert [text[: len(start)] for text, start in zip(found.values(), starts, strict=True)] == starts
@@ -33,23 +33,23 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "z.md").write_text("eins é")
     (tmp_path / ".hidden").write_text("no")
-    assert corpus.load(str(tmp_path / "b.txt")) == "zwei"
-    assert corpus.load(str(tmp_path)) == "eins é\nzwei"
+    assert corpus.load_text(str(tmp_path / "b.txt")) == "zwei"
+    assert corpus.load_text(str(tmp_path)) == "eins é\nzwei"
 
 
 def test_bad_sources(tmp_path):
     names = "stdlib, shakespeare, chatbot, clinic, sentences"
     with pytest.raises(ValueError, match=rf"no such data: 'nowhere.txt'; accepted: {names}, or a text file or folder"):
-        corpus.load("nowhere.txt")
+        corpus.load_text("nowhere.txt")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty.txt is empty"):
-        corpus.load(str(tmp_path / "empty.txt"))
+        corpus.load_text(str(tmp_path / "empty.txt"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"folder is empty"):
-        corpus.load(str(tmp_path / "folder"))
+        corpus.load_text(str(tmp_path / "folder"))
     (tmp_path / "image.bin").write_bytes(b"text \xff\xfe")
     with pytest.raises(ValueError, match=r"image.bin is not UTF-8 text: invalid start byte at byte 5"):
-        corpus.load(str(tmp_path / "image.bin"))
+        corpus.load_text(str(tmp_path / "image.bin"))
 
 
 @pytest.fixture
@@ -64,23 +64,23 @@ def shakespeare(monkeypatch, tmp_path) -> Path:
 
 
 def test_shakespeare_is_downloaded_once(shakespeare):
-    assert corpus.load("shakespeare") == "First Citizen:\n"
+    assert corpus.load_text("shakespeare") == "First Citizen:\n"
     shakespeare.unlink()
-    assert corpus.load("shakespeare") == "First Citizen:\n"
+    assert corpus.load_text("shakespeare") == "First Citizen:\n"
 
 
 def test_a_damaged_cache_is_downloaded_again(shakespeare, tmp_path):
-    corpus.load("shakespeare")
+    corpus.load_text("shakespeare")
     cached = tmp_path / "cache/gptfast/tinyshakespeare.txt"
     cached.write_text("First Cit")
-    assert corpus.load("shakespeare") == "First Citizen:\n"
+    assert corpus.load_text("shakespeare") == "First Citizen:\n"
     assert cached.read_text() == "First Citizen:\n"
 
 
 def test_offline_names_the_way_out(shakespeare):
     shakespeare.unlink()
-    with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"):
-        corpus.load("shakespeare")
+    with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .* --data FILE"):
+        corpus.load_text("shakespeare")
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,8 @@ def test_a_broken_answer_is_one_line_and_leaves_nothing(shakespeare, tmp_path, m
         thread.start()
         monkeypatch.setenv("no_proxy", "*")
         monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
-        with pytest.raises(
-            ValueError, match=r"Tiny Shakespeare could not be downloaded from .*use --data FILE"
-        ) as caught:
-            corpus.load("shakespeare")
+        with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .* --data FILE") as caught:
+            corpus.load_text("shakespeare")
         thread.join()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
@@ -114,14 +112,14 @@ def test_a_full_disk_leaves_nothing_half_written(shakespeare, tmp_path, monkeypa
 
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(ValueError, match=r"cannot write the download to .*No space left on device.*XDG_CACHE_HOME"):
-        corpus.load("shakespeare")
+        corpus.load_text("shakespeare")
     assert list((tmp_path / "cache/gptfast").iterdir()) == []
 
 
 def test_a_wrong_download_is_not_kept(shakespeare, tmp_path):
     shakespeare.write_text("<html>404</html>")
-    with pytest.raises(ValueError, match="is not Tiny Shakespeare"):
-        corpus.load("shakespeare")
+    with pytest.raises(ValueError, match="another checksum"):
+        corpus.load_text("shakespeare")
     assert not (tmp_path / "cache").exists()
 
 

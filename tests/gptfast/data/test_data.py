@@ -64,7 +64,7 @@ def test_eval_batches_cover_the_split_without_overlap_where_it_is_long_enough():
 
 
 def test_split_takes_the_end_away():
-    train, val = batches.split(np.arange(100), block_size=5, held_out=0.1)
+    train, val = batches.split_tokens(np.arange(100), block_size=5, held_out=0.1)
     assert train.tokens.windows(np.array([0]), 90).tolist() == [list(range(90))]
     assert val.tokens.windows(np.array([0]), 10).tolist() == [list(range(90, 100))]
 
@@ -72,21 +72,21 @@ def test_split_takes_the_end_away():
 @pytest.mark.parametrize(("length", "fits"), [(59, False), (60, True)])
 def test_both_parts_need_a_block_and_its_successor(length, fits):
     if fits:
-        train, val = batches.split(np.arange(length), block_size=5, held_out=0.1)
+        train, val = batches.split_tokens(np.arange(length), block_size=5, held_out=0.1)
         assert len(val.random_batch(1, 0, 0)[0]) == len(train.eval_batches(1, 1)[0][0]) == 1
     else:
         with pytest.raises(ValueError, match=r"59 tokens make 53 to train on and 6 held out, .* with --held-out 0$"):
-            batches.split(np.arange(length), block_size=6, held_out=0.1)
+            batches.split_tokens(np.arange(length), block_size=6, held_out=0.1)
 
 
 def test_nothing_held_out_is_one_split_of_all_tokens():
-    train, val = batches.split(np.arange(11), block_size=10, held_out=0.0)
+    train, val = batches.split_tokens(np.arange(11), block_size=10, held_out=0.0)
     assert val is train
     assert train.tokens.windows(np.array([0]), 11).tolist() == [list(range(11))]
     assert [idx.tolist() for idx, _ in train.eval_batches(20, 4)] == [[list(range(10))]]
     assert all(train.random_batch(2, 0, step)[1].tolist() == [list(range(1, 11))] * 2 for step in range(5))
     with pytest.raises(ValueError, match=r"too short: 11 tokens, more than block_size=11 are needed; give a longer"):
-        batches.split(np.arange(11), block_size=11, held_out=0.0)
+        batches.split_tokens(np.arange(11), block_size=11, held_out=0.0)
 
 
 def test_batches_ahead_are_those_asked_for():

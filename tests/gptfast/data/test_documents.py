@@ -28,13 +28,13 @@ def joined(source: Source) -> list[str]:
 @pytest.fixture(autouse=True)
 def _short_pieces(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 50)
-    monkeypatch.setattr(documents, "_LONGEST", 400)
+    monkeypatch.setattr(documents, "_MAX_PIECE", 400)
 
 
 def test_a_text_file_comes_in_pieces_and_whole(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes((TEXT * 20).encode())
-    source = documents.source(str(path))
+    source = documents.open_source(str(path))
     assert source.one_document
     assert joined(source) == [TEXT * 20]
     pieces = list(source.pieces())
@@ -60,7 +60,7 @@ def test_a_cut_changes_no_token(monkeypatch, name: str):
     @given(st.text(alphabet, max_size=40), st.text(alphabet, max_size=40))
     def check(before: str, after: str) -> None:
         text = before + "a b" + after
-        place = documents._last_place(text)
+        place = documents._last_cut(text)
         assert place > 0
         parts = encoding.encode_ordinary(text[:place]) + encoding.encode_ordinary(text[place:])
         assert parts == encoding.encode_ordinary(text)
@@ -71,7 +71,7 @@ def test_a_cut_changes_no_token(monkeypatch, name: str):
 def test_a_text_without_a_place_to_cut_is_cut_all_the_same(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("x" * 3000)
-    pieces = list(documents.source(str(path)).pieces())
+    pieces = list(documents.open_source(str(path)).pieces())
     assert max(len(piece.text) for piece in pieces) <= 450
     assert "".join(piece.text for piece in pieces) == "x" * 3000
 
@@ -82,7 +82,7 @@ def test_json_lines_are_a_document_each(tmp_path, packed: bool):
     content = "\n".join(lines).encode()
     path = tmp_path / ("few.jsonl.gz" if packed else "few.jsonl")
     path.write_bytes(gzip.compress(content) if packed else content)
-    source = documents.source(str(path))
+    source = documents.open_source(str(path))
     assert not source.one_document
     assert joined(source) == [TEXT * 3, "short"]
     assert 0 < sum(piece.consumed for piece in source.pieces()) <= source.bytes
@@ -91,7 +91,7 @@ def test_json_lines_are_a_document_each(tmp_path, packed: bool):
 def test_a_packed_text(tmp_path):
     path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress((TEXT * 9).encode()))
-    assert joined(documents.source(str(path))) == [TEXT * 9]
+    assert joined(documents.open_source(str(path))) == [TEXT * 9]
 
 
 def test_folders_and_patterns(tmp_path):
@@ -99,13 +99,13 @@ def test_folders_and_patterns(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert joined(documents.source(str(tmp_path))) == ["first", "second", "third"]
-    assert joined(documents.source(str(tmp_path / "**/*.txt"))) == ["first", "second"]
-    assert documents.source(str(tmp_path / "*.txt")).one_document
+    assert joined(documents.open_source(str(tmp_path))) == ["first", "second", "third"]
+    assert joined(documents.open_source(str(tmp_path / "**/*.txt"))) == ["first", "second"]
+    assert documents.open_source(str(tmp_path / "*.txt")).one_document
 
 
 def test_the_standard_library_is_a_document_for_each_module():
-    source = documents.source("stdlib")
+    source = documents.open_source("stdlib")
     assert len(source.texts) > 100
     assert not source.one_document
 
@@ -115,8 +115,8 @@ def test_the_standard_library_is_a_document_for_each_module():
     [
         ("text.txt", b"fine \xff", r"text.txt is not UTF-8 text: invalid start byte"),
         ("few.jsonl", b'{"text": "a"}\n{"text"', r"few.jsonl, line 2: not JSON"),
-        ("few.jsonl", b'{"body": "a", "id": 3}', r"few.jsonl, line 1: no text in the field 'text'; there is: body, id"),
-        ("few.jsonl", b"[1]", r"few.jsonl, line 1: no text in the field 'text'; there is: list"),
+        ("few.jsonl", b'{"body": "a", "id": 3}', r"few.jsonl, line 1: no text in the field 'text'; it has: body, id"),
+        ("few.jsonl", b"[1]", r"few.jsonl, line 1: no text in the field 'text'; it has: list"),
         ("text.gz", b"not packed", r"text.gz is damaged: Not a gzipped file"),
         ("text.gz", gzip.compress(b"abc" * 1000, mtime=0)[:-12], r"text.gz is damaged: Compressed file ended"),
     ],
@@ -124,17 +124,17 @@ def test_the_standard_library_is_a_document_for_each_module():
 def test_bad_files_are_named(tmp_path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        list(documents.source(str(tmp_path / name)).pieces())
+        list(documents.open_source(str(tmp_path / name)).pieces())
 
 
 def test_a_small_text_is_one_document():
-    source = documents.source("clinic")
+    source = documents.open_source("clinic")
     assert source.one_document
-    assert "".join(source.documents()) == corpus.load("clinic")
+    assert "".join(source.documents()) == corpus.load_text("clinic")
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(
         ValueError, match=r"no such data: '.*nothing'; accepted: stdlib, .*, sentences, a file, a folder"
     ):
-        documents.source(str(tmp_path / "nothing"))
+        documents.open_source(str(tmp_path / "nothing"))

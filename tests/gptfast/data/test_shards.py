@@ -58,7 +58,7 @@ def test_nanogpts_folders_are_read_as_they_are(tmp_path):
     np.arange(20, dtype=np.uint16).tofile(tmp_path / "val.bin")
     assert shards.is_prepared(tmp_path)
     assert ids(shards.open_split(tmp_path, "train")) == list(range(50))
-    train, val = batches.prepared(tmp_path, block_size=8)
+    train, val = batches.open_prepared(tmp_path, block_size=8)
     assert (len(train.tokens), len(val.tokens)) == (50, 20)
 
 
@@ -81,7 +81,7 @@ def change_format(folder) -> None:
     [
         (truncate, "train-00001.bin is damaged: it has 18 bytes, 20 bytes are needed; prepare the data again"),
         (lose, "train-00001.bin is missing; prepare the data again"),
-        (change_format, "index.json is no index of token shards of format 1"),
+        (change_format, "index.json is no index of token shards in format 1"),
         (lambda folder: (folder / "index.json").write_text("{"), "index.json is damaged"),
         (lambda folder: (folder / "index.json").unlink(), "neither an index.json nor a train.bin"),
     ],
@@ -106,7 +106,7 @@ def test_a_changed_byte_is_found(tmp_path):
 def test_a_split_shorter_than_a_block(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match=r"7 tokens for val.*block_size=7"):
-        batches.prepared(tmp_path, block_size=7)
+        batches.open_prepared(tmp_path, block_size=7)
 
 
 def test_an_odd_file_of_nanogpts(tmp_path):

@@ -20,9 +20,9 @@ STEPS, WINDOW = 200, 20
 @functools.cache
 def text() -> tuple[batches.Split, int]:
     """Characters of the standard library to train on, and how many different ones there are."""
-    characters = corpus.load("stdlib")[:100_000]
+    characters = corpus.load_text("stdlib")[:100_000]
     tokens = tokenizers.for_documents("char", [characters])
-    return batches.split(tokens.encode(characters), block_size=8, held_out=0.1)[0], tokens.vocab_size
+    return batches.split_tokens(tokens.encode(characters), block_size=8, held_out=0.1)[0], tokens.vocab_size
 
 
 @functools.cache

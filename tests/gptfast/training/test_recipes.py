@@ -18,7 +18,7 @@ from gptfast import GPT, GPTConfig, Sampling, cli, generate_text, load_model
 from gptfast.checkpoint import run_folder
 from gptfast.config import PRESETS
 from gptfast.data import batches
-from gptfast.data.texts import TEXTS
+from gptfast.data.corpus import TEXTS
 from gptfast.distributed import World
 from gptfast.generation import text as texts
 from gptfast.generation.beam_search import BeamSearch
@@ -203,7 +203,7 @@ def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
     cli.main(["train", "simple-gpt", *options, "--device", "cpu", "--out", str(out)])
     tokenizer = load_model.load_run(out)[1]
     assert tokenizer.to_json() == load_model.load_run(simple_gpt)[1].to_json()
-    whole = batches.split(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
+    whole = batches.split_tokens(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
     losses = [
         EvalSet(whole, 1, 1).mean_loss(load_model.load_run(folder)[0], torch.float32, World.from_environment())
         for folder in (simple_gpt, out)

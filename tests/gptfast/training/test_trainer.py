@@ -78,7 +78,7 @@ def test_nothing_held_out(config, tmp_path, capsys):
     assert summary["validation_text"] == json.loads((tmp_path / "run/summary.json").read_text())["validation_text"]
     assert summary["validation_text"] == "training"
     model, tokenizer = load_model.load_run(tmp_path / "run")
-    whole = batches.split(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
+    whole = batches.split_tokens(tokenizer.encode(TEXT), 16, held_out=0.0)[0]
     idx, targets = (torch.cat(parts) for parts in zip(*whole.eval_batches(2, 4), strict=True))
     with torch.no_grad():
         expected = model(idx, targets)[1].item()
@@ -158,7 +158,7 @@ def test_a_step_that_is_no_number_ends_the_run_and_its_batch_is_kept(config, tmp
     assert failed == {"step": 7, "seed": 1337, "loss": str(values[0]), "grad_norm": str(values[1])}
     batch = safetensors.torch.load_file(tmp_path / "run/failed-batch.safetensors")
     text = corpus_ids(TEXT)
-    idx, targets = batches.split(text, 16, 0.1)[0].random_batch(4, 1337, 6)
+    idx, targets = batches.split_tokens(text, 16, 0.1)[0].random_batch(4, 1337, 6)
     assert torch.equal(batch["idx"], idx)
     assert torch.equal(batch["targets"], targets)
 
