@@ -5,38 +5,42 @@ import pytest
 
 from gptfast.training.signals import Interrupts
 
-BOTH = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Handlers of the program around, under which signals are harmless."""
+    """Harmless handlers, which `Interrupts` replaces."""
     mine = [lambda number, frame: None, signal.SIG_IGN]
-    before = [signal.signal(number, handler) for number, handler in zip(BOTH, mine, strict=True)]
+    before = [signal.signal(number, handler) for number, handler in zip(SIGNALS, mine, strict=True)]
     yield mine
-    for number, handler in zip(BOTH, before, strict=True):
+    for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", BOTH)
-def test_a_signal_is_noted_and_interrupts_nothing(number):
+def current() -> list:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_interrupts_record_a_signal(number):
     with Interrupts() as interrupts:
         assert not interrupts.requested
         signal.raise_signal(number)
         assert interrupts.requested
 
 
-@pytest.mark.parametrize("first", BOTH)
-def test_a_second_ctrl_c_interrupts_at_once(first):
+@pytest.mark.parametrize("first", SIGNALS)
+def test_interrupts_raise_at_a_second_ctrl_c(first):
     with Interrupts():
         signal.raise_signal(first)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("first", BOTH)
-def test_more_of_sigterm_does_not(first):
-    """Those who end processes may send it to a whole group, and to its first process once more."""
+@pytest.mark.parametrize("first", SIGNALS)
+def test_interrupts_do_not_raise_at_repeated_sigterm(first):
+    """A process manager may signal the process group, and its leader once more."""
     raised = []
     with Interrupts() as interrupts:
         try:
@@ -47,11 +51,7 @@ def test_more_of_sigterm_does_not(first):
     assert (interrupts.requested, raised) == (True, [])
 
 
-def current() -> list:
-    return [signal.getsignal(number) for number in BOTH]
-
-
-def test_the_handlers_of_before_are_put_back(handlers):
+def test_interrupts_restore_the_handlers(handlers):
     with Interrupts():
         assert not set(current()) & set(handlers)
     assert current() == handlers
@@ -60,7 +60,7 @@ def test_the_handlers_of_before_are_put_back(handlers):
     assert current() == handlers
 
 
-def test_one_within_the_other(handlers):
+def test_interrupts_nest(handlers):
     with Interrupts() as outer:
         with Interrupts() as inner:
             signal.raise_signal(signal.SIGINT)
@@ -70,15 +70,15 @@ def test_one_within_the_other(handlers):
     assert current() == handlers
 
 
-def test_in_another_thread_nothing_happens(handlers):
+def test_interrupts_do_nothing_outside_the_main_thread(handlers):
     found = []
 
-    def elsewhere():
+    def run():
         with Interrupts() as interrupts:
             found.append(current())
         found.append(interrupts.requested)
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     assert found == [handlers, False]
