@@ -1,4 +1,4 @@
-"""The named runs: each trains, at its full size where that takes seconds, and writes what it has learned."""
+"""Recipes train, at full size where that takes seconds, and generate what they have learned."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost_model import operators
-from gptfast import GPT, GPTConfig, Sampling, cli, generate_text, load_model
+from gptfast import GPT, GPTConfig, Sampling, cli, generate_text
 from gptfast.checkpoint import run_folder
 from gptfast.config import PRESETS
 from gptfast.data import batches
 from gptfast.data.corpus import TEXTS
 from gptfast.distributed import World
 from gptfast.generation import text as texts
-from gptfast.generation.beam_search import BeamSearch
+from gptfast.load_model import load_run
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.byte import END_OF_TEXT
 from gptfast.training import dataset, recipes, trainer
@@ -29,45 +29,59 @@ from gptfast.training.recipes import RECIPES
 from gptfast.training.validation import EvalSet
 from tests.support import gpt2_files
 
-CPU = torch.device("cpu")
 CHATBOT, CLINIC, SENTENCES = (TEXTS[name].rstrip() for name in ("chatbot", "clinic", "sentences"))
-SPOKEN = SENTENCES.replace("\n", " ").replace("-", " - ")  # as words are put together
-
-
-def with_end_at_50256() -> tiktoken.Encoding:
-    """Bytes, tokens that no text has, and the end of text where GPT-2 has it: nothing has to be downloaded."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {f"<{rank}>".encode(): rank for rank in range(256, 50256)}
-    return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
+DETOKENIZED = SENTENCES.replace("\n", " ").replace("-", " - ")  # as the word tokenizer joins words
+SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 
 
 def small(model: GPTConfig) -> GPTConfig:
-    """A model of the same kind."""
+    """A model of the same architecture."""
     return dataclasses.replace(model, block_size=16, n_layer=2, n_head=2, n_embd=32, vocab_size=257)
 
 
+def assert_fields(config: object, **expected: object) -> None:
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def train(out: Path, recipe: str, *options: str) -> Path:
+    cli.main(["train", recipe, *options, "--device", "cpu", "--out", str(out)])
+    return out
+
+
+def generate(capsys, folder: Path, prompt: str, tokens: int, *options: str) -> str:
+    """The text that `gptfast generate` prints; the prompt is part of it."""
+    capsys.readouterr()
+    length = ["--max-new-tokens", str(tokens)]
+    cli.main(["generate", str(folder), "--device", "cpu", "--prompt", prompt, *length, *options])
+    return capsys.readouterr().out.rstrip("\n")
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in run_folder.read_log(folder) if name in entry]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_and_writes_at_a_reduced_size(name: str, tmp_path, capsys):
-    """A narrow model of its kind on a small text, by its own optimizer, schedule, clipping and dropout."""
+def test_recipe_learns_at_a_reduced_size(name: str, tmp_path, capsys):
+    """A narrow model on a small text, with the recipe's optimizer, schedule, clipping and dropout."""
     recipe = RECIPES[name]
-    batch = {"tokenizer": "byte", "data": "chatbot", "held_out": 0.0, "batch_size": 16, "accumulation": 2}
-    rates = {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 0, "steps": 80}
-    seen = {"eval_interval": 80, "checkpoint_interval": 0, "sample_tokens": 3, "out": str(tmp_path / "run")}
-    config = dataclasses.replace(recipe, model=small(recipe.model), device="cpu", **batch, **rates, **seen)
+    config = dataclasses.replace(
+        recipe, model=small(recipe.model), device="cpu", out=str(tmp_path / "run"), tokenizer="byte", data="chatbot",
+        held_out=0.0, batch_size=16, accumulation=2, learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=0,
+        steps=80, eval_interval=80, checkpoint_interval=0, sample_tokens=3,
+    )  # fmt: skip
     summary = trainer.train(config)
-    losses = [entry["loss"] for entry in run_folder.read_log(tmp_path / "run") if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(257), abs=0.3)  # that of a guess
-    assert summary["val_loss"] < 2.5  # frequencies of bytes alone have 3.0
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(257), abs=0.3)  # uniform predictions
+    assert summary["val_loss"] < 2.5  # frequencies of bytes alone reach 3.0
     assert summary["params"] == operators.parameters(config.model)
-    # past the window of 16
-    written = generated(capsys, tmp_path / "run", "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "30")
-    assert written.startswith("Hello")
-    assert len(written) > 16
+    text = generate(capsys, tmp_path / "run", "Hello", 30, "--temperature", "0")  # past the window of 16
+    assert text.startswith("Hello")
+    assert len(text) > 16
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_recipe_sees_the_future(name: str):
-    """Another token changes no logits before its place, and those from there on."""
+def test_recipe_is_causal(name: str):
+    """Changing a token changes no logits before it, and all from there on."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(small(RECIPES[name].model), init_std=0.2), "eager").eval()
     idx = torch.randint(257, (3, 16))
@@ -84,227 +98,181 @@ def logits(model: GPT, idx: Tensor) -> Tensor:
     return model(idx, idx)[0]
 
 
-def generated(capsys, folder: Path, *options: str) -> str:
-    capsys.readouterr()
-    cli.main(["generate", str(folder), "--device", "cpu", *options])
-    return capsys.readouterr().out.rstrip("\n")
-
-
 @pytest.fixture(scope="module")
 def word_gpt(tmp_path_factory) -> Path:
-    """The run of one command."""
-    out = tmp_path_factory.mktemp("word") / "run"
-    cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(out)])
-    return out
+    return train(tmp_path_factory.mktemp("word") / "run", "word-gpt")
 
 
-def test_the_command_that_a_run_ends_with_samples_it(tmp_path, capsys):
-    """With the prompt of its samples: what a text may begin with, words and their like cannot be told otherwise."""
-    cli.main(["train", "word-gpt", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "1"])
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert shlex.split(said) == ["gptfast", "generate", str(tmp_path / "run"), "--prompt", "The quick brown"]
-    cli.main([*shlex.split(said)[1:], "--device", "cpu", "--max-new-tokens", "2"])
+def test_train_prints_a_command_that_samples(tmp_path, capsys):
+    """With the prompt of the run's samples: a word tokenizer has no line break to start with."""
+    train(tmp_path / "run", "word-gpt", "--steps", "1")
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["gptfast", "generate", str(tmp_path / "run"), "--prompt", "The quick brown"]
+    cli.main([*command[1:], "--device", "cpu", "--max-new-tokens", "2"])
     assert capsys.readouterr().out.startswith("The quick brown")
 
 
-def test_word_gpt_without_a_prompt(word_gpt, capsys):
-    """The prompt that is there if none is given, a line's end, is no word."""
+def test_word_gpt_generates_without_a_prompt(word_gpt, capsys):
     capsys.readouterr()
     for options in ([], ["--num-beams", "2"]):
         cli.main(["generate", str(word_gpt), "--device", "cpu", "--max-new-tokens", "3", *options])
-        written = marks_apart(capsys.readouterr().out)
-        assert len(written) <= 3
-        assert set(written) <= set(marks_apart(SPOKEN))
+        words, known = (text.replace(".", " .").split() for text in (capsys.readouterr().out, DETOKENIZED))
+        assert len(words) <= 3
+        assert set(words) <= set(known)
 
 
-def marks_apart(text: str) -> list[str]:
-    return text.replace(".", " .").split()
-
-
-def test_word_gpt_knows_its_sentences_by_heart(word_gpt, capsys):
-    """Greedily and by beams; its causal mask keeps it from going in circles."""
+def test_word_gpt_memorises_its_sentences(word_gpt, capsys):
     evaluations = [entry for entry in run_folder.read_log(word_gpt) if "val_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [50, 100]
     assert evaluations[-1]["val_loss"] < 0.05
     assert evaluations[-1]["sample"].startswith("The quick brown fox jumps over the lazy dog. This")
     sentence = "the quick brown fox jumps over the lazy dog."
-    asked = ("--prompt", "the quick brown", "--temperature", "0", "--max-new-tokens")
-    assert generated(capsys, word_gpt, *asked, "7") == sentence
-    assert generated(capsys, word_gpt, *asked, "30") == sentence + SPOKEN[len(sentence) :]
-    searched = generated(capsys, word_gpt, "--prompt", "the quick brown", "--num-beams", "3", "--max-new-tokens", "30")
-    assert searched == sentence + SPOKEN[len(sentence) :]
+    assert generate(capsys, word_gpt, "the quick brown", 7, "--temperature", "0") == sentence
+    for options in (["--temperature", "0"], ["--num-beams", "3"]):
+        text = generate(capsys, word_gpt, "the quick brown", 30, *options)
+        assert text == sentence + DETOKENIZED[len(sentence) :]
 
 
-def test_word_gpt_is_the_architecture_that_it_says():
+def test_word_gpt_draws_every_window():
     model = RECIPES["word-gpt"].model
-    assert (model.n_embd, model.n_layer, model.n_head, model.block_size, model.dropout) == (128, 2, 8, 10, 0.1)
-    assert (model.activation, model.norm_position, model.position) == ("relu", "post", "sinusoidal")
+    assert_fields(model, n_embd=128, n_layer=2, n_head=8, block_size=10, dropout=0.1)
+    assert_fields(model, activation="relu", norm_position="post", position="sinusoidal")
     split = dataset.load(RECIPES["word-gpt"]).train
     assert len(split.tokens) == 33
-    starts = {tuple(row) for step in range(100) for row in split.random_batch(23, 1337, step)[0].tolist()}
-    assert len(starts) == 23  # every place where a window can begin
+    assert len({tuple(row) for step in range(100) for row in split.random_batch(23, 1337, step)[0].tolist()}) == 23
 
 
 @pytest.fixture(scope="module")
 def simple_gpt(tmp_path_factory) -> Path:
-    """The run of one command, where GPT-2's tokens cannot be had."""
+    """On bytes: GPT-2's tokens need a download."""
     out = tmp_path_factory.mktemp("simple") / "run"
-    cli.main(
-        ["train", "simple-gpt", "--tokenizer", "byte", "--block-size", "145", "--device", "cpu", "--out", str(out)]
-    )
-    return out
+    return train(out, "simple-gpt", "--tokenizer", "byte", "--block-size", "145")
 
 
-def test_simple_gpt_knows_its_text_by_heart(simple_gpt, capsys):
-    """Greedily, and among the likeliest tokens."""
+def test_simple_gpt_memorises_its_text(simple_gpt, capsys):
     evaluations = [entry for entry in run_folder.read_log(simple_gpt) if "val_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [50, 100]
     assert evaluations[-1]["val_loss"] < 0.05
-    asked = ("--prompt", "Hello,", "--max-new-tokens", str(len(CHATBOT) - len("Hello,")))
-    assert generated(capsys, simple_gpt, *asked, "--temperature", "0") == CHATBOT
-    for sampled in (["--top-k", "5"], ["--top-p", "0.9"]):
-        assert generated(capsys, simple_gpt, *asked, *sampled).startswith("Hello, how are you today?")
+    length = len(CHATBOT) - len("Hello,")
+    assert generate(capsys, simple_gpt, "Hello,", length, "--temperature", "0") == CHATBOT
+    for options in (["--top-k", "5"], ["--top-p", "0.9"]):
+        assert generate(capsys, simple_gpt, "Hello,", length, *options).startswith("Hello, how are you today?")
 
 
-@pytest.fixture
-def vocabulary(tmp_path) -> Path:
-    """A folder with files in the format of GPT-2's."""
-    folder = tmp_path / "vocabulary"
-    folder.mkdir()
-    gpt2_files.write(folder)
-    return folder
-
-
-def test_simple_gpt_of_gpt2s_tokens(tmp_path, vocabulary, monkeypatch, capsys):
-    """The preset as it is, without a network, but for the merges of the vocabulary and the number of steps."""
+def test_simple_gpt_reads_gpt2s_vocabulary_from_a_folder(tmp_path, monkeypatch, capsys):
+    """Without a network, and with other merges than GPT-2's."""
+    (vocabulary := tmp_path / "vocabulary").mkdir()
+    gpt2_files.write(vocabulary)
     monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
-    train = ["train", "simple-gpt", "--vocabulary", str(vocabulary), "--device", "cpu", "--steps", "10"]
+    options = ["--vocabulary", str(vocabulary), "--steps", "10"]
     with pytest.raises(SystemExit):
-        cli.main([*train, "--out", str(tmp_path / "none")])
-    assert "vocab.bpe that tiktoken knows: its checksum does not match\n" in capsys.readouterr().err
+        train(tmp_path / "none", "simple-gpt", *options)
+    assert "vocab.bpe that tiktoken knows" in capsys.readouterr().err
     with gpt2_files.accepted():
-        cli.main([*train, "--out", str(tmp_path / "run")])
+        out = train(tmp_path / "run", "simple-gpt", *options)
     assert "13,266,432 parameters, 2 layers of width 128, context 32; " in capsys.readouterr().out
-    losses = [entry["loss"] for entry in run_folder.read_log(tmp_path / "run") if "loss" in entry]
-    assert losses[0] == pytest.approx(10.825, abs=0.2)
-    assert losses[-1] < losses[0] - 1.0
-    shutil.rmtree(vocabulary)  # the run has its own
-    assert generated(capsys, tmp_path / "run", "--prompt", "Hello,", "--max-new-tokens", "5").startswith("Hello,")
-    model, tokenizer = load_model.load_run(tmp_path / "run")
-    assert (model.config.vocab_size, tokenizer.end_of_text) == (50257, 50256)
-    shape = model.config
-    assert (shape.n_embd, shape.n_layer, shape.n_head, shape.position) == (128, 2, 4, "learned")
-    assert (shape.activation, shape.norm_position, shape.dropout) == ("relu", "post", 0.0)
+    assert losses(out)[0] == pytest.approx(10.825, abs=0.2)
+    assert losses(out)[-1] < losses(out)[0] - 1.0
+    shutil.rmtree(vocabulary)  # the run has a copy
+    assert generate(capsys, out, "Hello,", 5).startswith("Hello,")
+    model, tokenizer = load_run(out)
+    assert tokenizer.end_of_text == 50256
+    assert_fields(model.config, vocab_size=50257, n_embd=128, n_layer=2, n_head=4, position="learned")
+    assert_fields(model.config, activation="relu", norm_position="post", dropout=0.0)
 
 
-def test_fine_tuning_on_another_domain(simple_gpt, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_simple_gpt_is_finetuned_on_another_text(simple_gpt, tmp_path, capsys):
     options = ["--data", "clinic", "--init-from", str(simple_gpt), "--block-size", "145", "--sample-prompt", "The"]
-    cli.main(["train", "simple-gpt", *options, "--device", "cpu", "--out", str(out)])
-    tokenizer = load_model.load_run(out)[1]
-    assert tokenizer.to_json() == load_model.load_run(simple_gpt)[1].to_json()
-    whole = batches.split_tokens(tokenizer.encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
-    losses = [
-        EvalSet(whole, 1, 1).mean_loss(load_model.load_run(folder)[0], torch.float32, World.from_environment())
-        for folder in (simple_gpt, out)
-    ]
-    assert losses[0] > 3.0
-    assert losses[1] < 0.05
-    asked = ("--prompt", "The patient", "--max-new-tokens", str(len(CLINIC) - len("The patient")), "--temperature", "0")
-    assert generated(capsys, out, *asked) == CLINIC
+    out = train(tmp_path / "run", "simple-gpt", *options)
+    before, after = load_run(simple_gpt), load_run(out)
+    assert after[1].to_json() == before[1].to_json()
+    split = batches.split_tokens(after[1].encode(TEXTS["clinic"]), 145, held_out=0.0)[0]
+    first, last = (EvalSet(split, 1, 1).mean_loss(model, torch.float32, World()) for model, _ in (before, after))
+    assert first > 3.0
+    assert last < 0.05
+    text = generate(capsys, out, "The patient", len(CLINIC) - len("The patient"), "--temperature", "0")
+    assert text == CLINIC
 
 
 @pytest.mark.parametrize("name", ["simple-gpt", "word-gpt"])
 def test_adam_is_adamw_without_decay(name: str):
-    recipe = RECIPES[name]
-    assert (recipe.optimizer, recipe.weight_decay, recipe.beta1, recipe.beta2) == ("adamw", 0.0, 0.9, 0.999)
-    assert (recipe.learning_rate, recipe.schedule, recipe.warmup_steps, recipe.grad_clip) == (1e-3, "constant", 0, 0.0)
+    assert_fields(RECIPES[name], optimizer="adamw", weight_decay=0.0, beta1=0.9, beta2=0.999)
+    assert_fields(RECIPES[name], learning_rate=1e-3, schedule="constant", warmup_steps=0, grad_clip=0.0)
 
 
-def test_shakespeare_char_is_nanogpts_of_the_device_s_size():
-    """The two character models of its README, and its way of training them."""
-    large, small = (recipes.recipe("shakespeare-char", torch.device(kind)) for kind in ("cuda", "cpu"))
-    for recipe, shape, dropout, amount in (
-        (large, (6, 6, 384, 256), 0.2, (5000, 64)),
-        (small, (4, 4, 128, 64), 0.0, (2000, 12)),
-    ):
-        model = recipe.model
-        assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout) == (*shape, dropout)
-        assert (model.activation, model.norm_position, model.position, model.bias) == ("gelu", "pre", "learned", False)
-        assert model.tie_weights
-        assert (recipe.steps, recipe.batch_size) == amount
-        assert (recipe.data, recipe.tokenizer, recipe.held_out) == ("shakespeare", "char", 0.1)
-        assert (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_steps) == (1e-3, 1e-4, 100)
-        assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.grad_clip) == (0.9, 0.99, 0.1, 1.0)
-
-
-SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+@pytest.mark.parametrize(
+    ("device", "shape", "length"),
+    [
+        ("cuda", {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}, (5000, 64)),
+        ("cpu", {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0}, (2000, 12)),
+    ],
+)
+def test_shakespeare_char_is_nanogpts(device: str, shape: dict, length: tuple[int, int]):
+    recipe = recipes.recipe("shakespeare-char", torch.device(device))
+    usual = {"norm_position": "pre", "position": "learned", "bias": False, "tie_weights": True}
+    assert_fields(recipe.model, **shape, activation="gelu", **usual)
+    assert (recipe.steps, recipe.batch_size) == length
+    assert_fields(recipe, data="shakespeare", tokenizer="char", held_out=0.1, weight_decay=0.1, grad_clip=1.0)
+    assert_fields(recipe, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=100, beta1=0.9, beta2=0.99)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_gpt2s_sizes(name: str):
+def test_gpt2_recipe_has_gpt2s_size(name: str):
     recipe = RECIPES[name]
     assert recipe.model == dataclasses.replace(PRESETS[name], pad_vocab_size_to=128)
     with torch.device("meta"):
         model = GPT(recipe.model, "eager")
     assert model.get_num_params(non_embedding=False) == operators.parameters(recipe.model) == SIZES[name]
-    assert (recipe.optimizer, recipe.weight_decay, recipe.tokenizer) == ("adamw", 0.1, "gpt2")
-    assert recipe.batch_size * recipe.model.block_size == 491_520
-    assert recipe.min_learning_rate == pytest.approx(recipe.learning_rate / 10)
 
 
-# of Brown et al. 2020, table 2.1, beside the sequences that go through the model at a time
-PRETRAINING = {
-    "gpt2-124m": (6e-4, 12),
-    "gpt2": (6e-4, 12),
-    "gpt2-medium": (3e-4, 6),
-    "gpt2-large": (2.5e-4, 4),
-    "gpt2-xl": (2e-4, 3),
-}
-
-
-@pytest.mark.parametrize("name", PRETRAINING)
-def test_pretraining_is_nanogpts(name: str):
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "micro_batch"),  # Brown et al. 2020, table 2.1
+    [("gpt2-124m", 6e-4, 12), ("gpt2", 6e-4, 12), ("gpt2-medium", 3e-4, 6), ("gpt2-large", 2.5e-4, 4),
+     ("gpt2-xl", 2e-4, 3)],
+)  # fmt: skip
+def test_pretraining_is_nanogpts(name: str, learning_rate: float, micro_batch: int):
     recipe = RECIPES[name]
-    assert (recipe.learning_rate, recipe.batch_size / recipe.accumulation) == PRETRAINING[name]
-    assert (recipe.steps, recipe.warmup_steps, recipe.schedule) == (600_000, 2000, "cosine")
-    assert (recipe.beta1, recipe.beta2, recipe.grad_clip, recipe.held_out) == (0.9, 0.95, 1.0, 0.1)
+    assert_fields(recipe, learning_rate=learning_rate, steps=600_000, warmup_steps=2000, schedule="cosine")
+    assert_fields(recipe, optimizer="adamw", weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0)
+    assert_fields(recipe, tokenizer="gpt2", held_out=0.1, accumulation=recipe.batch_size // micro_batch)
+    assert recipe.min_learning_rate == pytest.approx(learning_rate / 10)
+    assert recipe.batch_size * recipe.model.block_size == 491_520
 
 
-def test_the_book_s_124m():
-    """163 million, as its head is another matrix than the embedding."""
-    recipe = RECIPES["gpt2-124m"]
+def test_gpt2_124m_is_the_books():
+    """163 million parameters, because the head is not tied to the embedding."""
     with torch.device("meta"):
         untied, tied = (
             GPT(GPTConfig.from_dict(recipes.GPT_CONFIG_124M, tie_weights=tie), "eager") for tie in (False, True)
         )
-    assert recipe.model == dataclasses.replace(untied.config, pad_vocab_size_to=128)
-    assert untied.get_num_params(non_embedding=False) == operators.parameters(recipe.model) == 163_009_536
+    model = RECIPES["gpt2-124m"].model
+    assert model == dataclasses.replace(untied.config, pad_vocab_size_to=128)
+    assert untied.get_num_params(non_embedding=False) == operators.parameters(model) == 163_009_536
     assert tied.get_num_params(non_embedding=False) == 124_412_160
     assert SIZES["gpt2"] - 124_412_160 == 12 * 3 * 768  # the biases of queries, keys and values
     assert tied.transformer.h[0].attn.c_attn.bias is None
     assert tied.config.dropout == 0.1
 
 
-def test_generation_ends_with_gpt2s_end_of_text():
-    """Token 50256, which is not in the text; what stands after it is another document."""
-    tokenizer = TiktokenTokenizer(with_end_at_50256())
-    model = follower({ord("a"): ord("b"), ord("b"): ord("."), ord("."): 50256, 50256: ord("a")})
-    greedy = Sampling(temperature=0.0)
-    assert generate_text(model, tokenizer, "a", 10, greedy) == "b."
-    (searched,) = texts.search(model, tokenizer, ["a"], 10, BeamSearch(3))
+def test_generation_ends_at_gpt2s_end_of_text():
+    """Token 50256; what follows it is another document."""
+    # bytes, tokens that no text has, and the end of text: an encoding that needs no download
+    ranks = {bytes([byte]): byte for byte in range(256)} | {f"<{rank}>".encode(): rank for rank in range(256, 50256)}
+    special = {END_OF_TEXT: 50256}
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
+    model = successor_model({ord("a"): ord("b"), ord("b"): ord("."), ord("."): 50256, 50256: ord("a")})
+    assert generate_text(model, TiktokenTokenizer(encoding), "a", 10, Sampling(temperature=0.0)) == "b."
+    (searched,) = texts.search(model, TiktokenTokenizer(encoding), ["a"], 10, num_beams=3)
     assert (searched.text, searched.tokens, searched.finished) == ("b.", [98, 46, 50256], True)
     assert model.generate(torch.tensor([[97]]), 10, 0.0, stop_tokens=[50256])[0].tolist() == [97, 98, 46, 50256]
     assert model.generate(torch.tensor([[97]]), 6, 0.0)[0].tolist() == [97, 98, 46, 50256, 97, 98, 46]
 
 
 @torch.no_grad()
-def follower(successors: dict[int, int]) -> GPT:
-    """A GPT of GPT-2's vocabulary after each of whose tokens another one is the likeliest."""
-    config = GPTConfig(
-        block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8, position="none", tie_weights=False
-    )
-    model = GPT(config, "eager").eval()
+def successor_model(successors: dict[int, int]) -> GPT:
+    """A GPT that predicts a fixed successor of each token."""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "position": "none", "tie_weights": False}
+    model = GPT(GPTConfig(block_size=16, vocab_size=50257, **shape), "eager").eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.zero_()  # blocks add nothing

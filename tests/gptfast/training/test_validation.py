@@ -1,4 +1,4 @@
-"""What an evaluation measures is the same for any number of processes, and bits per byte for any tokenizer."""
+"""Evaluation gives the same losses for any number of processes, and bits per byte for any tokenizer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def split_of(ids: np.ndarray, block_size: int = 8) -> Split:
 
 def random_sequences(count: int, batch_size: int) -> EvalSet:
     ids = np.random.default_rng(0).integers(31, size=8 * count + 1)
-    found = EvalSet(split_of(ids), batches=100, batch_size=batch_size)
-    assert sum(len(idx) for idx, _ in found.split.eval_batches(100, batch_size)) == count
-    return found
+    return EvalSet(split_of(ids), batches=100, batch_size=batch_size)
 
 
 def mean_loss(sequences: EvalSet, model: nn.Module, world: World | None = None) -> float:
@@ -46,23 +44,23 @@ def mean_loss(sequences: EvalSet, model: nn.Module, world: World | None = None) 
 
 
 def loss_by_hand(sequences: EvalSet, model: GPT) -> float:
-    """Each sequence's mean by itself, and their mean, in float64."""
+    """Mean over sequences of each sequence's mean, in float64."""
     exact, losses = copy.deepcopy(model).double().eval(), []
     for idx, targets in sequences.split.eval_batches(sequences.batches, sequences.batch_size):
         for row, following in zip(idx, targets, strict=True):
-            chances = exact(row[None], row[None])[0][0].log_softmax(-1)
-            losses.append(-chances.gather(1, following[:, None]).mean().item())
+            log_probs = exact(row[None], row[None])[0][0].log_softmax(-1)
+            losses.append(-log_probs.gather(1, following[:, None]).mean().item())
     return sum(losses) / len(losses)
 
 
-def test_every_sequence_weighs_the_same():
-    """Also those of a last batch that is smaller."""
+def test_mean_loss_weighs_every_sequence_the_same():
+    """Also those of a smaller last batch."""
     sequences, model = random_sequences(13, batch_size=6), build()
     assert [len(idx) for idx, _ in sequences.split.eval_batches(100, 6)] == [6, 6, 1]
     assert mean_loss(sequences, model) == pytest.approx(loss_by_hand(sequences, model), rel=1e-5)
 
 
-def test_at_most_so_many_batches():
+def test_mean_loss_reads_a_limited_number_of_batches():
     sequences, model = random_sequences(13, batch_size=3), build()
     few = EvalSet(sequences.split, batches=2, batch_size=3)
     assert mean_loss(few, model) == pytest.approx(loss_by_hand(few, model), rel=1e-5)
@@ -70,7 +68,7 @@ def test_at_most_so_many_batches():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_stays_as_it_was(training: bool):
+def test_mean_loss_leaves_no_trace(training: bool):
     sequences, model = random_sequences(5, batch_size=2), build(dropout=0.5).train(training)
     expected = mean_loss(sequences, build().eval())
     random = torch.get_rng_state()
@@ -82,7 +80,7 @@ def test_the_model_stays_as_it_was(training: bool):
 
 
 class Recorded(nn.Module):
-    """A model that tells what it was given."""
+    """A model that records its batches."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -98,65 +96,60 @@ class Recorded(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_in_the_dtype_asked_for(dtype):
+def test_mean_loss_multiplies_in_its_dtype(dtype):
     sequences, model = random_sequences(5, batch_size=2), Recorded(build())
     loss = sequences.mean_loss(model, dtype, World())
     assert model.dtypes == {dtype}
     assert loss == pytest.approx(mean_loss(sequences, build()), rel=0.01)
 
 
-class Process:
-    """One of several, which are threads here."""
+class ThreadWorld:
+    """One of several processes, which are threads here."""
 
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, given: list) -> None:
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, values: list) -> None:
         self.rank, self.size = rank, size
-        self._barrier, self._given = barrier, given
+        self._barrier, self._values = barrier, values
 
     def sum(self, values: Tensor) -> Tensor:
-        self._given[self.rank] = values.clone()
+        self._values[self.rank] = values.clone()
         self._barrier.wait(10)
-        return torch.stack(self._given).sum(0)
+        return torch.stack(self._values).sum(0)
 
 
-def losses_of(size: int, sequences: EvalSet, model: GPT) -> tuple[list[float], list[Recorded]]:
-    """What each of `size` processes finds, and their models."""
-    barrier, given = threading.Barrier(size), [None] * size
+def losses_of(size: int, sequences: EvalSet, model: GPT) -> tuple[list[float], list[list[int]]]:
+    """The loss that each of `size` processes computes, and the rows of its batches."""
+    barrier, values = threading.Barrier(size), [None] * size
     models = [Recorded(copy.deepcopy(model)) for _ in range(size)]
+    worlds = [ThreadWorld(rank, size, barrier, values) for rank in range(size)]
     with ThreadPoolExecutor(size) as threads:
-        found = [
-            threads.submit(mean_loss, sequences, models[rank], Process(rank, size, barrier, given))
-            for rank in range(size)
-        ]
-    return [future.result() for future in found], models
+        losses = list(threads.map(mean_loss, [sequences] * size, models, worlds))
+    return losses, [recorded.rows for recorded in models]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
-def test_any_number_of_processes_find_the_same(ranks: int):
-    """With a last batch of 2 sequences, and of 12 and 12 before."""
+def test_mean_loss_is_the_same_on_every_rank(ranks: int):
+    """With batches of 12, 12 and 2 sequences; every rank runs the model equally often, as FSDP needs it."""
     sequences, model = random_sequences(26, batch_size=12), build()
-    expected = loss_by_hand(sequences, model)
-    losses, models = losses_of(ranks, sequences, model)
-    assert losses == pytest.approx([expected] * ranks, rel=1e-5)
+    losses, rows = losses_of(ranks, sequences, model)
+    assert losses == pytest.approx([loss_by_hand(sequences, model)] * ranks, rel=1e-5)
     assert len(set(losses)) == 1
-    # all go through the model as often, as a model in parts needs it
-    assert [model.rows[:2] for model in models] == [[12 // ranks] * 2] * ranks
-    assert [model.rows[2:] for model in models] == [[2 if ranks == 1 else 1]] * ranks
+    assert rows == [[12 // ranks] * 2 + [2 if ranks == 1 else 1]] * ranks
 
 
-def test_a_single_sequence_for_several_processes():
+def test_mean_loss_takes_fewer_sequences_than_ranks():
     sequences, model = random_sequences(1, batch_size=4), build()
-    losses, models = losses_of(4, sequences, model)
+    losses, rows = losses_of(4, sequences, model)
     assert losses == pytest.approx([loss_by_hand(sequences, model)] * 4, rel=1e-5)
-    assert [model.rows for model in models] == [[1]] * 4
+    assert rows == [[1]] * 4
 
 
 def small_encoding() -> tiktoken.Encoding:
-    """An encoding whose vocabulary need not be downloaded."""
+    """An encoding that needs no download."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" th": 257}
     return tiktoken.Encoding("gpt2", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
 
 
-KEEPING: dict[str, Tokenizer] = {
+LOSSLESS: dict[str, Tokenizer] = {
     "char": CharTokenizer.of_documents([TEXT]),
     "char with an end": CharTokenizer.of_documents([TEXT], end_of_text=True),
     "byte": ByteTokenizer(),
@@ -164,17 +157,17 @@ KEEPING: dict[str, Tokenizer] = {
 }
 
 
-def all_of(tokenizer: Tokenizer, ids: np.ndarray) -> EvalSet:
+def all_of(ids: np.ndarray) -> EvalSet:
     """As few sequences as cover all tokens but the first, which nothing predicts."""
-    block = next(size for size in (8, 7, 6, 5, 4, 3, 2, 1) if (len(ids) - 1) % size == 0)
+    block = next(size for size in range(8, 0, -1) if (len(ids) - 1) % size == 0)
     return EvalSet(split_of(ids, block), batches=1000, batch_size=16)
 
 
-@pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
-def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
-    """log2 V for each token, shared by the bytes of the text."""
+@pytest.mark.parametrize("tokenizer", LOSSLESS.values(), ids=LOSSLESS)
+def test_bits_per_byte_of_uniform_predictions(tokenizer):
+    """log2 V per token, divided by the bytes of a token."""
     ids = tokenizer.encode(TEXT)
-    sequences = all_of(tokenizer, ids)
+    sequences = all_of(ids)
     model = build(vocab_size=tokenizer.vocab_size, tie_weights=False, pad_vocab_size_to=64)
     nn.init.zeros_(model.lm_head.weight)
     loss = mean_loss(sequences, model)
@@ -186,52 +179,43 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
     assert metrics.bits_per_byte(loss, ratio) == pytest.approx(expected)
 
 
-def test_bits_per_byte_of_models_that_say_the_same():
-    """A byte in 8 bits, by the byte, and by tokens of two bytes of twice the loss."""
-    assert metrics.bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
-    assert metrics.bits_per_byte(16 * math.log(2), 2.0) == pytest.approx(8.0)
+@pytest.mark.parametrize("bytes_per_token", [1.0, 2.0])
+def test_bits_per_byte_does_not_depend_on_the_tokenizer(bytes_per_token: float):
+    assert metrics.bits_per_byte(8 * bytes_per_token * math.log(2), bytes_per_token) == pytest.approx(8.0)
 
 
-@pytest.mark.parametrize("tokenizer", KEEPING.values(), ids=KEEPING)
-def test_bytes_of_a_text(tokenizer):
+@pytest.mark.parametrize("tokenizer", LOSSLESS.values(), ids=LOSSLESS)
+def test_text_bytes_counts_utf8(tokenizer):
     assert tokenizers.text_bytes(tokenizer, tokenizer.encode(TEXT)) == len(TEXT.encode()) > len(TEXT)
     assert tokenizers.text_bytes(tokenizer, tokenizer.encode("ü東\U0001f600")) == 2 + 3 + 4
     assert tokenizers.text_bytes(tokenizer, tokenizer.encode("")) == 0
 
 
-def test_bytes_of_a_part_of_a_character():
+def test_text_bytes_counts_parts_of_characters():
     ids = ByteTokenizer().encode("東京")
     assert tokenizers.text_bytes(ByteTokenizer(), ids[1:5]) == 4
 
 
 @pytest.mark.parametrize("name", ["char with an end", "byte", "tiktoken"])
-def test_the_end_of_a_text_has_no_bytes_and_costs_what_it_costs(name: str):
-    tokenizer = KEEPING[name]
+def test_end_of_text_is_a_target_without_bytes(name: str):
+    tokenizer = LOSSLESS[name]
     ids, end = tokenizer.encode("the thing"), [tokenizer.end_of_text]
     with_ends = np.concatenate((end, ids, end, end, ids, end)).astype(np.int64)
     assert tokenizers.text_bytes(tokenizer, with_ends) == 2 * len("the thing")
-    ratio = all_of(tokenizer, with_ends).bytes_per_token(tokenizer)
-    assert ratio == 2 * len("the thing") / (len(with_ends) - 1)
+    assert all_of(with_ends).bytes_per_token(tokenizer) == 2 * len("the thing") / (len(with_ends) - 1)
 
 
-def test_words_do_not_keep_the_text():
+def test_word_tokenizer_has_no_bytes_per_token():
     tokenizer = WordTokenizer.of_documents([TEXT])
     ids = tokenizer.encode(TEXT)
     assert tokenizers.text_bytes(tokenizer, ids) is None
-    assert all_of(tokenizer, ids).bytes_per_token(tokenizer) is None
+    assert all_of(ids).bytes_per_token(tokenizer) is None
 
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [
-        (0.0, 1.0),
-        (1e-12, 1.0),
-        (math.log(50257), 50257.0),
-        (699.0, math.exp(699.0)),
-        (750.0, math.inf),
-        (1e4, math.inf),
-    ],
-)
-def test_perplexity(loss: float, expected: float):
+    [(0.0, 1.0), (1e-12, 1.0), (math.log(50257), 50257.0), (699.0, math.exp(699.0)), (750.0, math.inf),
+     (1e4, math.inf), (math.inf, math.inf)],
+)  # fmt: skip
+def test_perplexity_is_infinite_beyond_float64(loss: float, expected: float):
     assert metrics.perplexity(loss) == pytest.approx(expected)
-    assert metrics.perplexity(math.inf) == math.inf
