@@ -21,6 +21,7 @@ from gptfast.data import batches
 from gptfast.data.corpus import TEXTS
 from gptfast.distributed import World
 from gptfast.generation import text as texts
+from gptfast.generation.beam_search import BeamSearch
 from gptfast.load_model import load_run
 from gptfast.tokenizers import TiktokenTokenizer
 from gptfast.tokenizers.byte import END_OF_TEXT
@@ -262,7 +263,7 @@ def test_generation_ends_at_gpt2s_end_of_text():
     encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
     model = successor_model({ord("a"): ord("b"), ord("b"): ord("."), ord("."): 50256, 50256: ord("a")})
     assert generate_text(model, TiktokenTokenizer(encoding), "a", 10, Sampling(temperature=0.0)) == "b."
-    (searched,) = texts.search(model, TiktokenTokenizer(encoding), ["a"], 10, num_beams=3)
+    (searched,) = texts.search(model, TiktokenTokenizer(encoding), ["a"], 10, BeamSearch(3))
     assert (searched.text, searched.tokens, searched.finished) == ("b.", [98, 46, 50256], True)
     assert model.generate(torch.tensor([[97]]), 10, 0.0, stop_tokens=[50256])[0].tolist() == [97, 98, 46, 50256]
     assert model.generate(torch.tensor([[97]]), 6, 0.0)[0].tolist() == [97, 98, 46, 50256, 97, 98, 46]
