@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,21 +34,26 @@ class WrongResultError(RuntimeError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of one provider by part; "whole" is the measured pass. `peak_bytes` is None without a memory counter."""
+    """Times of one provider by part, of which "whole" is the row's, and its peak memory."""
 
     times: dict[str, Times]
     peak_bytes: int | None
 
 
-class Bench(ABC):
+class Bench:
     """Measurements of one case. A provider that fails keeps its exception and leaves the others alone.
+
+    Subclasses implement `set_up`, `check`, `prepare`, `time` and `metrics`.
 
     Args:
         case: the shapes, with `suite`, `dims` and a name as `str(case)`.
-        providers: implementations to compare, with `name` and `modes`.
+        providers: implementations to compare, with `name`, `modes` and `build`.
         device: where they run.
         limits: measured copy and matrix product rates, see `machine.measure_limits`.
     """
+
+    dtype: torch.dtype
+    source: Any  # what `build` of a provider takes
 
     def __init__(self, case: Any, providers: Iterable[Any], device: torch.device, limits: Mapping[str, Any]) -> None:
         self.case, self.device, self.limits = case, device, limits
@@ -61,38 +65,32 @@ class Bench(ABC):
         self.set_up()
         for name, provider in self.providers.items():
             with record_failure(self.failures, name):
-                built = self.build(provider)
+                built = provider.build(self.source)
                 self.errors[name] = self.check(provider, built)
                 self.ready[name] = built
 
-    dtype: torch.dtype
-
-    @abstractmethod
     def set_up(self) -> None:
-        """Make the inputs and the reference result."""
+        """Set `dtype` and `source`, and compute the expected result."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def build(self, provider: Any) -> Any:
-        """Build a provider; raises UnavailableError if it cannot run here."""
-
-    @abstractmethod
     def check(self, provider: Any, built: Any) -> float:
         """Return the relative error of a provider; raises WrongResultError if it is too large."""
+        raise NotImplementedError
 
-    @abstractmethod
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
-        """Return the calls to time by part, and the peak memory in bytes."""
+        """Return the calls to time by part, and the peak memory in bytes, None without a counter."""
+        raise NotImplementedError
 
-    @abstractmethod
     def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
         """Time the calls of all providers in turns."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
-        """Compute the fields of the row that only this kind of bench has."""
+    def metrics(self, name: str, mode: str, seconds: dict[str, float]) -> dict[str, Any]:
+        """Compute the other fields of the row from the median seconds by part."""
+        raise NotImplementedError
 
     def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
-        """Measure a mode if that was not done yet, and return one provider's times and row of the results.
+        """Measure a mode on its first request, and return one provider's times and row of the results.
 
         Raises:
             UnavailableError: the provider lacks this pass, or cannot run here, for memory or another reason.
@@ -105,19 +103,20 @@ class Bench(ABC):
         measured = self._measured[mode][name]
         if isinstance(measured, Exception):
             raise measured
-        times = measured.times["whole"]
-        return times, {
+        whole = measured.times["whole"]
+        medians = {part: percentiles(times.device)["median"] for part, times in measured.times.items()}
+        return whole, {
             "suite": self.case.suite,
             "case": str(self.case),
             "mode": mode,
             "provider": name,
             "dtype": dtype_name(self.dtype),
             "dims": dict(self.case.dims),
-            "seconds": percentiles(times.device),
-            "host_seconds": None if times.host is None else percentiles(times.host),
+            "seconds": percentiles(whole.device),
+            "host_seconds": None if whole.host is None else percentiles(whole.host),
             "error": self.errors[name],
             "peak_bytes": measured.peak_bytes,
-            **self.metrics(name, mode, measured),
+            **self.metrics(name, mode, medians),
         }
 
     def call(self, name: str, mode: str) -> Call:
@@ -185,10 +184,10 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
 
 
-def require_close(what: str, error: float, dtype: torch.dtype) -> None:
-    """Raise WrongResultError if a relative error exceeds the tolerance of `dtype`."""
-    if not error <= TOLERANCES[dtype]:
-        raise WrongResultError(f"{what} is wrong: relative error {error:.2e}, accepted {TOLERANCES[dtype]:.0e}")
+def require_close(what: str, error: float, tolerance: float) -> None:
+    """Raise WrongResultError if a relative error is NaN or exceeds the tolerance."""
+    if not error <= tolerance:
+        raise WrongResultError(f"{what} is wrong: relative error {error:.2e}, accepted {tolerance:.0e}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import kernels
 from benchmarks.cost_model.operators import Cost, Passes
-from benchmarks.measuring.bench import Bench, Measurement, UnavailableError, dtype_name, relative_error, require_close
+from benchmarks.measuring.bench import TOLERANCES, Bench, UnavailableError, dtype_name, relative_error, require_close
 from benchmarks.measuring.machine import default_device
-from benchmarks.measuring.timing import Call, Times, kernel_times, peak_bytes, percentiles
+from benchmarks.measuring.timing import Call, Times, kernel_times, peak_bytes
 from kernels import reference, runtime
 
 MODES = ("forward", "backward", "both")
@@ -190,16 +190,13 @@ class OperatorBench(Bench):
     """Times of an operator's passes, checked against the reference in a wider dtype."""
 
     def set_up(self) -> None:
-        operator, self.dtype = self.case.operator, self.case.dtype
+        operator, self.source, self.dtype = self.case.operator, self.case, self.case.dtype
         self.inputs = self.case.inputs(self.device)
         self.dy = self.case.upstream(self.inputs)
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
         inputs = [operator.compared(tensor.detach()).to(wide).requires_grad_() for tensor in self.inputs]
         dy = [operator.compared(gradient).to(wide) for gradient in self.dy]
         self.expected = run(self.case.reference, inputs, dy, operator.differentiable)
-
-    def build(self, provider: Provider) -> Function:
-        return provider.build(self.case)
 
     def check(self, provider: Provider, built: Function) -> float:
         """Return the largest relative error of the results and, if the provider has a backward, of the gradients."""
@@ -208,7 +205,7 @@ class OperatorBench(Bench):
         worst = 0.0
         for name, result, expected in zip(names, found, self.expected, strict=False):
             error = relative_error(self.case.operator.compared(result), expected)
-            require_close(name, error, self.dtype)
+            require_close(name, error, TOLERANCES[self.dtype])
             worst = max(worst, error)
         return worst
 
@@ -220,19 +217,18 @@ class OperatorBench(Bench):
     def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
         return kernel_times(calls, self.device)
 
-    def metrics(self, name: str, mode: str, measured: Measurement) -> dict[str, Any]:
+    def metrics(self, name: str, mode: str, seconds: dict[str, float]) -> dict[str, Any]:
         """Compute rates, and their share of the copy and matrix product rates that this run measured."""
-        seconds = percentiles(measured.times["whole"].device)["median"]
-        cost = self.case.cost(mode)
+        cost, whole = self.case.cost(mode), seconds["whole"]
         copy = self.limits["copy_bytes_per_second"]
         matrix = self.limits["matrix_flops_per_second"].get(dtype_name(self.dtype))
         return {
             "flops": cost.flops,
             "bytes": cost.bytes,
-            "flops_per_second": cost.flops / seconds,
-            "bytes_per_second": cost.bytes / seconds,
-            "copy_share": cost.bytes / seconds / copy,
-            "matrix_share": None if matrix is None else cost.flops / seconds / matrix,
+            "flops_per_second": cost.flops / whole,
+            "bytes_per_second": cost.bytes / whole,
+            "copy_share": cost.bytes / whole / copy,
+            "matrix_share": None if matrix is None else cost.flops / whole / matrix,
             "roofline_seconds": None if matrix is None else cost.seconds(matrix, copy),
         }
 

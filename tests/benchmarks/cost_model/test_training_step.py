@@ -1,5 +1,3 @@
-"""The passes of a step: against the closed forms of the operators, and against a model at work."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -19,8 +17,8 @@ CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_products_of_a_step_are_those_of_the_model_count(name):
-    """The model's count gives attention's backward two products fewer per product of the forward: 4, not 5 of 2."""
+def test_the_products_of_a_step_are_those_of_the_model_count(name):
+    """The model's count leaves out the recomputed scores, one of the five products of attention's backward."""
     config, batch, length = GPTConfig.preset(name), 2, 1024
     step = StepCost(config, batch, length).by_kind()
     attention = operators.causal_attention(batch, config.n_head, length, length, config.head_size, 2)
@@ -31,8 +29,8 @@ def test_products_of_a_step_are_those_of_the_model_count(name):
 
 
 @pytest.mark.parametrize("residual", [2, 4])
-def test_a_blocks_passes_move_what_the_operators_must(residual: int):
-    """Linear layers have passes of their own for the gradients of biases, which the operators' least does not count."""
+def test_the_passes_of_a_block_move_the_bytes_of_its_operators(residual: int):
+    """Gradients of biases are passes of their own here, which the operators' least does not count."""
     config, batch, length = GPTConfig.preset("gpt2"), 2, 1024
     rows, width = batch * length, config.n_embd
     step = StepCost(config, batch, length, residual_itemsize=residual)
@@ -59,8 +57,8 @@ def model(**settings) -> tuple[GPT, Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_keeps_what_the_table_says(residual: torch.dtype, checkpointing: bool):
-    """Between a model of two blocks and one of three, weights and their casts left out."""
+def test_a_block_keeps_the_bytes_of_the_table(residual: torch.dtype, checkpointing: bool):
+    """The difference between a model of three blocks and one of two, without weights and their casts."""
 
     def kept(layers: int) -> int:
         built, idx = model(n_layer=layers)
@@ -88,8 +86,8 @@ def test_a_block_keeps_what_the_table_says(residual: torch.dtype, checkpointing:
     assert kept(3) - kept(2) == expected
 
 
-def test_a_block_runs_no_pass_that_is_not_in_the_table():
-    """Whatever reads or writes a tensor of all tokens is a pass of the table: no cast, no copy, no other sum."""
+def test_a_block_runs_only_passes_of_the_table():
+    """Every operator on a tensor of all tokens is a pass of the table: no cast, no copy, no other sum."""
     built, _ = model()
     calls: Counter[str] = Counter()
 
@@ -98,7 +96,7 @@ def test_a_block_runs_no_pass_that_is_not_in_the_table():
             result = function(*args, **(kwargs or {}))
             made = result if isinstance(result, (tuple, list)) else (result,)
             tensors = [t for t in [*args, *made] if isinstance(t, Tensor)]
-            # [B, T, ...] or [B * T, ...], which no weight is
+            # [B, T, ...] or [B * T, ...]; no weight has these sizes
             if any(t.dim() > 1 and t.shape[0] in (3, 48) for t in tensors) and not function.is_view:
                 calls[function.name().split("::")[1].split(".")[0]] += 1
             return result
@@ -107,7 +105,7 @@ def test_a_block_runs_no_pass_that_is_not_in_the_table():
     x = torch.randn(3, 16, 32, device=DEVICE, requires_grad=True)
     pending = torch.randn(3, 16, 32, device=DEVICE).bfloat16().requires_grad_()
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        h, m = block(x, pending)  # first, so that weights are cast outside of what is recorded
+        h, m = block(x, pending)  # casts the weights before recording
         with Recorder():
             h, m = block(x, pending)
     step = StepCost(CONFIG, batch=3, length=16)

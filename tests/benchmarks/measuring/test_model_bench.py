@@ -17,7 +17,7 @@ LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 
 CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 TRAINING = ModelCase("training", "tiny", CONFIG, batch=2, length=16)
 GENERATION = ModelCase("generation", "tiny", CONFIG, batch=2, length=4, new_tokens=6)
-# large weights, with which what is wrong changes more than what bfloat16 may
+# large weights, whose errors exceed the tolerance of bfloat16
 LARGE = dataclasses.replace(CONFIG, init_std=0.2)
 KNOWN = model_providers.providers(nanogpt=None)
 
@@ -27,7 +27,7 @@ def _quickly(monkeypatch):
     monkeypatch.setattr("benchmarks.measuring.model_bench.SECONDS", {"cpu": 0.0, "cuda": 0.0})
 
 
-def test_training_rows():
+def test_a_training_row_has_speed_flops_and_roofline():
     bench = TrainingBench(TRAINING, [KNOWN["eager"], KNOWN["Hugging Face"]], DEVICE, LIMITS)
     for name in ("eager", "Hugging Face"):
         times, row = bench.row(name, "step")
@@ -39,8 +39,7 @@ def test_training_rows():
         assert row["bytes"] == sum(cost.bytes for cost in StepCost(CONFIG, 2, 16, _itemsize()).by_kind().values())
 
 
-def test_the_packages_own_step_is_measured_beside_a_plain_loop():
-    """Each with moments of its own, where weights are shared."""
+def test_a_captured_step_shares_weights_but_no_moments_with_a_plain_loop():
     captured = dataclasses.replace(KNOWN["eager"], name="captured", captured=True)
     bench = TrainingBench(TRAINING, [KNOWN["eager"], captured], DEVICE, LIMITS)
     steps = []
@@ -53,7 +52,7 @@ def test_the_packages_own_step_is_measured_beside_a_plain_loop():
     assert steps[0].param_groups[0]["params"][0] is bench.optimizer.param_groups[0]["params"][0]
 
 
-def test_generation_rows():
+def test_a_generation_row_has_speed_latency_and_bytes():
     bench = GenerationBench(GENERATION, [KNOWN["eager"], KNOWN["Hugging Face"]], DEVICE, LIMITS)
     for name in ("eager", "Hugging Face"):
         _, row = bench.row(name, "generate")
@@ -81,7 +80,7 @@ def test_a_twin_shares_every_parameter_and_nothing_else(padded: int):
 
 
 def wrong(change) -> ModelProvider:
-    """A provider whose model was changed after it got the weights."""
+    """A provider that changes its model after it got the weights."""
 
     def build(reference):
         model = twin(reference, "eager")
@@ -99,9 +98,9 @@ def forget_the_mask(model) -> None:
     model.transformer.h[0].attn.backend = type("Broken", (), {"causal_attention_qkvpacked": staticmethod(attention)})()
 
 
-def test_wrong_training_has_no_speed():
+def test_training_with_a_wrong_gradient_has_no_speed():
     def freeze(model):
-        """The loss is right, and so are all gradients but one, which is missing."""
+        """Drop one gradient; the loss and all others are right."""
         shared = model.transformer.h[0].mlp.c_proj.weight
         model.transformer.h[0].mlp.c_proj.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
@@ -112,7 +111,7 @@ def test_wrong_training_has_no_speed():
     assert bench.row("eager", "step")[1]["provider"] == "eager"
 
 
-def test_wrong_generation_has_no_speed():
+def test_generation_without_the_mask_has_no_speed():
     case = dataclasses.replace(GENERATION, config=LARGE)
     bench = GenerationBench(case, [wrong(forget_the_mask), KNOWN["eager"]], DEVICE, LIMITS)
     with pytest.raises(WrongResultError, match="the prompt's logits"):
@@ -129,7 +128,7 @@ def test_generation_that_ends_early_has_no_speed():
         bench.row("lazy", "generate")
 
 
-def test_a_peer_that_cannot_be_built_is_a_reason():
+def test_a_peer_that_cannot_be_built_is_unavailable():
     config = dataclasses.replace(CONFIG, bias=False)
     case = dataclasses.replace(TRAINING, config=config)
     bench = TrainingBench(case, [KNOWN["Hugging Face"], KNOWN["eager"]], DEVICE, LIMITS)
@@ -138,8 +137,8 @@ def test_a_peer_that_cannot_be_built_is_a_reason():
     assert bench.row("eager", "step")[1]["case"] == "tiny B=2 T=16"
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="is about machines without a GPU")
-def test_triton_without_a_gpu_is_a_reason():
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests a machine without a GPU")
+def test_triton_without_a_gpu_is_unavailable():
     bench = TrainingBench(TRAINING, [KNOWN["triton"]], DEVICE, LIMITS)
     with pytest.raises(UnavailableError, match="CUDA GPU"):
         bench.row("triton", "step")
