@@ -1,4 +1,4 @@
-"""The command `gptfast doctor`: what is installed, what runs where and why, and what is broken."""
+"""The command `gptfast doctor`: what is installed, which implementation runs where and why, and what is broken."""
 
 from __future__ import annotations
 
@@ -16,111 +16,111 @@ import torch
 
 import gptfast
 import kernels
-from gptfast import backend, devices, hardware
+from gptfast import devices, hardware
+from gptfast.backend import parse_backend, reasons, resolve_backend
 from gptfast.checkpoint.atomic_files import read_json
 from kernels import hf_kernels, runtime
 from kernels.pytorch_internals import inductor_cache_dir
 
-_OTHERS = ("transformers", "liger-kernel", "flash-attn", "huggingface-hub", "tiktoken", "safetensors", "numpy")
+_PACKAGES = ("transformers", "liger-kernel", "flash-attn", "huggingface-hub", "tiktoken", "safetensors", "numpy")
 _DRIVER, _DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
-_HEAD_SIZE = 64  # of GPT-2, whatever its size
-
-
-@dataclass
-class Report:
-    """What was found, in sections of names and values.
-
-    Args:
-        sections: by their titles.
-        problems: what is broken, and what to do, a line each.
-    """
-
-    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, problem: str) -> None:
-        """Note what is broken, once."""
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-    def __str__(self) -> str:
-        lines = []
-        for title, entries in self.sections.items():
-            width = max(len(name) for name, _ in entries)
-            lines += [title, *(f"  {name:{width}}  {value}".rstrip() for name, value in entries)]
-        return "\n".join(lines)
+_HEAD_SIZE = 64  # of every GPT-2
 
 
 @dataclass
 class DoctorConfig:
-    """Show what is installed, what runs where and why, and what is broken."""
+    """Show what is installed, which implementation runs where and why, and what is broken."""
+
+
+@dataclass
+class Section:
+    """The result of one check.
+
+    Args:
+        title: heading of the section.
+        rows: names and values.
+        problems: what is broken and what to do, one line each.
+    """
+
+    title: str
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: str) -> None:
+        self.rows.append((name, value))
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join([self.title, *(f"  {name:{width}}  {value}".rstrip() for name, value in self.rows)])
 
 
 def run(config: DoctorConfig) -> None:
-    """Print the report; exit with status 1 if something is broken."""
-    report = examine()
-    print(report)
-    for problem in report.problems:
+    """Print all sections, and problems to standard error. Exit with status 1 if there are problems."""
+    sections = diagnose()
+    print(*sections, sep="\n")
+    problems = dict.fromkeys(problem for section in sections for problem in section.problems)
+    for problem in problems:
         print(f"gptfast: {problem}", file=sys.stderr)
-    if report.problems:
+    if problems:
         sys.exit(1)
 
 
-def examine() -> Report:
-    """Look at everything that decides how fast things go here, or whether they do. Leaves everything as it is."""
-    report = Report()
-    here = _devices()
-    for title, look in {
-        "versions": _versions(report),
-        "devices": _peaks(report, here),
-        "operators, with the backend auto": _operators(report, here),
-        "launches of kernels": _launches(report, here),
-        "folders": _folders(report),
-        "packages called kernels": _packages(report),
-    }.items():
-        report.sections[title] = list(look)
-    return report
-
-
-def _devices() -> list[torch.device]:
-    found = [
-        torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+def diagnose() -> list[Section]:
+    """Run all checks. None of them changes anything."""
+    available = available_devices()
+    return [
+        check_versions(),
+        check_peaks(available),
+        check_operators(available),
+        check_tuning(available),
+        check_folders(),
+        check_packages_named_kernels(),
     ]
-    if torch.backends.mps.is_available():
-        found.append(torch.device("mps"))
-    return [*found, torch.device("cpu")]
 
 
-def _versions(report: Report) -> Iterator[tuple[str, str]]:
-    yield "gptfast", f"{gptfast.__version__}, in {Path(gptfast.__file__).parent}"
-    yield "Python", f"{platform.python_version()}, {sys.executable}"
-    yield "system", platform.platform()
-    yield "PyTorch", f"{torch.__version__}{_accelerator()}"
-    driver, gpus = _nvidia_driver(), list(_DEVICES.glob("nvidia[0-9]*"))
-    yield "NVIDIA driver", driver or "none"
-    if gpus and not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        if torch.version.cuda is None:
-            way_out = f"PyTorch {torch.__version__} is built without CUDA; install a build with it (see pytorch.org)"
-        else:
-            way_out = (
-                f"PyTorch with CUDA {torch.version.cuda} cannot use it; update the driver ({driver or 'none'}), or "
-                "install a build with an older CUDA"
-            )
-        report.add(f"there is a GPU, and {way_out}")
-    for name in ("triton", *_OTHERS):
-        yield ("Triton" if name == "triton" else name), _version(name) or "not installed"
-    for name, (given, needed) in _out_of_range().items():
-        report.add(f"{name} {given} is installed, {needed} is needed; pip install '{name}{needed}'")
+def available_devices() -> list[torch.device]:
+    """List all GPUs, then the CPU."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.device("cuda", index) for index in range(n_gpus)]
+    mps = [torch.device("mps")] if torch.backends.mps.is_available() else []
+    return [*gpus, *mps, torch.device("cpu")]
 
 
-def _accelerator() -> str:
-    if torch.version.hip is not None:
-        return f", with ROCm {torch.version.hip}"
-    return ", for CPUs" if torch.version.cuda is None else f", with CUDA {torch.version.cuda}"
+def check_versions() -> Section:
+    """Check that PyTorch can use the GPU, and that installed versions are those that gptfast requires."""
+    section = Section("versions")
+    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "CPU only"
+    accelerator = f"ROCm {torch.version.hip}" if torch.version.hip is not None else accelerator
+    driver = _nvidia_driver()
+    section.add("gptfast", f"{gptfast.__version__}, in {Path(gptfast.__file__).parent}")
+    section.add("Python", f"{platform.python_version()}, {sys.executable}")
+    section.add("system", platform.platform())
+    section.add("PyTorch", f"{torch.__version__}, {accelerator}")
+    section.add("NVIDIA driver", driver or "none")
+    section.add("Triton", _version("triton") or "not installed")
+    for name in _PACKAGES:
+        section.add(name, _version(name) or "not installed")
+    section.problems += _driver_problems(driver)
+    section.problems += _unmet_requirements()
+    return section
+
+
+def _driver_problems(driver: str | None) -> Iterator[str]:
+    """Yield a problem if PyTorch cannot use an NVIDIA GPU that the system has and the environment does not hide."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(_DEVICES.glob("nvidia[0-9]*")):
+        return
+    if torch.version.cuda is None:
+        yield f"PyTorch {torch.__version__} is built without CUDA; install a build for this GPU (see pytorch.org)"
+    else:
+        yield (
+            f"PyTorch with CUDA {torch.version.cuda} cannot use the GPU; update the driver ({driver or 'none'}), or "
+            "install a build with an older CUDA"
+        )
 
 
 def _nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver for Linux, where there is one."""
+    """Return the version of NVIDIA's Linux driver, or None."""
     try:
         text = _DRIVER.read_text(encoding="utf-8")
     except OSError:
@@ -136,22 +136,22 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _out_of_range() -> dict[str, tuple[str, str]]:
-    """Of installed packages that gptfast needs in another version, that and the one needed."""
-    wrong = {}
-    for requirement in importlib.metadata.requires("gptfast") or () if _version("gptfast") else ():
+def _unmet_requirements() -> Iterator[str]:
+    """Yield a problem for PyTorch or Triton in a version that gptfast's metadata excludes."""
+    if _version("gptfast") is None:  # a checkout
+        return
+    for requirement in importlib.metadata.requires("gptfast") or ():
         found = re.match(r"(torch|triton)(?![\w-])\s*([^;]*)", requirement)
-        given = _version(found[1]) if found else None
-        if found and given and not _satisfies(given, found[2]):
-            wrong[found[1]] = given, found[2].strip()
-    return wrong
+        installed = _version(found[1]) if found else None
+        if found and installed and not _satisfies(installed, found[2]):
+            needed = found[2].strip()
+            yield f"{found[1]} {installed} is installed, {needed} is needed; pip install '{found[1]}{needed}'"
 
 
-def _satisfies(version: str, conditions: str) -> bool:
-    """Whether a version fulfils conditions such as ">=3.6,<3.10", which compare releases alone."""
-    for condition in conditions.split(","):
-        found = re.match(r"\s*(>=|<)\s*([\d.]+)", condition)
-        if found and (_release(version) >= _release(found[2])) != (found[1] == ">="):
+def _satisfies(version: str, specifiers: str) -> bool:
+    """Compare releases only: 2.12.0a0 satisfies >=2.12, unlike for pip."""
+    for operator, bound in re.findall(r"(>=|<)\s*([\d.]+)", specifiers):
+        if (_release(version) >= _release(bound)) != (operator == ">="):
             return False
     return True
 
@@ -160,94 +160,100 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
 
 
-def _peaks(report: Report, here: list[torch.device]) -> Iterator[tuple[str, str]]:
-    for device in here:
+def check_peaks(available: list[torch.device]) -> Section:
+    """Check that the peaks of the devices are known."""
+    section = Section("devices")
+    for device in available:
         try:
-            said = hardware.describe(device)
-        except ValueError as error:  # a variable that is no number
-            said = "no peak"
-            report.add(str(error))
-        name = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-        yield str(device), f"{name}{said}"
+            peaks = hardware.describe(device)
+        except ValueError as error:  # an environment variable that is not a number
+            peaks = "no peak"
+            section.problems.append(str(error))
+        section.add(str(device), f"{torch.cuda.get_device_name(device)}, {peaks}" if device.type == "cuda" else peaks)
+    return section
 
 
-def _operators(report: Report, here: list[torch.device]) -> Iterator[tuple[str, str]]:
-    for device in here:
-        # by what is said of them, the operators and dtypes of which it is
-        said: dict[str, dict[str, list[str]]] = {}
+def check_operators(available: list[torch.device]) -> Section:
+    """Check which implementation the backend "auto" chooses for each operator, and why not Triton."""
+    section = Section("operators, with the backend auto")
+    for device in available:
+        dtypes: dict[tuple[str, ...], list[str]] = {}  # by their choices
         for dtype in devices.DTYPES:
-            model = device, getattr(torch, dtype), _HEAD_SIZE
-            choices = backend.resolve_backend(backend.parse_backend("auto"), *model)
-            for operator, reason in backend.reasons(*model).items():
-                text = choices[operator] if reason is None else f"{choices[operator]} ({reason})"
-                said.setdefault(text, {}).setdefault(dtype, []).append(operator)
-        for text, by_dtype in said.items():
-            groups: dict[tuple[str, ...], list[str]] = {}
-            for dtype, operators in by_dtype.items():
-                groups.setdefault(tuple(operators), []).append(dtype)
-            for operators_of, dtypes in groups.items():
-                yield f"{device}, {', '.join(dtypes)}", f"{', '.join(operators_of)}: {text}"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= runtime.LOWEST_CAPABILITY:
-            reason = runtime.unsupported_reason(device)
-            again = "--force-reinstall " if runtime.TRITON_INSTALLED else ""
-            way_out = "" if runtime.missing_triton_reason() is None else f"; pip install {again}triton"
-            if reason is not None:
-                report.add(f"nothing runs as kernels on the GPU: {reason}{way_out}")
+            dtypes.setdefault(_choices(device, getattr(torch, dtype)), []).append(dtype)
+        for choices, names in dtypes.items():
+            for choice in choices:
+                section.add(f"{device}, {', '.join(names)}", choice)
+        supported = device.type == "cuda" and torch.cuda.get_device_capability(device) >= runtime.LOWEST_CAPABILITY
+        if supported and (reason := runtime.unsupported_reason(device)) is not None:
+            force = "--force-reinstall " if runtime.TRITON_INSTALLED else ""
+            way_out = "" if runtime.missing_triton_reason() is None else f"; pip install {force}triton"
+            section.problems.append(f"Triton kernels do not run on the GPU: {reason}{way_out}")
+    return section
 
 
-def _launches(report: Report, here: list[torch.device]) -> Iterator[tuple[str, str]]:
-    gpus = [device for device in here if device.type == "cuda"]
+def _choices(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return a line for each implementation: its operators and the reason."""
+    backend = resolve_backend(parse_backend("auto"), device, dtype, _HEAD_SIZE)
+    operators: dict[str, list[str]] = {}
+    for operator, reason in reasons(device, dtype, _HEAD_SIZE).items():
+        choice = backend[operator] if reason is None else f"{backend[operator]} ({reason})"
+        operators.setdefault(choice, []).append(operator)
+    return tuple(f"{', '.join(names)}: {choice}" for choice, names in operators.items())
+
+
+def check_tuning(available: list[torch.device]) -> Section:
+    """Check for tuned launch configurations of the kernels on each GPU."""
+    section = Section("launch configurations")
+    gpus = [device for device in available if device.type == "cuda"]
     if not gpus or runtime.missing_triton_reason() is not None:
-        yield "none", "no GPU" if not gpus else "no Triton"
-        return
-    from kernels import tuning
+        section.add("none", "no GPU" if not gpus else "no Triton")
+        return section
+    from kernels import tuning  # needs Triton
 
     for device in gpus:
-        name, file = tuning.architecture(device), tuning.cache_file(device)
-        table = tuning.TABLES / f"{name}.json"
+        architecture = tuning.architecture(device)
+        sources = {
+            "tuned on this machine": tuning.cache_file(device),
+            f"tuned for {architecture} and shipped with gptfast": tuning.TABLES / f"{architecture}.json",
+        }
         parts = []
-        for path, source in ((file, "measured on this machine, "), (table, "measured, a table of gptfast's, ")):
-            number = _measured_launches(path, report)
-            if number:
-                parts.append(f"{number} {source}in {path}")
-        parts.append("others by rules" if parts else f"by rules: nobody has measured {name}")
-        yield str(device), "; ".join(parts)
+        for source, path in sources.items():
+            try:
+                count = sum(map(len, read_json(path)["launches"].values())) if path.is_file() else 0
+            except (OSError, ValueError, KeyError, AttributeError, TypeError):
+                section.problems.append(f"the launch configurations in {path} cannot be read; delete that file")
+                continue
+            if count:
+                parts.append(f"{count} {source}, in {path}")
+        parts.append("others by default" if parts else f"defaults, none tuned for {architecture}")
+        section.add(str(device), "; ".join(parts))
+    return section
 
 
-def _measured_launches(path: Path, report: Report) -> int:
-    try:
-        if not path.is_file():
-            return 0
-        return sum(len(problems) for problems in read_json(path)["launches"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        report.add(f"the launches in {path} cannot be read; delete that file")
-        return 0
-
-
-def _folders(report: Report) -> Iterator[tuple[str, str]]:
+def check_folders() -> Section:
+    """Check that the cache folders can be written."""
+    section = Section("cache folders")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast")
-    found = {
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir()
+    folders = {
         "gptfast": (home, "XDG_CACHE_HOME"),
-        "measured launches": (Path(os.environ.get("GPTFAST_CACHE") or home, "launches"), "GPTFAST_CACHE"),
-        "torch.compile": (
-            Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir()),
-            "TORCHINDUCTOR_CACHE_DIR",
-        ),
+        "launch configurations": (Path(os.environ.get("GPTFAST_CACHE") or home, "launches"), "GPTFAST_CACHE"),
+        "torch.compile": (Path(inductor), "TORCHINDUCTOR_CACHE_DIR"),
     }
     if runtime.missing_triton_reason() is None:
         import triton
 
-        found["Triton"] = Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR"
-    for name, (path, variable) in found.items():
-        if _writable(path):
-            yield name, f"{path}, can be written"
-        else:
-            yield name, f"{path}, cannot be written"
-            report.add(f"{path} cannot be written; set {variable} to a folder that can")
+        folders["Triton"] = Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR"
+    for name, (path, variable) in folders.items():
+        writable = _is_writable(path)
+        section.add(name, f"{path}, {'writable' if writable else 'not writable'}")
+        if not writable:
+            section.problems.append(f"{path} is not writable; set {variable} to a folder that is")
+    return section
 
 
-def _writable(path: Path) -> bool:
-    """Whether a folder, which need not be there yet, can be written. It is tried: permissions do not tell all."""
+def _is_writable(path: Path) -> bool:
+    """Try to write to a folder, or where it would be made: permission bits do not tell for every file system."""
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     try:
@@ -257,22 +263,24 @@ def _writable(path: Path) -> bool:
         return False
 
 
-def _packages(report: Report) -> Iterator[tuple[str, str]]:
+def check_packages_named_kernels() -> Section:
+    """Check which of several packages named `kernels` Python imports."""
+    section = Section("packages named kernels")
     ours = Path(kernels.__file__).parent
-    yield "gptfast's", f"{ours}, the one that is imported"
-    theirs = hf_kernels.installed()
-    if theirs is not None:
+    known = [ours]
+    section.add("gptfast's", f"{ours}, imported")
+    if (theirs := hf_kernels.installed()) is not None:
         folder, version = theirs
         if not folder.is_dir():
-            yield "Hugging Face's", f"{version}, of which {folder} is not there"
+            section.add("Hugging Face's", f"{version}, but {folder} is missing")
         elif folder.samefile(ours):
-            yield "Hugging Face's", f"{version}, gptfast's was installed over it"
-            report.add(hf_kernels.overwritten(version))
+            section.add("Hugging Face's", f"{version}, overwritten by gptfast's")
+            section.problems.append(hf_kernels.overwritten(version))
         else:
-            yield "Hugging Face's", f"{version} in {folder}, comes after gptfast's, which hands its names over"
+            section.add("Hugging Face's", f"{version} in {folder}, behind gptfast's, which forwards its names")
+            known.append(folder)
     for entry in dict.fromkeys(sys.path):
         other = Path(entry or ".", "kernels")
-        if (other / "__init__.py").is_file() and not any(
-            other.samefile(known) for known in (ours, *(theirs[:1] if theirs and theirs[0].is_dir() else ()))
-        ):
-            yield "another", f"{other.absolute()}, comes after gptfast's and is never imported"
+        if (other / "__init__.py").is_file() and not any(other.samefile(folder) for folder in known):
+            section.add("another", f"{other.absolute()}, behind gptfast's and never imported")
+    return section

@@ -45,7 +45,7 @@ class Saver:
         self.path, self.best, self.seconds = path, best, 0.0
         self._state, self._folder, self._fingerprints = state, folder, fingerprints
         self._checkpoints = checkpoints
-        self._takes_part = folder is not None or state.in_parts
+        self._takes_part = folder is not None or state.is_sharded
 
     def save_if_best(self, metrics: dict[str, Any]) -> None:
         """Save the weights if no earlier evaluation had a validation loss as low."""

@@ -1,4 +1,4 @@
-"""All tensors of a model in training, to and from checkpoints, whatever processes share it and however it runs."""
+"""All tensors of a training run, to and from checkpoints, in full also where FSDP shards them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from gptfast.distributed import distribute_like, full_tensor, is_dtensor
 from gptfast.model import GPT
 from gptfast.training.train_step import TrainStep
 
-_STEP = "step/"  # before the names of what the step itself carries on
+_STEP = "step/"  # prefix of the tensors of `TrainStep.state_dict`
 
 
 class TrainState:
-    """A model and the step that trains it. Where processes have parts of parameters, all have to call the methods.
+    """A model and the step that trains it.
+
+    With sharded parameters the methods are collective: every rank must call them.
 
     Args:
-        model: not wrapped, but for FSDP.
-        step: that trains it.
+        model: not wrapped, except by FSDP, which works in place.
+        step: trains `model` or a wrapper of it.
     """
 
     def __init__(self, model: GPT, step: TrainStep) -> None:
@@ -28,30 +30,30 @@ class TrainState:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     @property
-    def in_parts(self) -> bool:
-        """Whether this process has parts of parameters alone."""
+    def is_sharded(self) -> bool:
+        """True if each rank holds shards of the parameters."""
         return any(map(is_dtensor, self._names))
 
     def checkpoint(self, steps: int, state: dict) -> Checkpoint:
-        """Copies of everything, without padding of the vocabulary."""
-        weights = {name: _copy(self._shown(name, parameter)) for parameter, name in self._names.items()}
+        """Copy all tensors to the host, without vocabulary padding."""
+        weights = {name: _copy(self._full(name, parameter)) for parameter, name in self._names.items()}
         moments = {
-            name: _copy(self._shown(name.rpartition("/")[0], tensor))
+            name: _copy(self._full(name.rpartition("/")[0], tensor))
             for name, tensor in optim.state_dict(self.step.optimizers, self._names).items()
         }
         moments |= {_STEP + name: _copy(tensor) for name, tensor in self.step.state_dict().items()}
         return Checkpoint(steps, weights, moments, state)
 
-    def _shown(self, name: str, tensor: Tensor) -> Tensor:
+    def _full(self, name: str, tensor: Tensor) -> Tensor:
         return vocab_padding.unpad(self.model.config, name, full_tensor(tensor.detach()))
 
     @staticmethod
     @torch.no_grad()
     def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint's parameters into a model that is not wrapped yet.
+        """Copy a checkpoint's parameters into a model before it is wrapped.
 
         Raises:
-            ValueError: they are of another model.
+            ValueError: the checkpoint belongs to another model.
         """
         own = dict(model.named_parameters())
         saved = {name: vocab_padding.pad(model.config, name, tensor) for name, tensor in checkpoint.model.items()}
@@ -59,16 +61,16 @@ class TrainState:
         if wrong:
             raise ValueError(
                 f"the checkpoint of step {checkpoint.step} does not fit config.json: parameter {wrong[0]} is missing, "
-                "unknown or misshapen"
+                "unknown or of another shape"
             )
         for name, parameter in own.items():
             parameter.copy_(saved[name])
 
     def load_optimizers(self, checkpoint: Checkpoint) -> None:
-        """Give the optimizers and the step what a checkpoint has of them.
+        """Load a checkpoint's state of the optimizers and of the step.
 
         Raises:
-            ValueError: it is of other settings.
+            ValueError: the state does not fit the optimizers.
         """
         parameters = {name: parameter for parameter, name in self._names.items()}
         moments, step = {}, {}
@@ -83,18 +85,16 @@ class TrainState:
         self.step.load_state_dict(step)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Copies for files: weights that any GPT loads, tied ones once, and adapters, if there are some, apart."""
+        """Copy the tensors of a run's files to the host: weights that any GPT loads, and adapters if there are some."""
         if not lora.is_applied(self.model):
-            weights = {name: self._shown(name, parameter) for parameter, name in self._names.items()}
-            found = {"model.safetensors": weights}
+            weights = {name: self._full(name, parameter) for parameter, name in self._names.items()}
+            files = {"model.safetensors": weights}
         else:
-            found = {
-                "model.safetensors": lora.merged_state_dict(self.model),
-                "adapters.safetensors": lora.adapters(self.model),
-            }
+            weights = lora.merged_state_dict(self.model)
             if self.model.config.tie_weights:
-                del found["model.safetensors"]["lm_head.weight"]
-        return {file: {name: _copy(tensor) for name, tensor in tensors.items()} for file, tensors in found.items()}
+                del weights["lm_head.weight"]
+            files = {"model.safetensors": weights, "adapters.safetensors": lora.adapters(self.model)}
+        return {file: {name: _copy(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Each parameter that is trained has one optimizer, whose state comes back bit for bit."""
+"""Each trained parameter has one optimizer, state comes back bit for bit, and schedules have their shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainStep, lora, optim
-from gptfast.lora import freeze
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
 MODELS = {
@@ -20,6 +19,8 @@ MODELS = {
 }
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 HIDDEN = {f"transformer.h.{block}.{layer}.weight" for block in (0, 1) for layer in MATRICES}
+
+each_optimizer = pytest.mark.parametrize("name", optim.OPTIMIZERS)
 
 
 def build(**settings) -> GPT:
@@ -45,59 +46,53 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(part[:, :-1], part[:, 1:]) for part in tokens]
 
 
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(settings):
-    model = build(**settings)
-    muon, adamw = optimizers_of("muon", model)
-    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
-    assert sorted(held(muon, model)) == sorted(HIDDEN)
-    assert sorted(held(muon, model) + held(adamw, model)) == sorted(dict(model.named_parameters()))
+def hyperparameters(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [{k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups]
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_adamw_gets_every_parameter_once(settings):
+def test_build_gives_each_parameter_one_optimizer(settings):
     model = build(**settings)
+    everything = sorted(dict(model.named_parameters()))
     (adamw,) = optimizers_of("adamw", model)
-    assert sorted(held(adamw, model)) == sorted(dict(model.named_parameters()))
+    assert sorted(held(adamw, model)) == everything
+    muon, rest = optimizers_of("muon", model)
+    assert (type(muon), type(rest)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert sorted(held(muon, model)) == sorted(HIDDEN)
+    assert sorted(held(muon, model) + held(rest, model)) == everything
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_matrices_and_embeddings_decay(name: str):
-    """And nothing else: biases and norms do not."""
+@each_optimizer
+def test_build_decays_matrices_and_embeddings_only(name: str):
     model = build()
-    decays = {
-        p: g["weight_decay"] for o in optimizers_of(name, model, 0.3) for g in o.param_groups for p in g["params"]
-    }
-    assert {n: decays[p] for n, p in model.named_parameters()} == {
-        n: 0.3 if p.dim() == 2 else 0.0 for n, p in model.named_parameters()
-    }
+    optimizers = optimizers_of(name, model, 0.3)
+    decays = {p: g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert decays == {p: 0.3 if p.dim() == 2 else 0.0 for p in model.parameters()}
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_the_settings_reach_the_optimizers(name: str):
-    for optimizer in optimizers_of(name, build()):
-        assert {group["lr"] for group in optimizer.param_groups} == {1e-2}
-        if isinstance(optimizer, torch.optim.AdamW):
-            assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.95)}
-            assert {group["fused"] for group in optimizer.param_groups} == {True}
+@each_optimizer
+def test_build_passes_hyperparameters_on(name: str):
+    for group in hyperparameters(optimizers_of(name, build())):
+        assert group["lr"] == 1e-2
+        assert (group.get("betas", (0.8, 0.95)), group.get("fused", True)) == ((0.8, 0.95), True)  # Muon has neither
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_frozen_parameters_have_no_optimizer(name: str):
+@each_optimizer
+def test_build_skips_frozen_parameters(name: str):
     model = build()
-    frozen = freeze(model, ["transformer.h.0.*", "*.bias", "transformer.wte.*"])
+    frozen = lora.freeze(model, ["transformer.h.0.*", "*.bias", "transformer.wte.*"])
     found = [n for optimizer in optimizers_of(name, model) for n in held(optimizer, model)]
     assert sorted(found + frozen) == sorted(dict(model.named_parameters()))
 
 
-def test_muon_alone_where_nothing_else_is_trained():
+def test_build_muon_without_other_parameters():
     model = build()
-    freeze(model, ["transformer.w?e.*", "*.bias", "*.ln_*"])
+    lora.freeze(model, ["transformer.w?e.*", "*.bias", "*.ln_*"])
     (muon,) = optimizers_of("muon", model)
     assert set(held(muon, model)) == HIDDEN
 
 
-def test_muon_for_adapters():
+def test_build_muon_for_adapters():
     model = build()
     lora.apply(model, 2, 4.0, ["*.attn.*"])
     (muon,) = optimizers_of("muon", model)
@@ -106,15 +101,15 @@ def test_muon_for_adapters():
 
 
 @pytest.mark.parametrize("patterns", [["transformer.h.*"], ["*.attn.*.weight", "*.mlp.*.weight"]])
-def test_muon_with_nothing_to_do(patterns: list[str]):
+def test_build_muon_rejects_a_model_without_trained_matrices(patterns: list[str]):
     model = build()
-    freeze(model, patterns)
-    with pytest.raises(ValueError, match="optimizer 'muon' needs"):
+    lora.freeze(model, patterns)
+    with pytest.raises(ValueError, match="optimizer 'muon'"):
         optimizers_of("muon", model)
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_the_loss_falls(name: str):
+@each_optimizer
+def test_training_lowers_the_loss(name: str):
     model = build()
     step = TrainStep(model, optimizers_of(name, model), grad_clip=1.0)
     (batch,) = batches(1)
@@ -124,120 +119,134 @@ def test_the_loss_falls(name: str):
 
 
 def test_muon_and_adamw_are_clipped_by_one_norm():
-    """What both are given makes a gradient of the norm asked for."""
     model = build()
-    built, given = optimizers_of("muon", model), []
+    optimizers, norms = optimizers_of("muon", model), []
 
-    def look(optimizer, *_):
-        divisor = getattr(optimizer, "grad_scale", torch.ones(()))  # which a fused one divides by itself
-        given.extend((p.grad / divisor).norm() for group in optimizer.param_groups for p in group["params"])
+    def record(optimizer, *_):
+        divisor = getattr(optimizer, "grad_scale", torch.ones(()))  # by which a fused one divides
+        norms.extend((p.grad / divisor).norm() for group in optimizer.param_groups for p in group["params"])
 
-    for optimizer in built:
-        optimizer.register_step_pre_hook(look)
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(record)
     idx, targets = batches(1)[0]
     plain = copy.deepcopy(model)
     plain(idx, targets)[1].backward()
-    result = TrainStep(model, built, grad_clip=0.1)(idx, targets)
+    result = TrainStep(model, optimizers, grad_clip=0.1)(idx, targets)
     assert result.grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(p.grad for p in plain.parameters())))
     assert result.grad_norm > 0.5
-    assert float(torch.stack(given).norm()) == pytest.approx(0.1, rel=1e-4)
-    parts = torch.stack(given) * result.grad_norm / 0.1
-    torch.testing.assert_close(parts.sort()[0], torch.stack([p.grad.norm() for p in plain.parameters()]).sort()[0])
+    clipped = torch.stack(norms)
+    assert float(clipped.norm()) == pytest.approx(0.1, rel=1e-4)
+    expected = torch.stack([p.grad.norm() for p in plain.parameters()]).sort()[0]
+    torch.testing.assert_close((clipped * result.grad_norm / 0.1).sort()[0], expected)
 
 
 KEYS = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "muon": {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}}
 
 
 @pytest.mark.parametrize("frozen", [[], ["transformer.h.0.*", "*.bias"]], ids=["", "frozen"])
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_training_goes_on_as_if_it_had_not_ended(name: str, frozen: list[str]):
-    """Bit for bit."""
-    model = build()
-    freeze(model, frozen)
-    built = optimizers_of(name, model)
-    step = TrainStep(model, built, grad_clip=0.3)
+@each_optimizer
+def test_state_dict_continues_training_bit_for_bit(name: str, frozen: list[str]):
+    def prepared() -> tuple[GPT, list[torch.optim.Optimizer], TrainStep]:
+        model = build()
+        lora.freeze(model, frozen)
+        optimizers = optimizers_of(name, model)
+        return model, optimizers, TrainStep(model, optimizers, grad_clip=0.3)
+
+    def run(step: TrainStep, given: list) -> list[tuple[float, float]]:
+        return [(result.loss, result.grad_norm) for result in (step(*batch) for batch in given)]
+
     given = batches(6)
-    for batch in given[:3]:
-        step(*batch)
+    model, optimizers, step = prepared()
+    run(step, given[:3])
     weights = copy.deepcopy(model.state_dict())
-    saved = {key: value.clone() for key, value in optim.state_dict(built, names_of(model)).items()}
+    saved = {key: value.clone() for key, value in optim.state_dict(optimizers, names_of(model)).items()}
     assert {key.rpartition("/")[2] for key in saved} == KEYS[name]
     assert {key.rpartition("/")[0] for key in saved} == {n for n, p in model.named_parameters() if p.requires_grad}
-    expected = [(result.loss, result.grad_norm) for result in (step(*batch) for batch in given[3:])]
 
-    again = build()
+    again, restored, resumed = prepared()
     again.load_state_dict(weights)
-    freeze(again, frozen)
-    theirs = optimizers_of(name, again)
-    optim.load_state_dict(theirs, names_of(again), saved)
-    resumed = TrainStep(again, theirs, grad_clip=0.3)
-    outcome = [(result.loss, result.grad_norm) for result in (resumed(*batch) for batch in given[3:])]
-    assert outcome == expected
-    for parameter, other in zip(again.parameters(), model.parameters(), strict=True):
-        assert torch.equal(parameter, other)
-    ours, others = (optim.state_dict(o, names_of(m)) for o, m in ((built, model), (theirs, again)))
-    assert ours.keys() == others.keys()
-    assert all(torch.equal(ours[key], others[key]) for key in ours)
+    optim.load_state_dict(restored, names_of(again), saved)
+    assert run(resumed, given[3:]) == run(step, given[3:])
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), model.parameters(), strict=True))
+    ours, theirs = (optim.state_dict(o, names_of(m)) for o, m in ((optimizers, model), (restored, again)))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.fixture(params=optim.OPTIMIZERS)
 def trained(request) -> tuple[str, dict[str, Tensor]]:
-    """An optimizer's name, and its state after a step."""
+    """An optimizer's name, and its state after one step."""
     model = build()
-    built = optimizers_of(request.param, model)
-    TrainStep(model, built)(*batches(1)[0])
-    return request.param, optim.state_dict(built, names_of(model))
+    optimizers = optimizers_of(request.param, model)
+    TrainStep(model, optimizers)(*batches(1)[0])
+    return request.param, optim.state_dict(optimizers, names_of(model))
 
 
-def test_settings_stay_those_of_the_new_run(trained):
+def test_load_state_dict_keeps_hyperparameters(trained):
     name, saved = trained
     model = build()
-    built = optim.build(name, model.named_parameters(), 0.7, 1e-4, (0.5, 0.6), "cpu")
-    before = [{key: value for key, value in g.items() if key != "params"} for o in built for g in o.param_groups]
-    optim.load_state_dict(built, names_of(model), saved)
-    assert before == [
-        {key: value for key, value in g.items() if key != "params"} for o in built for g in o.param_groups
-    ]
+    optimizers = optim.build(name, model.named_parameters(), 0.7, 1e-4, (0.5, 0.6), "cpu")
+    before = hyperparameters(optimizers)
+    optim.load_state_dict(optimizers, names_of(model), saved)
+    assert hyperparameters(optimizers) == before
 
 
-def test_a_state_from_before_the_first_step_is_none(trained):
-    name, _ = trained
+@each_optimizer
+def test_state_dict_before_the_first_step_is_empty(name: str):
     model = build()
-    built = optimizers_of(name, model)
-    assert optim.state_dict(built, names_of(model)) == {}
-    optim.load_state_dict(built, names_of(model), {})
-    TrainStep(model, built)(*batches(1)[0])
-    assert optim.state_dict(built, names_of(model))
+    optimizers = optimizers_of(name, model)
+    assert optim.state_dict(optimizers, names_of(model)) == {}
+    optim.load_state_dict(optimizers, names_of(model), {})
+    TrainStep(model, optimizers)(*batches(1)[0])
+    assert optim.state_dict(optimizers, names_of(model))
 
 
-@pytest.mark.parametrize("lacking", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"])
-def test_a_state_of_other_settings(trained, lacking: str):
+@pytest.mark.parametrize("missing", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"])
+def test_load_state_dict_names_a_parameter_without_state(trained, missing: str):
+    name, saved = trained
+    some = {key: value for key, value in saved.items() if not key.startswith(missing)}
+    for given, model, parameter in ((some, build(), missing), (saved, build(n_layer=3), r"transformer\.h\.2\.")):
+        with pytest.raises(ValueError, match=f"does not fit {parameter}"):
+            optim.load_state_dict(optimizers_of(name, model), names_of(model), given)
+
+
+def test_load_state_dict_rejects_the_state_of_another_optimizer(trained):
     name, saved = trained
     model = build()
-    some = {key: value for key, value in saved.items() if not key.startswith(lacking)}
-    with pytest.raises(ValueError, match=rf"does not fit {lacking}"):
-        optim.load_state_dict(optimizers_of(name, model), names_of(model), some)
-    deeper = build(n_layer=3)
-    with pytest.raises(ValueError, match=r"does not fit transformer\.h\.2\."):
-        optim.load_state_dict(optimizers_of(name, deeper), names_of(deeper), saved)
-
-
-def test_a_state_of_another_optimizer(trained):
-    name, saved = trained
-    model = build()
-    other = next(other for other in optim.OPTIMIZERS if other != name)
-    with pytest.raises(ValueError, match=r"does not fit transformer"):
+    (other,) = set(optim.OPTIMIZERS) - {name}
+    with pytest.raises(ValueError, match=r"does not fit transformer\."):
         optim.load_state_dict(optimizers_of(other, model), names_of(model), saved)
 
 
-def test_a_float16_gradient_that_overflows_in_the_first_step():
-    """Muon has no state after it, and AdamW has."""
+def test_state_dict_after_a_float16_overflow_in_the_first_step():
+    """AdamW has state then, Muon has none."""
     model = build()
-    built = optimizers_of("muon", model)
+    optimizers = optimizers_of("muon", model)
     model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
-    TrainStep(model, built, dtype=torch.float16)(*batches(1)[0])
-    saved = optim.state_dict(built, names_of(model))
+    TrainStep(model, optimizers, dtype=torch.float16)(*batches(1)[0])
+    saved = optim.state_dict(optimizers, names_of(model))
     assert saved.keys().isdisjoint(f"{name}/momentum_buffer" for name in HIDDEN)
     again = optimizers_of("muon", model)
     optim.load_state_dict(again, names_of(model), saved)
     assert optim.state_dict(again, names_of(model)).keys() == saved.keys()
+
+
+def rates(schedule: str, decay_share: float = 0.2) -> list[float]:
+    """Rates of 110 steps: 10 of warm-up to 1, and down to 0.1 where the schedule decays."""
+    return [optim.learning_rate(schedule, step, 110, 1.0, 0.1, 10, decay_share) for step in range(110)]
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_learning_rate_warms_up_linearly(schedule: str):
+    assert rates(schedule)[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert optim.learning_rate(schedule, 5, 6, 1.0, 0.1, 10, 0.2) == pytest.approx(6 / 11)  # a run of warm-up only
+
+
+def test_learning_rate_decays_by_schedule():
+    cosine, wsd = rates("cosine")[10:], rates("wsd")[10:]
+    assert (cosine[0], cosine[50]) == pytest.approx((1.0, 0.55))
+    assert cosine[-1] == pytest.approx(0.1, abs=0.001)
+    assert cosine == sorted(cosine, reverse=True)
+    assert rates("constant")[10:] == rates("wsd", decay_share=0.0)[10:] == [1.0] * 100
+    assert wsd[:81] == pytest.approx([1.0] * 81)
+    assert (wsd[90], wsd[-1]) == pytest.approx((0.55, 0.1 + 0.9 / 20))
