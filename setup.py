@@ -7,7 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # thop imports distutils, which setuptools provides since Python 3.12
-BENCH = ["jinja2", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
+BENCH = ["jinja2", "pandas", "pydantic", "pytest", "pytest-benchmark", "setuptools", "thop", "transformers"]
 
 setup(
     name="gptfast",

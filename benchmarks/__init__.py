@@ -1,1 +1,3 @@
-"""What the kernels and the model are worth, measured. Run by `pytest benchmarks --benchmark-only`."""
+"""Benchmarks of the Triton kernels and of whole models, against eager PyTorch and other implementations."""
+
+RESULTS_FORMAT = 1  # "gptfast_results" in results files

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import RESULTS_FORMAT
 from benchmarks.measuring import machine, model_providers
 from benchmarks.measuring.bench import Bench, first_line
 from benchmarks.measuring.model_bench import GenerationBench, TrainingBench
 from benchmarks.measuring.operator_bench import OperatorBench
-from benchmarks.reporting import results
 from gptfast import hardware
 
 BENCHES = {"training": TrainingBench, "generation": GenerationBench}
@@ -79,7 +79,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["gptfast_results"] = results.FORMAT
+    output_json["gptfast_results"] = RESULTS_FORMAT
     output_json["not_measured"] = config.stash[NOT_MEASURED]
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)

@@ -1,4 +1,4 @@
-"""The README's code and commands work as they stand."""
+"""Tests of the README's code and commands, run verbatim."""
 
 import re
 import sys
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reporting.readme import readme_figures
 from tests.support.documents import run, words
 
 ROOT = Path(__file__).parents[1]
@@ -21,33 +20,33 @@ def command(start: str) -> list[str]:
     return words(found)
 
 
-def test_the_training_script(tmp_path):
+def test_training_script_runs(tmp_path):
     written = run([sys.executable, "-c", PYTHON[0]], tmp_path)
     assert written.startswith("the quick brown fox jumps over the lazy")
 
 
-def test_the_step(tmp_path):
+def test_step_runs(tmp_path):
     assert run([sys.executable, "-c", PYTHON[1]], tmp_path).startswith("loss 4.")
 
 
-def test_the_switch(tmp_path):
+def test_backend_switch_runs(tmp_path):
     assert run([sys.executable, "-c", PYTHON[2]], tmp_path).startswith("{'layer_norm': ")
 
 
-def test_every_example_is_run():
+def test_no_example_is_left_out():
     assert (len(PYTHON), len(COMMANDS)) == (3, 6)
 
 
-def test_the_prediction():
+def test_roofline_command_runs():
     assert "tokens/s" in run(command("python -m benchmarks.roofline"), ROOT)
 
 
-def test_the_benchmark():
+def test_benchmark_command_runs():
     assert " passed" in run(command("pytest benchmarks"), ROOT)
 
 
 @pytest.mark.slow
-def test_the_commands(tmp_path):
+def test_training_and_generation_commands_run(tmp_path):
     """Trains for a minute and generates, word for word."""
     assert "validation loss" in run(command("gptfast train shakespeare-char --data stdlib"), tmp_path)
     written = run(command("gptfast generate"), tmp_path)
@@ -55,12 +54,6 @@ def test_the_commands(tmp_path):
     assert len(written) == len("def ") + 500 + len("\n")
 
 
-def test_preparing_and_training_on_it(tmp_path):
+def test_prepare_and_train_commands_run(tmp_path):
     assert "vocabulary 257, uint16, in data/stdlib" in run(command("gptfast prepare"), tmp_path)
     assert "validation loss" in run(command("gptfast train shakespeare-char --data data/stdlib"), tmp_path)
-
-
-def test_the_figures_are_those_of_the_committed_results():
-    """`python -m benchmarks.report --readme README.md` writes them."""
-    written = README.partition("<!-- figures:start -->\n")[2].partition("<!-- figures:end -->")[0]
-    assert written == readme_figures(ROOT / "benchmarks" / "results")

@@ -14,9 +14,9 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 import gptfast
+from benchmarks import RESULTS_FORMAT
 from benchmarks.measuring.bench import dtype_name
 from benchmarks.measuring.timing import Call, kernel_times, percentiles
-from benchmarks.reporting.results import FORMAT
 from gptfast import hardware
 from gptfast.checkpoint.atomic_files import write_json
 
@@ -87,7 +87,7 @@ def measure_limits(device: torch.device) -> dict[str, Any]:
 def result_head(device: torch.device) -> dict[str, Any]:
     """Return the fields that `benchmarks.report` needs of a file that pytest-benchmark does not write."""
     return {
-        "gptfast_results": FORMAT,
+        "gptfast_results": RESULTS_FORMAT,
         "datetime": datetime.now(UTC).isoformat(),
         "machine_info": {"gptfast": describe(device) | {"limits": measure_limits(device)}},
         "commit_info": get_commit_info(),

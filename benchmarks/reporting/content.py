@@ -1,169 +1,225 @@
-"""What a report says in words: its headline, its leading ratios, and how the figures were taken."""
+"""Content of a report, shared by its Markdown and its HTML: facts, ratios and tables of text."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.reporting import ratios, tables, units
-from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, SUITES, Machine, Run, Source
-from benchmarks.reporting.tables import Table
+from pandas import DataFrame
 
-RATIO_NOTE = (
-    f"Ratios are of median times of the same case: 2.00{units.TIMES} is half the other's time. {units.LOSS} marks what "
-    f"is slower than the other. The best peer is the fastest of the others in each case, plain eager aside."
-)
-MFU_NOTE = (
-    "MFU is the share of the matrix peak above that the step's FLOPs make up: by PaLM's convention with the "
-    "full score matrix, and causal with only the scores that the mask lets through."
-)
-_METHOD = [
-    "Providers of a case are measured interleaved, in rotating order, in one process, after warming each of them up: "
-    "what changes with time strikes all of them alike.",
-    "The median is shown, with the 20th and 80th percentile beside it.",
-    "Shares of copy and matrix rate are of the limits measured at the beginning of the same run, not of the data "
-    "sheet.",
-    "A result is checked before it is timed: the error is relative, against the reference in higher precision; of a "
-    "training step it is that of the loss and of the norm of its gradient.",
-    "Of roofline: the least time that bytes and FLOPs of the operations take at the limits measured, as a share of the "
-    "time that they took.",
-    "What was measured in different runs is not compared.",
-]
-_CUDA_METHOD = [
-    "Operators: time of the device between two CUDA events. The queue is filled beforehand, so that gaps between "
-    "launches do not count, by overwriting a buffer larger than the L2 cache, so that inputs come from memory. The "
-    "time the host needs for the call stands beside it.",
-    "Training steps and generation: wall clock between two synchronisations of the device.",
-]
-_CPU_METHOD = ["Wall clock. There are no device events on a CPU, and its caches are as the call before left them."]
+from benchmarks.reporting import ratios, units
+from benchmarks.reporting.ratios import BEST_PEER, MODEL_SUITES, MODES, SUITES, title
+from benchmarks.reporting.results import Machine, Results
+
+Line = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Lead:
-    """A ratio that leads the report: over all cases, from the worst to the best."""
+class Table:
+    """Lines of text in groups.
 
-    label: str
-    values: list[str]
-    detail: str
+    Attributes:
+        name: unique in a report.
+        title: heading.
+        columns: headings.
+        groups: lines by the groups' headings.
+        grouping: what the groups are, such as "case"; empty if there is one group without a heading.
+        texts: columns of words, which are left-aligned.
+    """
+
+    name: str
+    title: str
+    columns: Line
+    groups: dict[str, list[Line]]
+    grouping: str = "case"
+    texts: Line = ()
 
 
-def headline(run: Run) -> list[tuple[str, str]]:
-    """Device, versions, commit, date and limits."""
-    machine, source = run.machine, run.newest
-    peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine.peers.items())
-    lines = [
-        ("Device", machine.device + (f", driver {machine.driver}" if machine.driver else "")),
-        ("Versions", versions(machine)),
-        ("Peers", peers),
-        ("Commit", commits(run)),
-        ("Measured", f"{tables.date(source)} UTC"),
-        ("Limits measured", _limits(machine)),
-        ("Data sheet" if machine.kind == "cuda" else "Peak", _peak(machine)),
-    ]
-    return [(name, text) for name, text in lines if text]
+def content(run: Results, folder: Path) -> dict[str, Any]:
+    """Gather what both templates show of a device whose files are in `folder`."""
+    tables: dict[str, list[Table]] = defaultdict(list)
+    for (suite, _), rows in run.rows.groupby(["suite", "mode"], sort=False):
+        tables[suite].append(measurements(rows))
+    return {
+        "device": run.machine.device,
+        "kind": run.machine.kind,
+        "headline": headline(run),
+        "warnings": warnings(run, folder),
+        "leads": leads(run.rows),
+        "summary": [*model_summaries(run.rows), *operator_summaries(run.rows)],
+        "tables": dict(tables),
+        "suites": {suite: SUITES.get(suite, suite) for suite in tables},
+        "model_suites": [suite for suite in MODEL_SUITES if suite in tables],
+        "has_mfu": bool(run.rows["mfu"].notna().any()),
+        "not_measured": not_measured(run.not_measured),
+        "sources": sources(run),
+    }
+
+
+def headline(run: Results) -> dict[str, str]:
+    """Device, versions, commits, date, measured rates and data sheet; what is unknown is left out."""
+    machine, limits, peak = run.machine, run.machine.limits, run.machine.peak
+    matmul = {f"{dtype} matmul": rate for dtype, rate in limits.matrix_flops_per_second.items()}
+    sheet = f"{'CPU' if machine.kind == 'cpu' else 'unknown GPU'}: no peak, MFU not given"
+    if peak.name is not None:
+        memory = [] if peak.bandwidth is None else [f"memory {units.bandwidth(peak.bandwidth)}"]
+        sheet = f"{peak.name}: {', '.join([*_rates(peak.flops or {}), *memory])}"
+        sheet += f"; source: {peak.source}" if peak.source else ""
+    facts = {
+        "Device": machine.device + (f", driver {machine.driver}" if machine.driver else ""),
+        "Versions": versions(machine),
+        "Peers": ", ".join(f"{name} {version or 'not installed'}" for name, version in (machine.peers or {}).items()),
+        "Commit": commits(run),
+        "Measured": f"{run.used_files[0].when:%Y-%m-%d %H:%M} UTC",
+        "Measured limits": ", ".join([f"copy {units.bandwidth(limits.copy_bytes_per_second)}", *_rates(matmul)]),
+        "Data sheet" if machine.kind == "cuda" else "Peak": sheet,
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _rates(rates: dict[str, float]) -> list[str]:
+    return [f"{name} {units.compute(rate)}" for name, rate in rates.items()]
 
 
 def versions(machine: Machine) -> str:
-    """Versions of what was measured and what it ran on."""
+    """Versions of gptfast, PyTorch and what they ran on."""
     known = {"gptfast": machine.gptfast, "PyTorch": machine.torch, "Triton": machine.triton, "CUDA": machine.cuda}
     known["Python"] = machine.python
     return ", ".join(f"{name} {version}" for name, version in known.items() if version) + f", {machine.threads} threads"
 
 
-def commits(run: Run) -> str:
-    """The commits that the rows were measured at, the newest first, and whether they were all there was."""
-    used = {row.source.path for row in run.rows}
-    sources = [source for source in reversed(run.sources) if source.path in used] or [run.newest]
-    return " and ".join(dict.fromkeys(_commit(source) for source in sources))
+def commits(run: Results) -> str:
+    """Commits that the rows were measured at, newest first."""
+    dirty = {True: " with uncommitted changes", False: ""}
+    return " and ".join(dict.fromkeys(file.commit + dirty[file.commit_info.dirty] for file in run.used_files))
 
 
-def _commit(source: Source) -> str:
-    return source.commit[:10] + (" with uncommitted changes" if source.dirty else "")
-
-
-def _limits(machine: Machine) -> str:
-    rates = [f"{dtype} matrix product {units.compute(rate)}" for dtype, rate in machine.matrix_flops_per_second.items()]
-    return ", ".join([f"copy {units.bandwidth(machine.copy_bytes_per_second)}", *rates])
-
-
-def _peak(machine: Machine) -> str:
-    peak = machine.peak
-    if peak.name is None:
-        kind = "CPU" if machine.kind == "cpu" else "unknown GPU"
-        return f"{kind}: no peak, MFU not given"
-    rates = [f"{dtype} {units.compute(rate)}" for dtype, rate in peak.flops.items()]
-    memory = [] if peak.bandwidth is None else [f"memory {units.bandwidth(peak.bandwidth)}"]
-    source = f"; source: {peak.source}" if peak.source else ""
-    return f"{peak.name}: {', '.join(rates + memory)}{source}"
-
-
-def leads(run: Run) -> list[Lead]:
-    """Training step and generation against each named peer and eager, from the worst case to the best."""
-    found = []
-    ours = ratios.champion(run)
-    for suite in MODEL_SUITES:
-        grouped = ratios.cases(row for row in run.rows if row.suite == suite)
-        for other in [*ratios.model_peers(run, suite), *([BASELINE] if ours != BASELINE else [])]:
-            values = [
-                ratios.Ratio(providers[ours], providers[other]).value
-                for providers in grouped.values()
-                if ours in providers and other in providers
-            ]
-            if values:
-                count = f"{len(values)} cases" if len(values) > 1 else "1 case"
-                found.append(Lead(f"{SUITES[suite]} vs {other}", span(values), f"{ours}, {count}"))
-    return found
-
-
-def span(values: list[float]) -> list[str]:
-    """The worst and the best of ratios, or the one that there is."""
-    return list(dict.fromkeys((units.ratio(min(values)), units.ratio(max(values)))))
-
-
-def method(run: Run) -> list[str]:
-    """How the figures were taken."""
-    return (_CPU_METHOD if run.machine.kind == "cpu" else _CUDA_METHOD) + _METHOD
-
-
-def warnings(run: Run, folder: Path) -> list[str]:
-    """What a reader must know before trusting the figures."""
+def warnings(run: Results, folder: Path) -> list[str]:
+    """Reasons to read the figures with care."""
     lines = [f"Not read: {problem.replace(f'{folder}/', '')}" for problem in run.problems]
-    dirty = sorted({Path(row.source.path).name for row in run.rows if row.source.dirty})
-    if dirty:
+    used = set(run.rows["source"])
+    if dirty := sorted(Path(file.path).name for file in run.files if file.commit_info.dirty and file.path in used):
         lines.append(f"Measured with uncommitted changes: {', '.join(dirty)}.")
-    if ratios.champion(run) != "triton":
-        lines.append("Triton was not measured on this device: gptfast stands here with its eager backend.")
+    if (main := ratios.main_provider(run.rows)) != "triton":
+        lines.append(f"Triton was not measured on this device: gptfast's figures are those of its {main} backend.")
     return lines
 
 
-@dataclass(frozen=True)
-class Content:
-    """All tables and texts of a report, in the order in which they are shown."""
-
-    headline: list[tuple[str, str]]
-    mfu_note: str | None
-    warnings: list[str]
-    leads: list[Lead]
-    summary: list[Table]
-    models: list[Table]
-    kernels: dict[str, list[Table]]
-    not_measured: list[tuple[int, str, str]]
-    method: list[str]
-    sources: Table
+def leads(rows: DataFrame) -> list[tuple[str, list[str], str]]:
+    """Label, worst and best ratio, and detail of gptfast against eager and each peer, for each model suite."""
+    main = ratios.main_provider(rows)
+    return [
+        (f"{SUITES[suite]} vs {other}", span(values), f"{main}, {values.count()} case" + "s"[: values.count() - 1])
+        for suite in MODEL_SUITES
+        for other, values in ratios.against_each(
+            rows[(rows["suite"] == suite) & (rows["provider"] == main)], rows[rows["suite"] == suite]
+        ).items()
+    ]
 
 
-def content(run: Run, folder: Path) -> Content:
-    """Gather what a report says of a run whose files lie in `folder`."""
-    operators = tables.operator_summary(run)
-    return Content(
-        headline=headline(run),
-        mfu_note=MFU_NOTE if any(row.mfu is not None for row in run.rows) else None,
-        warnings=warnings(run, folder),
-        leads=leads(run),
-        summary=tables.model_summary(run) + ([operators] if operators else []),
-        models=tables.model_tables(run),
-        kernels={suite: tables.kernel_tables(run, suite) for suite in tables.suites(run.rows)},
-        not_measured=tables.not_measured(run),
-        method=method(run),
-        sources=tables.sources(run),
-    )
+def span(values: Any) -> list[str]:
+    """Format the worst and the best ratio, or the only one."""
+    return list(dict.fromkeys((units.ratio(values.min()), units.ratio(values.max()))))
+
+
+def model_summaries(rows: DataFrame) -> list[Table]:
+    """Tabulate the ratios of gptfast's backends to the baseline and to each peer, by model suite."""
+    tables = []
+    for suite, of_suite in rows[rows["suite"].isin(MODEL_SUITES)].groupby("suite", sort=False):
+        own = ratios.own(of_suite)
+        found = ratios.against_each(own, of_suite).dropna(how="all").map(units.ratio)
+        groups: dict[str, list[Line]] = defaultdict(list)
+        for index, *cells in found.itertuples():
+            groups[own["case"][index]].append((own["provider"][index], *cells))
+        if groups:
+            columns = ("gptfast", *found.columns)
+            tables.append(Table(f"summary-{suite}", f"{SUITES[suite]}: times as fast as", columns, dict(groups)))
+    return tables
+
+
+def operator_summaries(rows: DataFrame) -> list[Table]:
+    """Tabulate each operator's worst and best ratio to the baseline and to the best peer."""
+    groups: dict[str, list[Line]] = defaultdict(list)
+    operators = rows[~rows["suite"].isin(MODEL_SUITES)]
+    for (suite, mode), of_mode in operators.groupby(["suite", "mode"], sort=False):
+        for name in ratios.own(of_mode)["provider"].unique():
+            for against, found in ratios.summaries(of_mode, name).items():
+                line = [f"{MODES.get(mode, mode)} vs {against}"]
+                for extreme in (found["ratio"].idxmin(), found["ratio"].idxmax()):
+                    peer = f" ({found['other'][extreme]})" if against == BEST_PEER else ""
+                    line += [units.ratio(found["ratio"][extreme]), found["case"][extreme] + peer]
+                faster = sum(not units.is_slower(ratio) for ratio in found["ratio"])
+                groups[f"{SUITES.get(suite, suite)}, {name}"].append((*line, f"{faster} of {len(found)}"))
+    columns = ("comparison", "worst", "in case", "best", "in case", "not slower in")
+    heading = "Operators: worst and best case"
+    return [Table("summary-operators", heading, columns, dict(groups), "operator", ("in case",))] if groups else []
+
+
+def measurements(rows: DataFrame) -> Table:
+    """Tabulate one mode of a suite by case, without the columns that have no value.
+
+    An operator's rate is bytes or FLOPs per second, whichever limit binds in most cases.
+    """
+    suite, mode, base = rows["suite"].iloc[0], rows["mode"].iloc[0], ratios.baseline(rows)
+    is_model = suite in MODEL_SUITES
+    by_bytes = {
+        "throughput": ("bytes_per_second", units.bandwidth),
+        "of copy rate": ("copy_share", units.share),
+    }
+    by_flops = {
+        "throughput": ("flops_per_second", units.compute),
+        "of matmul rate": ("matrix_share", units.share),
+    }
+    memory_bound = ~(rows["copy_share"] < rows["matrix_share"])
+    rates = {} if is_model else by_bytes if memory_bound.mean() >= 0.5 else by_flops
+    columns = {
+        "tokens/s": ("tokens_per_second", units.count),
+        "median": ("median", units.seconds),
+        f"over {base}": ("ratio", units.ratio),
+        "p20": ("p20", units.seconds),
+        "p80": ("p80", units.seconds),
+        "host time": ("host_median", units.seconds),
+        **rates,
+        "first token": ("seconds_to_first_token", units.seconds),
+        "per token": ("seconds_per_token", units.seconds),
+        "read per token": ("bytes_per_token", units.size),
+        "MBU": ("mbu", units.share),
+        "peak memory" if is_model else "extra memory": ("peak_bytes", units.size),
+        **({"of roofline": ("roofline_share", units.share)} if is_model else {}),
+        "MFU (PaLM)": ("mfu", units.share),
+        "MFU (causal)": ("mfu_causal", units.share),
+        "error": ("error", units.error),
+    }
+    rows = ratios.add_ratios(rows, ratios.of_provider(rows, base))
+    rows = rows.assign(roofline_share=rows["roofline_seconds"] / rows["median"])
+    columns = {heading: column for heading, column in columns.items() if rows[column[0]].notna().any()}
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for row in rows.to_dict("records"):
+        groups[row["case"]].append((row["provider"], *(text(row[column]) for column, text in columns.values())))
+    return Table(f"{suite}-{mode}-table", title(suite, mode), ("provider", *columns), dict(groups))
+
+
+def not_measured(missing: DataFrame) -> list[tuple[int, str, str]]:
+    """Count, measurements and reason of what is missing; the commonest reason first."""
+    lines = []
+    for reason, items in missing.groupby(missing["reason"].str.split().str.join(" ")):
+        parts = [
+            f"{SUITES.get(suite, suite)}: {provider}, {' and '.join(MODES.get(mode, mode) for mode in modes.unique())}"
+            for (suite, provider), modes in items.groupby(["suite", "provider"], sort=False)["mode"]
+        ]
+        lines.append((len(items), "; ".join(parts), reason))
+    return sorted(lines, key=lambda line: -line[0])
+
+
+def sources(run: Results) -> Table:
+    """Tabulate the files with their versions and the number of rows shown, newest first."""
+    rows = Counter(run.rows["source"])
+    lines: list[Line] = []
+    for file in reversed(run.files):
+        machine, dirty = file.machine_info.gptfast, "yes" if file.commit_info.dirty else "no"
+        facts = (Path(file.path).name, f"{file.when:%Y-%m-%d %H:%M}", file.commit, dirty)
+        lines.append((*facts, machine.torch, machine.triton or units.NOTHING, str(rows[file.path])))
+    columns = ("file", "measured (UTC)", "commit", "uncommitted changes", "PyTorch", "Triton", "rows shown")
+    return Table("sources", "Files", columns, {"": lines}, "", texts=columns[1:-1])

@@ -1,4 +1,4 @@
-"""How figures look, and how matplotlib's SVG becomes part of a page: its colours and font are those of the page."""
+"""Style of the figures, and SVG whose colours and font are those of the page."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from html import escape
 from typing import Any
 
 import matplotlib.style
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.reporting.rows import provider_order
+from benchmarks.reporting.ratios import MAIN, provider_order
 
 WIDTH = 9.0  # inches
 
-# (light, dark) by name. The light ones stand in the SVG as fallbacks and must differ, for they are how a colour is
-# found again in what matplotlib writes.
+# (light, dark) by name. The light ones must differ: `svg` replaces each by a CSS variable of its name.
 PALETTE = {
     "ink": ("#1f2328", "#e6e8eb"),
     "muted": ("#656d76", "#9aa2ab"),
     "grid": ("#e3e6ea", "#30363d"),
-    "panel": ("#fefefe", "#14181d"),
     "own": ("#1463c9", "#5b9dff"),
     "own-loss": ("#c4351c", "#ff7a61"),
     "peer": ("#a9b4c0", "#5d6875"),
     "peer-loss": ("#e3b7a8", "#84564b"),
-    "triton": ("#1261c7", "#5c9cff"),
-    "triton-fused": ("#0a3a7a", "#9cc5ff"),
-    "triton-unfused": ("#2b6b4f", "#63c79b"),
-    "triton-compiled": ("#7048c6", "#b191ff"),
+    "main": ("#1261c7", "#5c9cff"),
+    "main-fused": ("#0a3a7a", "#9cc5ff"),
+    "main-unfused": ("#2b6b4f", "#63c79b"),
+    "main-compiled": ("#7048c6", "#b191ff"),
     "eager": ("#69717a", "#a2abb5"),
     "eager-compiled": ("#6b3f16", "#c98d5c"),
     "series-1": ("#3a8c1e", "#7fce62"),
@@ -39,21 +37,20 @@ PALETTE = {
     "series-4": ("#0b8091", "#45c4d6"),
     "series-5": ("#94720a", "#d9b43c"),
 }
-_STYLES = {  # colour and marker
-    "triton": ("triton", "o"),
-    "triton fused": ("triton-fused", "p"),
-    "triton unfused": ("triton-unfused", "h"),
-    "triton compiled": ("triton-compiled", "D"),
-    "eager": ("eager", "s"),
-    "eager compiled": ("eager-compiled", "P"),
+_MARKERS = {
+    "main": "o",
+    "main-fused": "p",
+    "main-unfused": "h",
+    "main-compiled": "D",
+    "eager": "s",
+    "eager-compiled": "P",
 }
-_FURTHER = [("series-1", "^"), ("series-2", "v"), ("series-3", "X"), ("series-4", "<"), ("series-5", ">")]
+_OTHERS = [("series-1", "^"), ("series-2", "v"), ("series-3", "X"), ("series-4", "<"), ("series-5", ">")]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and set in the page's font
-    "svg.hashsalt": "gptfast",
+    "svg.fonttype": "none",  # text stays text, for screen readers, search and the page's font
     "text.parse_math": False,  # a dollar sign is a dollar sign
-    "font.family": ["DejaVu Sans"],  # only to measure: comes with matplotlib and is wider than what pages use
+    "font.family": ["DejaVu Sans"],  # for measuring: comes with matplotlib and is wider than pages' fonts
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -61,6 +58,8 @@ _SETTINGS: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.7,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 6,
@@ -68,80 +67,65 @@ _SETTINGS: dict[str, Any] = {
 
 
 def color(name: str) -> str:
-    """The colour of this name, for matplotlib."""
+    """Light colour of a name, for matplotlib."""
     return PALETTE[name][0]
 
 
 def provider_styles(providers: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each provider: gptfast's and eager always the same, the others in turn."""
-    styles, further = {}, 0
+    """Colour and marker of each provider: fixed for gptfast's backends, in turn for the others."""
+    styles = {}
+    others = [(name, _OTHERS[(at + turn) % 5][1]) for turn in range(5) for at, (name, _) in enumerate(_OTHERS)]
     for provider in sorted(set(providers), key=provider_order):
-        if provider in _STYLES:
-            name, marker = _STYLES[provider]
-        else:
-            turn, number = divmod(further, len(_FURTHER))
-            name, marker = _FURTHER[number][0], _FURTHER[(number + turn) % len(_FURTHER)][1]
-            further += 1
+        name = re.sub(f"^({'|'.join(MAIN)})", "main", provider).replace(" ", "-")
+        name, marker = (name, _MARKERS[name]) if name in _MARKERS else others.pop(0)
         styles[provider] = color(name), marker
     return styles
 
 
 def style() -> Any:
-    """A context in which figures are drawn."""
+    """Context in which figures are drawn, independent of the user's matplotlibrc."""
     ink, muted = color("ink"), color("muted")
     colors = {"text.color": ink, "axes.titlecolor": ink, "grid.color": color("grid"), "axes.facecolor": "none"}
     colors |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), muted)
-    # from the defaults on: what a user's matplotlibrc says must not show
-    return matplotlib.style.context(["default", _SETTINGS | colors])
+    return matplotlib.style.context(["default", _SETTINGS | colors | {"figure.facecolor": "none"}])
 
 
-def canvas(height: float) -> Canvas:
-    """An empty figure of the usual width."""
-    return Canvas(figsize=(WIDTH, height), facecolor="none")
+def panels(groups: Any) -> tuple[Figure, list[tuple[Any, Any]]]:
+    """Create a figure of two panels a row with the titles of `groups`, a pandas grouping; axes and rows of each."""
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(WIDTH, 3.0 * lines + 0.5), layout="constrained")
+    drawn = []
+    for number, (title, rows) in enumerate(groups, 1):
+        axes = figure.add_subplot(lines, columns, number, title=title)
+        drawn.append((axes, rows))
+    return figure, drawn
 
 
-def panels(count: int, columns: int, height: float = 3.0) -> tuple[Canvas, list[Any]]:
-    """A figure of `count` axes in rows, and the axes."""
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    figure = Canvas(figsize=(WIDTH, height * rows + 0.5), facecolor="none", layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    return figure, axes[:count]
-
-
-def legend(figure: Canvas, handles: list[Line2D]) -> None:
-    """A legend over all axes, in as many columns as fit."""
+def legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Draw a legend above all axes, in as many columns as fit."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), int(WIDTH / (0.6 + 0.075 * longest))))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.4)
 
 
-def svg(figure: Canvas, prefix: str, label: str) -> str:
-    """The figure as SVG to stand in HTML.
+def svg(figure: Figure, name: str, label: str) -> str:
+    """Convert a figure to SVG for a page.
 
     Args:
-        figure: what was drawn.
-        prefix: makes its ids differ from those of other figures in the page.
-        label: says what it shows, for those who cannot see it.
+        figure: the figure.
+        name: unique in the page; it keeps ids of different figures apart.
+        label: text for screen readers.
     """
     buffer = io.StringIO()
-    with style():
-        figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # its metadata hold the date, which differs every time
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = text.replace("xlink:href", "href")
-    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
-    for name, (light, _) in PALETTE.items():
-        text = text.replace(light, f"var(--{name}, {light})")
-    text = text.replace("'DejaVu Sans'", _FONT)
-    box = re.search(r'viewBox="([^"]+)"', text)
-    assert box is not None
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}" role="img" aria-label="{escape(label)}">'
-    return opening + text[text.index(">") + 1 :].strip()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue().replace("xlink:href", "href").replace("'DejaVu Sans'", _FONT)
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
+    used = {first or second for first, second in used}
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
+    for variable, (light, _) in PALETTE.items():
+        text = text.replace(light, f"var(--{variable}, {light})")
+    _, box, drawing = re.split(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', text)
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" role="img" aria-label="{escape(label)}">'
+    return opening + drawing.strip()

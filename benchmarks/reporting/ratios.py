@@ -1,113 +1,124 @@
-"""How providers stand to each other: ratios of median times, always of the same case, mode and run."""
+"""Ratios of median times between providers of the same case, mode and file.
+
+Measurements of different files were not taken in turns, and a machine's speed changes from hour to hour: they have no
+ratio.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
-from benchmarks.reporting.rows import BASELINE, MODEL_SUITES, OWN, Row, Run, provider_order
+from pandas import DataFrame
 
+MODEL_SUITES = ("training", "generation")
+SUITES = {
+    "training": "Training step",
+    "generation": "Generation",
+    "layer_norm": "Layer norm",
+    "add_layer_norm": "Residual addition and layer norm",
+    "gelu_ffn": "GELU feed-forward",
+    "ffn_up": "Linear and ReLU",
+    "causal_attention": "Causal attention",
+    "causal_attention_qkvpacked": "Causal attention, packed QKV",
+    "decode_attention": "Decode attention",
+    "int8_linear": "Int8 linear layer",
+    "linear_cross_entropy": "Linear and cross-entropy",
+}
+MODES = {name: name for name in ("step", "generate", "forward", "backward")} | {"both": "forward + backward"}
+MAIN = ("triton", "cpu")  # gptfast's backends that figures highlight; "eager" is plain PyTorch
+OWN = tuple(
+    f"{backend} {kind}".strip()
+    for backend in (*MAIN, "eager")
+    for kind in ("", "fused", "unfused", "captured", "compiled", "compiled captured", "int8")
+)
 BEST_PEER = "best peer"
-
-Case = tuple[str, str, str, str]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as `other` a row is. `low` and `high` come from both rows' p20 and p80."""
-
-    row: Row
-    other: Row
-
-    @property
-    def value(self) -> float:
-        """The ratio of the medians."""
-        return self.other.seconds.median / self.row.seconds.median
-
-    @property
-    def low(self) -> float:
-        """The other at its p20 over this one at its p80: the least that the spread allows."""
-        return self.other.seconds.p20 / self.row.seconds.p80
-
-    @property
-    def high(self) -> float:
-        """The other at its p80 over this one at its p20: the most that the spread allows."""
-        return self.other.seconds.p80 / self.row.seconds.p20
+KEY = ["suite", "case", "mode", "provider"]
+_CASE = ["suite", "case", "mode", "source"]
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Ratios of a provider over all cases of a suite and mode against one other."""
-
-    against: str
-    ratios: tuple[Ratio, ...]
-
-    @property
-    def best(self) -> Ratio:
-        """The case where it does best."""
-        return max(self.ratios, key=lambda ratio: ratio.value)
-
-    @property
-    def worst(self) -> Ratio:
-        """The case where it does worst."""
-        return min(self.ratios, key=lambda ratio: ratio.value)
+def title(suite: str, mode: str) -> str:
+    """Title of a suite's mode; a model suite has only one."""
+    return SUITES.get(suite, suite) + ("" if suite in MODEL_SUITES else f", {MODES.get(mode, mode)}")
 
 
-def cases(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
-    """Rows by suite, case, mode and file, then by provider; in the order of the rows.
+def sort_order(row: dict[str, Any]) -> tuple:
+    """Sort key of the report: suite, mode, dtype, sizes, then gptfast's providers and the peers.
 
-    By file, because what was not measured in turn is not compared: machines differ from one hour to the next.
+    The last size counts first: the head size or the model, before sequence length and batch.
     """
-    grouped: dict[Case, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        grouped[row.suite, row.case, row.mode, row.source.path][row.provider] = row
-    return dict(grouped)
+    sizes = tuple((name, isinstance(size, str), size) for name, size in reversed(row["dims"].items()))
+    places = _place(row["suite"], SUITES), _place(row["mode"], MODES)
+    return *places, row["dtype"], sizes, row["case"], provider_order(row["provider"])
 
 
-def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Ratio]:
-    """Of each row that has a baseline, by its key: the ratio against eager."""
-    return {
-        row.key: Ratio(row, providers[BASELINE])
-        for providers in cases(rows).values()
-        if BASELINE in providers
-        for row in providers.values()
-    }
+def provider_order(provider: str) -> tuple[int, str]:
+    """Sort key of providers: gptfast's backends in their order, then the others by name."""
+    return _place(provider, OWN)
 
 
-def own(suite: str) -> tuple[str, ...]:
-    """Which providers are gptfast's: of a model all backends, of an operator the Triton ones."""
-    return OWN if suite in MODEL_SUITES else tuple(name for name in OWN if name.startswith("triton"))
+def _place(name: str, known: Iterable[str]) -> tuple[int, str]:
+    names = list(known)
+    return names.index(name) if name in names else len(names), name
 
 
-def is_peer(suite: str, provider: str) -> bool:
-    """Whether a provider is one to measure up to: neither gptfast's nor the plain baseline."""
-    return provider not in own(suite) and provider != BASELINE
+def main_provider(rows: DataFrame) -> str:
+    """Backend that represents gptfast: the first of triton, cpu and eager that was measured."""
+    return _first_measured(rows, *MAIN, "eager")
 
 
-def best_peer(providers: dict[str, Row]) -> Row | None:
-    """The fastest peer of one case."""
-    peers = [row for row in providers.values() if is_peer(row.suite, row.provider)]
-    return min(peers, key=lambda row: row.seconds.median, default=None)
+def baseline(rows: DataFrame) -> str:
+    """Provider that all others are compared with: eager, or cpu where eager was not measured."""
+    return _first_measured(rows, "eager", "cpu")
 
 
-def standings(rows: Iterable[Row], provider: str) -> list[Standing]:
-    """`provider`, over the cases of one suite and mode, against eager and against the best peer of each case."""
-    against: dict[str, list[Ratio]] = {BASELINE: [], BEST_PEER: []}
-    for providers in cases(rows).values():
-        if (row := providers.get(provider)) is None:
-            continue
-        for name, other in ((BASELINE, providers.get(BASELINE)), (BEST_PEER, best_peer(providers))):
-            if other is not None:
-                against[name].append(Ratio(row, other))
-    return [Standing(name, tuple(found)) for name, found in against.items() if found]
+def _first_measured(rows: DataFrame, *providers: str) -> str:
+    return next((name for name in providers if (rows["provider"] == name).any()), "eager")
 
 
-def champion(run: Run) -> str:
-    """The provider that stands for gptfast: triton where it was measured, else eager."""
-    return "triton" if any(row.provider == "triton" for row in run.rows) else BASELINE
+def own(rows: DataFrame) -> DataFrame:
+    """Rows of gptfast's providers: every backend of a model, and every operator's but plain PyTorch's."""
+    plain = rows["provider"].str.startswith("eager") & ~rows["suite"].isin(MODEL_SUITES)
+    return rows[rows["provider"].isin(OWN) & ~plain]
 
 
-def model_peers(run: Run, suite: str) -> list[str]:
-    """The providers of a model suite that are not gptfast's."""
-    return sorted({row.provider for row in run.rows if row.suite == suite} - set(own(suite)), key=provider_order)
+def peers(rows: DataFrame) -> DataFrame:
+    """Rows of providers that are neither gptfast's nor the baseline."""
+    return rows.drop(own(rows).index).pipe(lambda other: other[other["provider"] != baseline(rows)])
+
+
+def of_provider(rows: DataFrame, provider: str) -> DataFrame:
+    """Rows of one provider."""
+    return rows[rows["provider"] == provider]
+
+
+def add_ratios(rows: DataFrame, others: DataFrame) -> DataFrame:
+    """Join to each row the ratio to the row of the same case in `others`, which has at most one.
+
+    Returns:
+        `rows` with `ratio` (the other's median over this one's, above 1 is faster), its bounds `low` and `high` by p20
+        and p80, and `other`, the other's provider. NaN where the case has no other.
+    """
+    theirs = rows[_CASE].merge(others, how="left", on=_CASE).set_index(rows.index)
+    return rows.assign(
+        ratio=theirs["median"] / rows["median"],
+        low=theirs["p20"] / rows["p80"],
+        high=theirs["p80"] / rows["p20"],
+        other=theirs["provider"],
+    )
+
+
+def against_each(rows: DataFrame, suite: DataFrame) -> DataFrame:
+    """Ratios of `rows` to the baseline and the peers of their suite, one column for each that was measured."""
+    others = [baseline(suite), *sorted(peers(suite)["provider"].unique())]
+    ratios = {other: add_ratios(rows, of_provider(suite, other))["ratio"] for other in others}
+    found = DataFrame({other: ratio.mask(rows["provider"] == other) for other, ratio in ratios.items()}, rows.index)
+    return found.dropna(axis="columns", how="all")
+
+
+def summaries(rows: DataFrame, provider: str) -> dict[str, DataFrame]:
+    """Rows of `provider` with ratios, in one suite and mode, to the baseline and to the best peer of each case."""
+    ours, base, others = of_provider(rows, provider), baseline(rows), peers(rows)
+    best = others.loc[others.groupby(_CASE)["median"].idxmin()]
+    ratios = {base: add_ratios(ours, of_provider(rows, base)), BEST_PEER: add_ratios(ours, best)}
+    return {name: found.dropna(subset="ratio") for name, found in ratios.items() if found["ratio"].notna().any()}

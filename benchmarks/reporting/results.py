@@ -1,171 +1,252 @@
-"""Reads results: files that pytest-benchmark wrote with gptfast's additions, alone or merged by device."""
+"""Results files, checked and merged into one table.
+
+A file is pytest-benchmark's JSON with additions: `gptfast_results`, `machine_info.gptfast`, `not_measured`, and in each
+benchmark's `extra_info` one row of the report.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.reporting.fields import FieldError, Fields
-from benchmarks.reporting.rows import Machine, NotMeasured, Peak, Row, Run, Source, Spread, row_order
+import pandas as pd
+from pandas import DataFrame
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, create_model, model_validator
 
-FORMAT = 1
-_OPTIONAL_NUMBERS = [field.name for field in dataclasses.fields(Row) if field.type == "float | None"]
+from benchmarks import RESULTS_FORMAT
+from benchmarks.reporting.ratios import KEY, sort_order
+
+NUMBERS = (
+    *("error", "peak_bytes", "flops", "bytes", "flops_per_second", "bytes_per_second", "matrix_share", "copy_share"),
+    *("roofline_seconds", "tokens_per_second", "mfu", "mfu_causal"),
+    *("seconds_to_first_token", "seconds_per_token", "bytes_per_token", "mbu"),
+)
+COLUMNS = [*KEY, "dtype", "dims", "p20", "median", "p80", "host_median", *NUMBERS, "source"]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class ResultsError(ValueError):
-    """A file or folder that holds no usable results. The message is one line: what, what is wrong, what is accepted."""
+    """Unusable results. The message is one line: the file, the field, what is accepted and what was given."""
 
 
-def load(path: str | Path) -> Run:
-    """Read a file or a folder of files; see `load_file` and `load_folder`."""
-    return load_folder(path) if Path(path).is_dir() else load_file(path)
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
-def load_folder(folder: str | Path) -> Run:
-    """Read and merge the files of a device's folder. Unusable ones end in `problems`, the rest goes on.
+class Peak(_Fields):
+    """Data sheet of a device; `name` is None for a GPU that `gptfast.hardware` does not list."""
 
-    A folder holds one device: the one it is named after, else that of the newest file.
+    name: str | None = None
+    flops: dict[str, Positive] | None = None
+    bandwidth: float | None = None
+    source: str | None = None
+
+
+class Limits(_Fields):
+    """Rates measured at the start of a run."""
+
+    copy_bytes_per_second: Positive
+    matrix_flops_per_second: dict[str, Positive]
+
+
+class Machine(_Fields):
+    """Device and versions of a run."""
+
+    device: str
+    slug: str
+    kind: str
+    torch: str
+    gptfast: str
+    python: str
+    threads: int
+    limits: Limits
+    peak: Peak
+    peers: dict[str, str | None] | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    triton: str | None = None
+
+
+class _Spread(_Fields):
+    p20: Positive
+    median: Positive
+    p80: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Spread:
+        if not self.p20 <= self.median <= self.p80:
+            raise ValueError("accepted: p20 <= median <= p80")
+        return self
+
+
+class _Key(_Fields):
+    suite: str
+    case: str
+    mode: str
+    provider: str
+
+
+class _Measured(_Key):
+    dtype: str
+    dims: dict[str, int | str]
+    seconds: _Spread
+    host_seconds: _Spread | None = None
+
+
+_Row: Any = create_model("_Row", __base__=_Measured, **dict.fromkeys(NUMBERS, (float | None, None)))  # type: ignore[call-overload]
+
+
+class _NotMeasured(_Key):
+    reason: str
+
+
+class _MachineInfo(_Fields):
+    gptfast: Machine
+
+
+class _Commit(_Fields):
+    id: str
+    dirty: bool
+
+
+class _Benchmark(_Fields):
+    extra_info: _Row
+
+
+class File(_Fields):
+    """A results file."""
+
+    gptfast_results: Annotated[int, Field(ge=RESULTS_FORMAT, le=RESULTS_FORMAT)]
+    machine_info: _MachineInfo
+    commit_info: _Commit
+    measured: datetime = Field(alias="datetime")
+    benchmarks: list[_Benchmark]
+    not_measured: list[_NotMeasured]
+    path: str = ""
+
+    @property
+    def when(self) -> datetime:
+        """Time of the measurement in UTC."""
+        return (self.measured if self.measured.tzinfo else self.measured.replace(tzinfo=UTC)).astimezone(UTC)
+
+    @property
+    def commit(self) -> str:
+        """Ten digits of the commit."""
+        return self.commit_info.id[:10]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of one device.
+
+    Attributes:
+        machine: device and versions of the newest file with measurements.
+        files: oldest first.
+        rows: measurements in the report's order, with `COLUMNS`: times are in seconds, `source` is the file's path, and
+            NaN is a number that does not apply.
+        not_measured: missing measurements, with `KEY` and `reason`.
+        problems: one line for each file that was rejected.
+    """
+
+    machine: Machine
+    files: tuple[File, ...]
+    rows: DataFrame
+    not_measured: DataFrame
+    problems: tuple[str, ...] = ()
+
+    @property
+    def used_files(self) -> list[File]:
+        """Files that rows come from, newest first; the newest file if there are no rows."""
+        used = set(self.rows["source"])
+        return [file for file in reversed(self.files) if file.path in used] or [self.files[-1]]
+
+
+def load(path: str | Path) -> Results:
+    """Load a results file, or merge those of a device's folder.
+
+    A folder holds one device: the one it is named after, else that of the newest file. Rejected files become
+    `problems`.
 
     Raises:
-        ResultsError: no file of the folder is usable.
+        ResultsError: nothing usable.
     """
-    folder = Path(folder)
+    if not Path(path).is_dir():
+        return load_file(path)
     runs, problems = [], []
-    for path in sorted(folder.glob("*.json")):
+    for file in sorted(Path(path).glob("*.json")):
         try:
-            runs.append(load_file(path))
+            runs.append(load_file(file))
         except ResultsError as error:
             problems.append(str(error))
     if not runs:
-        found = "; ".join(problems) or "it has no *.json"
-        raise ResultsError(f"{folder}: no results in this folder: {found}")
-    named = [run for run in runs if run.machine.slug == folder.name]
-    device = max(named or runs, key=lambda run: run.newest.when).machine.device
+        raise ResultsError(f"{path}: no results in this folder: {'; '.join(problems) or 'it has no *.json'}")
+    named = [run for run in runs if run.machine.slug == Path(path).name]
+    device = max(named or runs, key=lambda run: run.files[-1].when).machine.device
     for run in runs:
         if run.machine.device != device:
-            problems.append(f"{run.newest.path}: measured on {run.machine.device}; accepted in its folder: {device}")
-    merged = merge(run for run in runs if run.machine.device == device)
-    return dataclasses.replace(merged, problems=tuple(problems))
+            where = run.files[-1].path
+            problems.append(f"{where}: measured on {run.machine.device}; accepted in its folder: {device}")
+    return replace(merge(run for run in runs if run.machine.device == device), problems=tuple(problems))
 
 
-def merge(runs: Iterable[Run]) -> Run:
-    """One run of several of the same device: of a measurement taken repeatedly, the newest counts.
+def merge(runs: Iterable[Results]) -> Results:
+    """Merge results of one device. The newest of repeated measurements counts.
 
     Raises:
-        ResultsError: the runs are of different devices, or there is none.
+        ResultsError: several devices, or none.
     """
-    ordered = sorted(runs, key=lambda run: run.newest.when)
+    ordered = sorted(runs, key=lambda run: run.files[-1].when)
     devices = sorted({run.machine.device for run in ordered})
     if len(devices) != 1:
         raise ResultsError(f"cannot merge results of {' and '.join(devices) or 'nothing'}; accepted: one device")
-    # files of other kinds lie beside those with rows: the machine is what the figures were measured on
-    measured = [run for run in ordered if run.rows or run.not_measured] or ordered
-    rows = {row.key: row for run in ordered for row in run.rows}
-    missing = {item.key: item for run in ordered for item in run.not_measured if item.key not in rows}
-    return Run(
-        machine=measured[-1].machine,
-        sources=tuple(source for run in ordered for source in run.sources),
-        rows=tuple(sorted(rows.values(), key=row_order)),
-        not_measured=tuple(missing.values()),
-        problems=tuple(problem for run in ordered for problem in run.problems),
-    )
+    # a file of another kind, such as learning curves, may be newer than the measurements
+    measured = [run for run in ordered if len(run.rows) or len(run.not_measured)] or ordered
+    files = tuple(file for run in ordered for file in run.files)
+    rows, missing = (pd.concat([getattr(run, name) for run in measured]) for name in ("rows", "not_measured"))
+    return _results(measured[-1].machine, files, rows, missing)
 
 
-def load_file(path: str | Path) -> Run:
-    """Read one file.
+def load_file(path: str | Path) -> Results:
+    """Load one file.
 
     Raises:
-        ResultsError: it cannot be read, is not JSON, is not gptfast's, or lacks what it must have.
+        ResultsError: unreadable, not JSON, not a results file, or a field is missing or wrong.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise ResultsError(f"{path}: cannot be read: {reason}; accepted: a results file or a folder of them") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ResultsError(f"{path}: not JSON, or cut short: {error}; accepted: a whole results file") from None
-    version = data.get("gptfast_results") if isinstance(data, dict) else None
-    if version is None:
-        raise ResultsError(f'{path}: not a results file of gptfast; accepted: JSON with "gptfast_results": {FORMAT}')
-    if version != FORMAT or isinstance(version, bool):
-        raise ResultsError(f"{path}: gptfast_results is {version!r}; accepted: {FORMAT}")
-    try:
-        return _run(Fields(data, ""), str(path))
-    except FieldError as error:
-        raise ResultsError(f"{path}: {error}") from None
+        file = File.model_validate_json(Path(path).read_bytes()).model_copy(update={"path": str(path)})
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read: {error.strerror}; accepted: a results file or a folder") from None
+    except ValidationError as error:
+        raise ResultsError(f"{path}: {_first_error(error)}") from None
+    rows = DataFrame([_flat(benchmark.extra_info, file) for benchmark in file.benchmarks], columns=COLUMNS)
+    if twice := rows[rows.duplicated(KEY)][KEY].values.tolist():
+        raise ResultsError(f"{path}: benchmarks measures {', '.join(twice[0])} twice; accepted: once per file")
+    missing = DataFrame([dict(item) for item in file.not_measured], columns=[*KEY, "reason"])
+    return _results(file.machine_info.gptfast, (file,), rows, missing)
 
 
-def _run(data: Fields, path: str) -> Run:
-    machine = _machine(data.object("machine_info").object("gptfast"))
-    commit = data.object("commit_info")
-    dirty = commit.get("dirty", bool, "true or false")
-    source = Source(path, commit.text("id"), dirty, _when(data), machine)
-    rows: dict[tuple, Row] = {}
-    for benchmark in data.objects("benchmarks"):
-        row = _row(benchmark.object("extra_info"), source)
-        if row.key in rows:
-            raise FieldError(f"{benchmark.where} measures {', '.join(row.key)} again; accepted: once per file")
-        rows[row.key] = row
-    missing = [
-        NotMeasured(*(item.text(name) for name in ("suite", "case", "mode", "provider", "reason")))
-        for item in data.objects("not_measured")
-    ]
-    unmeasured = tuple(item for item in missing if item.key not in rows)
-    return Run(machine, (source,), tuple(sorted(rows.values(), key=row_order)), unmeasured)
+def _flat(row: Any, file: File) -> dict[str, Any]:
+    host = row.host_seconds.median if row.host_seconds else None
+    return dict(row) | dict(row.seconds) | {"host_median": host, "source": file.path}
 
 
-def _when(data: Fields) -> datetime:
-    text = data.text("datetime")
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        raise FieldError(f"datetime is {text!r}; accepted: a date and time by ISO 8601") from None
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
+def _results(machine: Machine, files: tuple[File, ...], rows: DataFrame, missing: DataFrame) -> Results:
+    """Keep the last of repeated lines, and only what is missing in all of `rows`."""
+    rows = rows.drop_duplicates(KEY, keep="last").astype(dict.fromkeys([*NUMBERS, "host_median"], float))
+    order = sorted((sort_order(row), number) for number, row in enumerate(rows.to_dict("records")))
+    missing = missing.drop_duplicates(KEY, keep="last").merge(rows[KEY], how="left_anti", on=KEY)
+    return Results(machine, files, rows.iloc[[number for _, number in order]].reset_index(drop=True), missing)
 
 
-def _machine(data: Fields) -> Machine:
-    limits, peak = data.object("limits"), data.object("peak")
-    peers = data.optional_object("peers")
-    texts: dict[str, Any] = {name: data.text(name) for name in ("device", "slug", "kind", "torch", "gptfast", "python")}
-    texts |= {name: data.optional_text(name) for name in ("driver", "cuda", "triton")}
-    return Machine(
-        **texts,
-        threads=int(data.number("threads")),
-        copy_bytes_per_second=limits.positive("copy_bytes_per_second"),
-        matrix_flops_per_second=_positives(limits.object("matrix_flops_per_second")),
-        peak=Peak(
-            name=peak.optional_text("name"),
-            flops=_positives(peak.optional_object("flops")),
-            bandwidth=peak.optional_number("bandwidth"),
-            source=peak.optional_text("source"),
-        ),
-        peers={name: peers.optional_text(name) for name in peers.value},
-    )
-
-
-def _positives(data: Fields) -> dict[str, float]:
-    return {name: data.positive(name) for name in data.value}
-
-
-def _row(data: Fields, source: Source) -> Row:
-    dims = data.object("dims")
-    plain: dict[str, Any] = {name: data.text(name) for name in ("suite", "case", "mode", "provider", "dtype")}
-    plain |= {name: data.optional_number(name) for name in _OPTIONAL_NUMBERS}
-    return Row(
-        **plain,
-        dims={name: dims.get(name, (int, str), "a whole number or a text") for name in dims.value},
-        seconds=_spread(data.object("seconds")),
-        host_seconds=None if data.value.get("host_seconds") is None else _spread(data.object("host_seconds")),
-        source=source,
-    )
-
-
-def _spread(data: Fields) -> Spread:
-    spread = Spread(*(data.positive(name) for name in ("p20", "median", "p80")))
-    if not spread.p20 <= spread.median <= spread.p80:
-        raise FieldError(f"{data.where} is not in order; accepted: p20 <= median <= p80")
-    return spread
+def _first_error(error: ValidationError) -> str:
+    """Format pydantic's first complaint as one line: the field, what is accepted, what was given."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"{first['msg']}; accepted: a whole results file"
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    given = "" if first["type"] == "missing" else f", got {json.dumps(first['input'], default=str)[:40]}"
+    return f"{where or 'the file'}: {first['msg']}{given}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vs_nanogpt.runs import FILES
+from benchmarks.measuring import machine
+from benchmarks.vs_nanogpt.compare import FILES
 from tests.support.nanogpt import TEXT, TRAIN
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -13,7 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture
 def fixtures(tmp_path) -> Path:
-    """A copy of the stored results, to write into."""
+    """Writable copy of the stored results."""
     for folder in FIXTURES.glob("fixture-*"):
         shutil.copytree(folder, tmp_path / "results" / folder.name)
     return tmp_path / "results"
@@ -35,8 +36,25 @@ def rewrite() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def quick(monkeypatch) -> None:
+    """Replace what results say of this machine, whose limits take seconds to measure."""
+    known = {
+        "device": "made up",
+        "slug": "cpu",
+        "kind": "cpu",
+        "torch": "2",
+        "gptfast": "0",
+        "python": "3",
+        "threads": 2,
+    }
+    limits = {"copy_bytes_per_second": 1.0, "matrix_flops_per_second": {"float32": 1.0}}
+    monkeypatch.setattr(machine, "describe", lambda device: known | {"threads": 2, "peak": {"name": None}})
+    monkeypatch.setattr(machine, "measure_limits", lambda device: limits)
+
+
+@pytest.fixture
 def checkout(tmp_path) -> Path:
-    """What stands for nanoGPT."""
+    """Folder that replaces nanoGPT's checkout."""
     folder = tmp_path / "checkout"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,13 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.measuring import machine
 from benchmarks.measuring.processes import RunError
-from benchmarks.reporting import learning, results
+from benchmarks.reporting import results
 from benchmarks.vs_nanogpt import learning_curves
 from tests.support.tiny_runs import TEXT
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """No time is spent on the limits of this machine."""
-    limits = {"copy_bytes_per_second": 1.0, "matrix_flops_per_second": {"float32": 1.0}}
-    monkeypatch.setattr(machine, "measure_limits", lambda device: limits)
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def run(*arguments: str) -> None:
     learning_curves.main(["word-gpt", "--data", "sentences", "--device", "cpu", *arguments])
 
 
-def test_runs_differ_in_the_option_and_the_seed_alone(trained, tmp_path):
+def test_runs_differ_only_in_option_and_seed(trained, tmp_path):
     run("--out", str(tmp_path), "--other-seed", "5", "--steps", "3")
     chosen = [command[command.index("--backend") : command.index("--data")] for command in trained]
     assert chosen == [
@@ -54,11 +47,11 @@ def test_runs_differ_in_the_option_and_the_seed_alone(trained, tmp_path):
         assert command[command.index("--data") + 1] == "sentences"
 
 
-def test_differences_are_those_of_validation_to_the_first(trained, tmp_path, capsys):
+def test_results_have_losses_and_differences_to_the_first(trained, tmp_path, capsys):
     run("--out", str(tmp_path), "--other-seed", "5")
     content = json.loads((tmp_path / "cpu/learning-word-gpt-backend.json").read_text())
     eager, triton, other = content["runs"]
-    assert dict(learning.differences(triton, eager)) == pytest.approx({1: -0.001, 2: 0.001, 3: -0.001})
+    assert dict(learning_curves.differences(triton, eager)) == pytest.approx({1: -0.001, 2: 0.001, 3: -0.001})
     assert [entry["step"] for entry in other["losses"]] == [1]
     assert triton["backend"] == {"ffn": "triton"}
     printed = capsys.readouterr().out
@@ -73,50 +66,47 @@ def test_differences_are_those_of_validation_to_the_first(trained, tmp_path, cap
     }
 
 
-def test_the_report_takes_the_file_beside_others(trained, tmp_path):
+def test_report_accepts_the_file(trained, tmp_path):
     run("--out", str(tmp_path))
-    loaded = results.load_file(tmp_path / "cpu/learning-word-gpt-backend.json")
-    assert loaded.rows == ()
+    loaded = results.load(tmp_path / "cpu/learning-word-gpt-backend.json")
+    assert loaded.rows.empty
 
 
-def test_evaluations_that_only_one_has_are_left_out():
+def test_differences_skip_evaluations_of_one_run():
     first = {"evaluations": [{"step": 2, "val_loss": 3.0}]}
     run = {"evaluations": [{"step": 1, "val_loss": 9.0}, {"step": 2, "val_loss": 3.5}]}
-    assert learning.differences(run, first) == [(2, 0.5)]
+    assert learning_curves.differences(run, first) == [(2, 0.5)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
-            ["--option", "seed"],
-            "--option must be one of `gptfast train`, without dashes before it and none of data, out",
-        ),
+        (["--option", "seed"], "'seed'"),
         (["--option", "--dtype"], ""),
-        (["--values", "eager", "eager"], "--values must be different values, got eager eager"),
-        (["--other-seed", "1337"], "--other-seed must not be --seed, got 1337 for both"),
-        (["--backend", "eager"], "--backend is what differs; give it by --values"),
-        (["--option", "residual-dtype", "--residual_dtype=float32"], "--residual-dtype is what differs"),
+        (["--values", "eager", "eager"], "--values .* eager eager"),
+        (["--other-seed", "1337"], "--other-seed .* 1337"),
+        (["--backend", "eager"], "--backend .* --values"),
+        (["--option", "residual-dtype", "--residual_dtype=float32"], "--residual-dtype"),
         (["--device", "tpu"], "tpu"),
     ],
 )
-def test_what_cannot_be_compared(trained, tmp_path, capsys, arguments, said):
+def test_bad_arguments_are_one_line(trained, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
         run("--out", str(tmp_path / "results"), *arguments)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "results").exists()
     assert trained == []
 
 
-def test_an_unknown_recipe(trained, tmp_path, capsys):
+def test_unknown_recipe_is_an_error(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         learning_curves.main(["nonsense", "--data", "sentences", "--out", str(tmp_path)])
     assert ended.value.code == 2
-    assert "unknown recipe 'nonsense'; accepted: shakespeare-char, " in capsys.readouterr().err
+    assert re.search("'nonsense'.*shakespeare-char", capsys.readouterr().err)
 
 
-def test_a_run_that_fails_ends_it(quick, monkeypatch, tmp_path, capsys):
+def test_run_that_fails_is_an_error(quick, monkeypatch, tmp_path, capsys):
     def fail(label, *_):
         raise RunError(f"{label} failed with exit status 2; its last lines:")
 
@@ -128,7 +118,7 @@ def test_a_run_that_fails_ends_it(quick, monkeypatch, tmp_path, capsys):
     assert list((tmp_path / "cpu").iterdir()) == []
 
 
-def test_two_values_that_mean_the_same_learn_the_same(quick, tmp_path, monkeypatch):
+def test_equal_values_learn_the_same(quick, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)  # a name relative to here, for processes that run elsewhere
     small = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--eval-batches", "2"]
