@@ -115,10 +115,14 @@ def _program_bytes(ttir: str) -> tuple[int, int]:
 
 
 def _transposed_results(ttir: str) -> int:
-    """Count the transposes of tiles that were computed, not loaded."""
-    operation = dict(re.findall(r"%(\S+) = ([\w.]+)", ttir))
-    transposed = re.findall(r"tt\.trans %(\S+)", ttir)
-    return sum(operation.get(value) not in ("tt.load", "tt.descriptor_load", "tt.reshape") for value in transposed)
+    """Count the transposes of matrices that were computed, not loaded."""
+    operation: dict[str, str] = {}  # by the latest value of each name: regions reuse names
+    count = 0
+    for result, name, operand, rest in re.findall(r"%(\S+) = ([\w.]+)(?: %(\S+))?(.*)", ttir):
+        if name == "tt.trans" and "i32: 1, 0>" in rest:
+            count += operation.get(operand) not in ("tt.load", "tt.descriptor_load", "tt.reshape")
+        operation[result] = name
+    return count
 
 
 def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, bool, list[tuple[str, int]]]:

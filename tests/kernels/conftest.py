@@ -1,4 +1,4 @@
-"""Poison: memory that a kernel is given and does not write holds NaN, and shows."""
+"""Uninitialised memory holds NaN in every test of the kernels."""
 
 import tempfile
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
-# it caches files there even without a database of examples
+# hypothesis caches files there even without a database of examples
 _HYPOTHESIS_HOME = tempfile.TemporaryDirectory()
 set_hypothesis_home_dir(_HYPOTHESIS_HOME.name)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    # with this on, PyTorch fills torch.empty and its relatives with NaN
+    # PyTorch then fills torch.empty and its relatives with NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

@@ -1,4 +1,4 @@
-"""What only attention promises: causality, and where its result lies."""
+"""Properties of attention that no other operator has: causality, cache lengths and memory layout."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(3)]
 
 
-def test_the_future_is_not_seen():
-    """Other keys and values after position t leave the rows up to t bitwise alone."""
+def test_attention_is_causal():
+    """Keys and values after position t leave the rows up to t bitwise unchanged."""
     q, k, v = qkv(1, 2, 150, 32)
     before = kernels.causal_attention(q, k, v)
     k[:, :, 97:], v[:, :, 97:] = 100.0, 1e30
@@ -29,8 +29,8 @@ def test_the_future_is_not_seen():
     assert (after[:, :, 97:] - before[:, :, 97:]).abs().min() > 0
 
 
-def test_gradients_do_not_see_the_future_either():
-    """Queries up to t get the same bits whatever follows, and keys from t on none of what queries before t are sent."""
+def test_attention_gradients_are_causal():
+    """Gradients of queries up to t do not depend on later keys, and those of keys from t on not on earlier queries."""
     do, t = torch.randn(1, 2, 150, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE), 97
 
     def gradients(change: bool) -> list[torch.Tensor]:
@@ -55,8 +55,8 @@ BOUNDARIES = [(block + more) for block in (16, 32, 64, 128) for more in (-1, 0, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("length", BOUNDARIES)
-def test_at_the_edges_of_blocks(length: int, dtype: torch.dtype):
-    """As many queries as keys, and the last few queries of as many keys."""
+def test_attention_at_block_boundaries(length: int, dtype: torch.dtype):
+    """With as many queries as keys, and with fewer."""
     for queries in (length, min(length, 15)):
         case = attention(1, 1, queries, length, 16)
         assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
@@ -64,7 +64,7 @@ def test_at_the_edges_of_blocks(length: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 7}, {"scale": 0.5}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_packed_is_unpacked_bit_for_bit(dtype: torch.dtype, options: dict):
+def test_packed_attention_is_bitwise_the_unpacked_one(dtype: torch.dtype, options: dict):
     case = packed(2, 77, 3, 24, **options)
     (joined,) = leaves(case.inputs(dtype)).values()
     parts = [part.transpose(1, 2).detach().requires_grad_() for part in joined.unbind(2)]
@@ -80,7 +80,7 @@ def test_packed_is_unpacked_bit_for_bit(dtype: torch.dtype, options: dict):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_decoding_is_the_last_rows_of_the_whole(count):
+def test_decode_attention_equals_the_last_rows_of_attention(count):
     q, k, v = qkv(3, 2, 90, 32)
     whole = kernels.causal_attention(q, k, v)
     lengths = torch.tensor([90, 41, count], device=DEVICE)
@@ -89,7 +89,7 @@ def test_decoding_is_the_last_rows_of_the_whole(count):
     torch.testing.assert_close(kernels.decode_attention(last, k, v, lengths), expected)
 
 
-def test_decoding_reads_no_more_than_the_length():
+def test_decode_attention_reads_no_key_past_the_length():
     q, k, v = qkv(2, 1, 50, 16)
     lengths = torch.tensor([7, 33], device=DEVICE)
     expected = kernels.decode_attention(q[:, :, :3], k, v, lengths)
@@ -98,7 +98,7 @@ def test_decoding_reads_no_more_than_the_length():
     assert torch.equal(kernels.decode_attention(q[:, :, :3], k, v, lengths), expected)
 
 
-def test_of_no_key_the_result_is_zero_and_of_too_many_that_of_all():
+def test_decode_attention_clamps_lengths():
     q, k, v = qkv(2, 1, 50, 16)
     o = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([0, 99], device=DEVICE))
     whole = kernels.decode_attention(q[:, :, :1], k, v, torch.tensor([50, 50], device=DEVICE))
@@ -110,10 +110,10 @@ def test_of_no_key_the_result_is_zero_and_of_too_many_that_of_all():
     assert torch.equal(o[1], whole[1])
 
 
-def test_what_is_kept_for_the_backward_grows_as_the_sequence():
-    """Inputs, the result and a number per query: nothing of the size of the scores."""
+def test_attention_saves_memory_linear_in_the_sequence():
+    """The inputs, the result and a number per query, but not the scores."""
 
-    def kept(length: int) -> int:
+    def saved(length: int) -> int:
         sizes = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,23 +125,23 @@ def test_what_is_kept_for_the_backward_grows_as_the_sequence():
             kernels.causal_attention_qkvpacked(joined)
         return sum(sizes.values())
 
-    assert kept(128) == 2 * kept(64) == 128 * 2 * (4 * 16 + 1)
+    assert saved(128) == 2 * saved(64) == 128 * 2 * (4 * 16 + 1)
 
 
-def test_fewer_queries_than_keys_are_the_last_ones():
+def test_attention_aligns_fewer_queries_to_the_last_keys():
     q, k, v = qkv(1, 2, 100, 32)
     whole = kernels.causal_attention(q, k, v)
     torch.testing.assert_close(kernels.causal_attention(q[:, :, 63:], k, v), whole[:, :, 63:])
 
 
-def test_the_result_lies_as_the_output_projection_reads_it():
+def test_attention_output_is_contiguous_for_the_output_projection():
     o = kernels.causal_attention(*qkv(2, 3, 5, 16))
     assert o.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1e3])
-def test_scores_of_extreme_size(magnitude: float):
-    """All equal, nearly equal, and one that dominates."""
+def test_attention_with_extreme_scores(magnitude: float):
+    """All equal, nearly equal, and one dominant."""
     q, k, v = qkv(1, 1, 70, 16)
     q, k = q * magnitude, k * magnitude
     y = kernels.causal_attention(q, k, v)
@@ -154,10 +154,10 @@ def test_scores_of_extreme_size(magnitude: float):
 
 @pytest.mark.parametrize("scale", [-8.0, -0.1, -0.0, 0.0, 1e-30, 8.0])
 @pytest.mark.parametrize("queries", [150, 20])
-def test_any_scale(queries: int, scale: float):
-    """Negative and none too: the forward looks for the greatest of products that are not scaled yet.
+def test_attention_with_any_scale(queries: int, scale: float):
+    """Also negative and zero: the forward takes the maximum before it scales.
 
-    By the formula, for PyTorch's own operator, which the reference calls, has no numbers for some of them on a CPU.
+    The formula is the oracle, because PyTorch's operator returns NaN for some scales on a CPU.
     """
     q, k, v = qkv(1, 2, 150, 32)
     dy = torch.sin(torch.arange(2 * queries * 32, device=DEVICE)).view(1, 2, queries, 32)
@@ -175,5 +175,5 @@ def test_any_scale(queries: int, scale: float):
 
 def _by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     scores = q @ k.transpose(2, 3) * scale
-    seen = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
-    return scores.masked_fill(~seen, float("-inf")).softmax(3) @ v
+    causal = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
+    return scores.masked_fill(~causal, float("-inf")).softmax(3) @ v

@@ -1,4 +1,4 @@
-"""What only a GPU can show: other devices and streams, CUDA graphs, and tensors beyond 32-bit offsets."""
+"""Operators on a GPU: other devices and streams, CUDA graphs, and tensors beyond 32-bit offsets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_a_device_that_is_not_the_current_one(case: Case):
+def test_operator_on_a_device_that_is_not_current(case: Case):
     inputs, upstream = case.inputs(FLOAT32), case.upstream(FLOAT32)
     there = {name: None if t is None else t.to("cuda:1") for name, t in inputs.items()}
     outcome = run(case.kernel, case, there, {name: t.to("cuda:1") for name, t in upstream.items()})
@@ -31,7 +31,7 @@ def test_a_device_that_is_not_the_current_one(case: Case):
 
 
 def forward_and_backward(case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor]) -> Outcome:
-    """Without `.grad`, which a graph would have to own."""
+    """Gradients are returned, not stored in `.grad`, whose memory a graph would have to own."""
     results = call(case.kernel, case, inputs)
     if not case.row.differentiable:
         return Outcome({n: y.detach() for n, y in results.items()}, {})
@@ -42,7 +42,7 @@ def forward_and_backward(case: Case, inputs: dict[str, Tensor | None], upstream:
 
 
 def capture(case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor]):
-    """A graph of one forward and backward, and the tensors that its replays write."""
+    """Capture one forward and backward; return the graph and the tensors that its replays write."""
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
@@ -70,7 +70,7 @@ def copied(outcome: Outcome) -> Outcome:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_a_captured_graph_replays_with_new_values(case: Case):
+def test_cuda_graph_replays_with_new_values(case: Case):
     buffers = leaves(case.inputs(FLOAT32), differentiable=case.row.differentiable)
     upstream = case.upstream(FLOAT32)
     graph, outcome = capture(case, buffers, upstream)
@@ -85,7 +85,7 @@ def test_a_captured_graph_replays_with_new_values(case: Case):
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_a_captured_graph_draws_the_mask_of_the_seed_that_its_buffer_holds(case: Case):
+def test_cuda_graph_reads_the_seed_from_its_buffer(case: Case):
     seed = torch.tensor([5], device=DEVICE)
     inputs, upstream = case.inputs(FLOAT32), case.upstream(FLOAT32)
     graph, outcome = capture(case.with_options(seed=seed), leaves(inputs), upstream)
@@ -101,7 +101,7 @@ def test_a_captured_graph_draws_the_mask_of_the_seed_that_its_buffer_holds(case:
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_a_captured_graph_without_a_seed_draws_another_mask_each_time(case: Case):
+def test_cuda_graph_without_a_seed_draws_new_masks(case: Case):
     graph, outcome = capture(case.with_options(seed=None), leaves(case.inputs(FLOAT32)), case.upstream(FLOAT32))
     replays = []
     for _ in range(2):
@@ -112,11 +112,11 @@ def test_a_captured_graph_without_a_seed_draws_another_mask_each_time(case: Case
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_a_stream_that_is_not_the_default_one(case: Case):
-    """The inputs become right on that stream, late: work on any other stream would read what was there before."""
+def test_operator_on_another_stream(case: Case):
+    """The inputs are written late on that stream: work on any other stream would read the old values."""
     values, upstream = case.inputs(FLOAT32), case.upstream(FLOAT32)
-    run(case.kernel, case, values, upstream)  # compiles, so that nothing below waits for it
-    buffers = {name: None if t is None else _nothing_like(t) for name, t in values.items()}
+    run(case.kernel, case, values, upstream)  # compiles the kernels
+    buffers = {name: None if t is None else _poison_like(t) for name, t in values.items()}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -129,7 +129,7 @@ def test_a_stream_that_is_not_the_default_one(case: Case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_the_host_never_waits_for_the_gpu(case: Case):
+def test_operator_never_synchronises(case: Case):
     inputs = leaves(case.inputs(FLOAT32), differentiable=case.row.differentiable)
     upstream = case.upstream(FLOAT32)
     forward_and_backward(case, inputs, upstream)
@@ -141,7 +141,7 @@ def test_the_host_never_waits_for_the_gpu(case: Case):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _nothing_like(tensor: Tensor) -> Tensor:
+def _poison_like(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.zeros_like(tensor)
 
 
@@ -150,7 +150,7 @@ def plenty_of_memory():
     if torch.cuda.get_device_properties(DEVICE).total_memory < 100 * GIB:
         pytest.skip("needs 100 GiB of device memory")
     torch.cuda.empty_cache()
-    # filling each of these tensors with NaN costs more than the kernels; what is compared is written
+    # filling these tensors with NaN takes longer than the kernels
     torch.use_deterministic_algorithms(False)
     yield
     torch.cuda.empty_cache()
@@ -159,8 +159,8 @@ def plenty_of_memory():
 @pytest.mark.large
 @pytest.mark.usefixtures("plenty_of_memory")
 @pytest.mark.parametrize("case", FAR, ids=str)
-def test_more_elements_than_32_bits_count(case: Case):
-    """The far end is what the reference makes of the far end alone, to which all of the upstream gradient belongs."""
+def test_operator_with_more_than_2_to_the_31_elements(case: Case):
+    """The last rows equal the reference on these rows alone; the upstream gradient is zero elsewhere."""
     rows, dtype = 8, torch.bfloat16
 
     def far_end(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Dropout of every operator that has it: a mask that is a function of the seed, with the right share kept.
+"""Dropout masks of every operator with dropout.
 
-That results and gradients are the reference's with the same mask is among the cases of `test_operators.py`.
+`test_operators.py` compares results and gradients with the reference under the same mask.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import reference
 from tests.support.cases import Case
 from tests.support.operators import DROPOUT, OPERATORS
 from tests.support.oracle import DEVICE
 from tests.support.running import assert_equal_to_reference, assert_same_bits, call, run
 
 FLOAT32 = torch.float32
-# enough elements for a share, and several blocks in each direction
+# enough elements for statistics, and several blocks in each dimension
 WIDE = [case.with_batch(16) for case in DROPOUT]
 
 
@@ -23,13 +24,13 @@ def kept(case: Case, **options) -> torch.Tensor:
     return case.row.dropout.mask(case)
 
 
-def test_every_operator_with_dropout_is_tested():
+def test_every_operator_with_dropout_has_a_case():
     assert {case.operator for case in DROPOUT} == {o.name for o in OPERATORS.values() if o.dropout is not None}
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("case", WIDE, ids=str)
-def test_the_right_share_is_kept(case: Case, p: float):
+def test_dropout_keeps_the_right_share(case: Case, p: float):
     candidates = case.row.dropout.candidates(case)
     mask = kept(case, dropout_p=p, seed=3)
     share = mask[candidates].float().mean().item()
@@ -39,7 +40,7 @@ def test_the_right_share_is_kept(case: Case, p: float):
 
 
 @pytest.mark.parametrize("case", WIDE, ids=str)
-def test_elements_are_dropped_independently_of_their_neighbours(case: Case):
+def test_dropout_is_independent_of_neighbours(case: Case):
     """Half of all neighbours agree, in every dimension: no row, head or block repeats another's mask."""
     candidates, mask = case.row.dropout.candidates(case), kept(case, dropout_p=0.5, seed=3)
     for dim in range(mask.dim()):
@@ -51,7 +52,7 @@ def test_elements_are_dropped_independently_of_their_neighbours(case: Case):
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_the_seed_makes_the_mask(case: Case):
+def test_dropout_mask_is_a_function_of_the_seed(case: Case):
     first = kept(case, seed=3)
     assert torch.equal(kept(case, seed=3), first)
     assert torch.equal(kept(case, seed=torch.tensor([3], device=DEVICE)), first)
@@ -61,14 +62,14 @@ def test_the_seed_makes_the_mask(case: Case):
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_an_int_and_a_tensor_give_the_same_results_and_gradients(case: Case):
+def test_int_and_tensor_seeds_are_equivalent(case: Case):
     inputs, upstream = case.inputs(FLOAT32), case.upstream(FLOAT32)
     by_tensor = case.with_options(seed=torch.tensor([case.options["seed"]], device=DEVICE))
     assert_same_bits(run(case.kernel, by_tensor, inputs, upstream), run(case.kernel, case, inputs, upstream))
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_without_a_seed_the_mask_comes_from_the_global_generator(case: Case):
+def test_dropout_without_a_seed_uses_the_global_generator(case: Case):
     case = case.with_options(seed=None, dropout_p=0.5)
     torch.manual_seed(0)
     first, second = (call(case.kernel, case, case.inputs(FLOAT32))[case.row.results[-1]] for _ in range(2))
@@ -79,7 +80,7 @@ def test_without_a_seed_the_mask_comes_from_the_global_generator(case: Case):
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_without_dropout_the_seed_and_the_generator_are_left_alone(case: Case):
+def test_no_dropout_ignores_the_seed_and_the_generator(case: Case):
     inputs, upstream = case.inputs(FLOAT32), case.upstream(FLOAT32)
     state = torch.cuda.get_rng_state if DEVICE.type == "cuda" else torch.get_rng_state
     before = state()
@@ -94,9 +95,7 @@ def test_without_dropout_the_seed_and_the_generator_are_left_alone(case: Case):
 
 
 @pytest.mark.parametrize("case", DROPOUT, ids=str)
-def test_the_reference_repeats_its_dropout_with_a_seed(case: Case):
-    from kernels import reference
-
+def test_reference_dropout_is_a_function_of_the_seed(case: Case):
     function, name = getattr(reference, case.operator), case.row.results[-1]
     first, second, other = (call(function, case.with_options(seed=s), case.inputs(FLOAT32))[name] for s in (1, 1, 2))
     assert torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""What only the norms promise."""
+"""Properties of the norms that no other operator has."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from kernels import norm, reference
 from tests.support.oracle import DEVICE
 
 
-def test_autocast_treats_half_precision_input_as_pytorch_does():
-    """CUDA's autocast makes layer norm float32, the CPU's leaves it alone."""
+def test_layer_norm_follows_pytorch_under_autocast():
+    """CUDA's autocast makes layer norm float32, the CPU's does not."""
     x, weight = torch.randn(3, 5, device=DEVICE, dtype=torch.bfloat16), torch.ones(5, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         y, expected = kernels.layer_norm(x, weight, None), reference.layer_norm(x, weight, None)
@@ -17,7 +17,7 @@ def test_autocast_treats_half_precision_input_as_pytorch_does():
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
-def test_parameters_may_be_float32_beside_half_precision_input():
+def test_layer_norm_takes_float32_parameters_with_half_precision_input():
     x, weight, bias = (torch.randn(s, device=DEVICE) for s in ((7, 33), (33,), (33,)))
     weight.requires_grad_()
     y = kernels.layer_norm(x.bfloat16(), weight, bias)
@@ -26,7 +26,7 @@ def test_parameters_may_be_float32_beside_half_precision_input():
     torch.testing.assert_close(y, reference.layer_norm(x.bfloat16(), weight, bias), rtol=0.02, atol=0.02)
 
 
-def test_the_gradient_of_a_float32_bias_is_not_rounded_to_the_dtype_of_the_weight():
+def test_layer_norm_keeps_the_gradient_of_a_float32_bias_in_float32():
     x = torch.randn(500, 16, device=DEVICE, dtype=torch.bfloat16)
     bias = torch.zeros(16, device=DEVICE, requires_grad=True)
     y = kernels.layer_norm(x, torch.ones(16, device=DEVICE, dtype=torch.bfloat16), bias)
@@ -39,8 +39,8 @@ def added(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
     return tuple(torch.randn(5, 33, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
 
 
-def test_x_and_the_residual_do_not_share_a_gradient():
-    """Without dropout both are the same numbers; what is done to one afterwards must not reach the other."""
+def test_add_layer_norm_gives_x_and_residual_separate_gradients():
+    """Without dropout the gradients are equal, but an in-place change of one must not reach the other."""
     x, residual = added()
     y, h = kernels.add_layer_norm(x, residual, None, None)
     (y.square() + h).sum().backward()
@@ -48,7 +48,7 @@ def test_x_and_the_residual_do_not_share_a_gradient():
     assert x.grad.data_ptr() != residual.grad.data_ptr()
 
 
-def test_a_tensor_may_be_added_to_itself():
+def test_add_layer_norm_adds_a_tensor_to_itself():
     x, _ = added()
     y, h = kernels.add_layer_norm(x, x, None, None)
     assert torch.equal(h, 2 * x)
@@ -58,15 +58,15 @@ def test_a_tensor_may_be_added_to_itself():
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, x, (dy, dh)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_sum_is_rounded_once_and_the_norm_is_of_the_rounded_sum():
-    """So that a block recomputed from h is the block that ran."""
+def test_add_layer_norm_normalises_the_rounded_sum():
+    """A block recomputed from h is bitwise the block that ran."""
     x, residual = added(torch.bfloat16)
     y, h = kernels.add_layer_norm(x, residual, None, None)
     assert torch.equal(y, kernels.layer_norm(h, None, None))
 
 
-def test_blocks_may_be_chained():
-    """h of one call is the residual of the next: gradients of both its readers meet in one pass."""
+def test_add_layer_norm_adds_the_gradients_of_both_readers_of_h():
+    """h of one call is the residual of the next."""
     inputs = [torch.randn(5, 33, device=DEVICE) for _ in range(3)]
     dy, dh = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, device=DEVICE)
 
@@ -82,7 +82,7 @@ def test_blocks_may_be_chained():
 
 @pytest.mark.parametrize("width", [48, 8200])
 @pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-def test_sums_are_kept_for_the_gradients_that_are_asked_for(width: int, wanted: tuple[bool, bool]):
+def test_layer_norm_backward_returns_only_the_requested_gradients(width: int, wanted: tuple[bool, bool]):
     x, dy = torch.randn(2, 5, width, device=DEVICE).unbind()
     weight, bias = torch.randn(2, width, device=DEVICE).unbind()
     _, mean, rstd = norm._forward(x, weight, bias, 1e-5, x.dtype)

@@ -1,6 +1,6 @@
-"""The random words of dropout are Philox4x32's, and what they decide is a function of the seed and the position.
+"""Dropout's random words are those of Philox4x32, and its masks functions of the seed and the position.
 
-That masks are the same in every pass, block shape and dtype is among the cases of `test_operators.py`.
+`test_operators.py` compares the masks of all passes, block shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ KNOWN = [
 def expected_words(
     seed: int, c0: np.ndarray | int, c1: np.ndarray | int, c2: np.ndarray | int, c3: int = 0
 ) -> list[np.ndarray]:
-    """Philox4x32 with seven rounds, from the paper: four words in uint64, in the shape that counters broadcast to."""
+    """Philox4x32 with seven rounds in NumPy: four words in uint64, in the broadcast shape of the counters."""
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
     for i in range(7):
         k0, k1 = (np.uint64(k % 2**32) for k in (seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85))
-        of_c0, of_c2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = of_c2 >> half ^ c1 ^ k0, of_c2 & low, of_c0 >> half ^ c3 ^ k1, of_c0 & low
+        product_0, product_2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = product_2 >> half ^ c1 ^ k0, product_2 & low
+        c2, c3 = product_0 >> half ^ c3 ^ k1, product_0 & low
     return np.broadcast_arrays(c0, c1, c2, c3)
 
 
-def chosen(words: list[np.ndarray], which: np.ndarray, dropout_p: float) -> torch.Tensor:
-    """Whether the word with the index told by `which` keeps its element."""
-    word = np.choose(which, words).astype(np.uint32).view(np.int32)
+def chosen(words: list[np.ndarray], index: np.ndarray, dropout_p: float) -> torch.Tensor:
+    """Whether the word at `index` keeps its element."""
+    word = np.choose(index, words).astype(np.uint32).view(np.int32)
     return torch.from_numpy(word >= philox.dropout_constants(dropout_p)[0])
 
 
@@ -87,15 +88,15 @@ def scores(
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN, ids=["zeros", "ones", "pi"])
-def test_what_is_expected_here_is_the_papers_generator(counter, key, words):
+def test_expected_words_are_the_known_answers(counter, key, words):
     assert tuple(int(word) for word in expected_words(key[0] + 2**32 * key[1], *counter)) == words
 
 
 @pytest.mark.parametrize("seed", [3, 2**40 + 12345, 2**63 - 1, -3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(16, 16), (32, 64), (64, 32), (16, 128)], ids=str)
-def test_scores_are_decided_by_their_position(shape, transposed, seed):
-    """At the end of what an int32 tells too."""
+def test_score_masks_are_functions_of_the_position(shape, transposed, seed):
+    """Up to the last position of an int32."""
     for head, first_query, first_key in ((0, 0, 0), (7, 2**31 - 128, 2**31 - 128), (2**31 - 1, 128, 2**31 - 1024)):
         queries, keys = (first_query + np.arange(shape[0]))[:, None], (first_key + np.arange(shape[1]))[None, :]
         expected = expected_scores(seed % 2**64, np.asarray(head), queries, keys, 0.3)
@@ -104,8 +105,8 @@ def test_scores_are_decided_by_their_position(shape, transposed, seed):
 
 @pytest.mark.parametrize("seed", [3, 2**40 + 12345, -3])
 @pytest.mark.parametrize("shape", [(1, 1), (8, 2), (4, 4), (1, 64), (8, 16)], ids=str)
-def test_elements_are_decided_by_their_position(shape, seed):
-    """Beyond what an int32 tells too."""
+def test_element_masks_are_functions_of_the_position(shape, seed):
+    """Also beyond an int32."""
     for first_row, first_col in ((0, 0), (2**32 - 2, 4), (2**33 + 5, 2**31 - 128)):
         out = torch.full(shape, -1, dtype=torch.int8, device=DEVICE)
         seeds, threshold = torch.tensor([seed], device=DEVICE), philox.dropout_constants(0.3)[0]
@@ -115,7 +116,7 @@ def test_elements_are_decided_by_their_position(shape, seed):
 
 
 def test_attention_drops_by_head_query_and_key():
-    """The last query is that of the last key: here the first of 37 sees 25 keys."""
+    """Queries are aligned to the last keys: the first of 37 attends to 25."""
     q, k = (torch.zeros(2, 3, n, 61, device=DEVICE) for n in (37, 61))
     identity = torch.eye(61, device=DEVICE).expand(2, 3, 61, 61)
     mask = (kernels.causal_attention(q, k, identity, dropout_p=0.4, seed=11) != 0).cpu()
@@ -124,8 +125,8 @@ def test_attention_drops_by_head_query_and_key():
     assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize("width", [3, 70, 8209])  # one row, held or in chunks
-def test_the_norm_drops_by_row_and_column(width):
+@pytest.mark.parametrize("width", [3, 70, 8209])  # in registers or in chunks
+def test_add_layer_norm_drops_by_row_and_column(width):
     x = torch.ones(5, width, device=DEVICE)
     h = kernels.add_layer_norm(x, torch.zeros_like(x), None, None, dropout_p=0.4, seed=11)[1]
     expected = expected_elements(11, np.arange(5)[:, None], np.arange(width)[None, :], 0.4)
@@ -133,16 +134,16 @@ def test_the_norm_drops_by_row_and_column(width):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.1, 1e-6, 2**-32, 1e-12, 1 - 1e-6, 1 - 2**-32, 1 - 2**-50])
-def test_the_share_of_words_below_the_threshold_is_what_was_asked_for(p):
-    threshold, growth = philox.dropout_constants(p)
+def test_dropout_constants_are_exact(p):
+    threshold, scale = philox.dropout_constants(p)
     assert -(2**31) <= threshold < 2**31
     assert abs((threshold + 2**31) / 2**32 - p) <= 2**-32
-    assert growth == 1 / (1 - p)
+    assert scale == 1 / (1 - p)
 
 
 @pytest.mark.parametrize("dropout_p", [0.5, 0.1, 0.9])
-def test_decisions_of_one_call_and_of_its_neighbours_are_independent(dropout_p):
-    """Pairs that share a call, pairs of calls one bit apart, other heads and other seeds: uncorrelated, all of them."""
+def test_score_masks_are_uncorrelated(dropout_p):
+    """Pairs within a call, of calls one bit apart, of other heads and of other seeds."""
 
     def mask(seed: int, head: int) -> np.ndarray:
         keep = scores(seed, head, 0, 0, (256, 256), False, dropout_p).numpy()

@@ -1,4 +1,4 @@
-"""Warming up launches every kernel, specialised as Triton does, that a model then launches."""
+"""`kernels.warmup` launches every kernel that a model launches, with every specialisation of Triton."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.oracle import DEVICE
 
 
 def specialised(value: object) -> object:
-    """What Triton compiles anew for: dtype and alignment of a tensor, 1 and the multiples of 16 among numbers."""
+    """What Triton specialises on: dtype and alignment of a tensor, 1 and multiples of 16 among integers."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, TensorDescriptor):
@@ -58,14 +58,12 @@ CONFIGS = {
 }
 
 
-# without a GPU float16 alone has descriptors
+# the interpreter uses TMA in float16 only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_model_launches_nothing_that_was_not_warmed_up(
-    monkeypatch, config: GPTConfig, dtype: torch.dtype, autocast: bool
-):
-    # as CUDA's autocast has it
+def test_warmup_covers_training_and_generation(monkeypatch, config: GPTConfig, dtype: torch.dtype, autocast: bool):
+    # as under CUDA's autocast
     monkeypatch.setattr(norm, "_autocasts_to_float32", lambda x: runtime.autocast_dtype(x.device) is not None)
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     context = torch.autocast(DEVICE.type, half) if autocast else nullcontext()
@@ -93,7 +91,7 @@ def test_a_model_launches_nothing_that_was_not_warmed_up(
     assert launched <= warmed_up
 
 
-def test_a_residual_stream_of_its_own_dtype_is_warmed_up():
+def test_warmup_covers_a_residual_stream_in_another_dtype():
     config = CONFIGS["small"]
     with torch.autocast(DEVICE.type, torch.bfloat16), recorded_launches() as warmed_up:
         kernels.warmup(config, torch.float32, DEVICE, residual_dtype=torch.bfloat16)
@@ -107,8 +105,8 @@ def test_a_residual_stream_of_its_own_dtype_is_warmed_up():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("name", ["small", "no biases", "no biases but of queries, keys and values"])
-def test_weights_of_8_bits_are_warmed_up_on_request(name: str, dtype: torch.dtype, autocast: bool):
+@pytest.mark.parametrize("name", ["small", "no biases", "only qkv biases"])
+def test_warmup_covers_int8_weights_on_request(name: str, dtype: torch.dtype, autocast: bool):
     config = CONFIGS.get(name) or dataclasses.replace(CONFIGS["no biases"], qkv_bias=True, pad_vocab_size_to=16)
     context = torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext()
     with context, recorded_launches() as warmed_up:
@@ -126,19 +124,19 @@ def test_weights_of_8_bits_are_warmed_up_on_request(name: str, dtype: torch.dtyp
     assert not products & without
 
 
-def test_what_cannot_be_warmed_up_is_refused():
+def test_warmup_rejects_bad_arguments():
     config = CONFIGS["small"]
-    with pytest.raises(TypeError, match=r"warmup: dtype must be float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"dtype.*torch.float64"):
         kernels.warmup(config, torch.float64, DEVICE)
-    with pytest.raises(ValueError, match="warmup: batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size.* 0"):
         kernels.warmup(config, torch.float32, DEVICE, batch_size=0)
 
 
-def test_a_device_without_kernels_is_named(monkeypatch):
+def test_warmup_names_an_unsupported_device(monkeypatch):
     monkeypatch.setattr(tile, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="warmup: Triton kernels do not run on device 'cpu', and no CUDA device"):
+    with pytest.raises(ValueError, match=r"'cpu'.*no CUDA device"):
         kernels.warmup(CONFIGS["small"], torch.float32, "cpu")
     monkeypatch.setattr(runtime, "TRITON_INSTALLED", False)
-    with pytest.raises(ValueError, match="warmup: Triton is not installed"):
+    with pytest.raises(ValueError, match="not installed"):
         kernels.warmup(CONFIGS["small"], torch.float32, "cpu")
