@@ -31,7 +31,7 @@ PROFILES = (
     ("profile-training", ("training", "--provider", "triton captured", "--batch", "32"), 0.5),
     ("profile-generation", ("generation", "--batch", "1", "--length", "16"), 1.0),
 )
-SANITIZER, SANITIZED = "compute-sanitizer", "test_every_run_gives_the_same_bits"
+SANITIZER, SANITIZED = "compute-sanitizer", "test_operator_gives_the_same_bits_on_every_run"
 REPORT_SECONDS = 20.0
 GRACE_SECONDS = 30.0  # for an interrupted stage to write what it has
 

@@ -1,4 +1,4 @@
-"""What the loss promises beside its arithmetic: memory, precision, and what happens at the edges."""
+"""Memory, precision and edge cases of the cross-entropy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def problem(rows: int, width: int, classes: int, dtype: torch.dtype = torch.floa
     return x, weight, torch.randint(classes, (rows,), generator=generator).to(DEVICE)
 
 
-def test_it_needs_an_eighth_of_the_memory():
-    """Forward and backward, beside the arguments; eager PyTorch holds the logits three times."""
+def test_loss_and_gradients_take_an_eighth_of_the_references_memory():
+    """Plain PyTorch holds the logits three times."""
     x, weight, targets = problem(256, 16, 2500)
 
     def peak(function, **options) -> int:
@@ -33,8 +33,7 @@ def test_it_needs_an_eighth_of_the_memory():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_workspace_is_all_that_grows_with_the_classes(reduction: str):
-    """Without gradients: not even a row more than what is allowed, and nothing is kept."""
+def test_loss_without_gradients_takes_its_workspace_and_saves_no_logits(reduction: str):
     x, weight, targets = (t.detach() for t in problem(64, 4, 2048))
     options = {"reduction": reduction, "workspace_bytes": 2**16}
     peak = peak_bytes(lambda: kernels.linear_cross_entropy(x, weight, targets, **options))
@@ -44,8 +43,8 @@ def test_the_workspace_is_all_that_grows_with_the_classes(reduction: str):
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)], ids=["x", "weight"])
-def test_a_gradient_that_nobody_wants_is_not_computed(needed: tuple[bool, bool]):
-    """Frozen heads cost no product, and no memory of the head's size."""
+def test_loss_computes_only_the_gradients_that_are_needed(needed: tuple[bool, bool]):
+    """A frozen head takes no memory of its size."""
     x, weight, targets = problem(8, 8, 5000)
     x.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
     peak = peak_bytes(lambda: kernels.linear_cross_entropy(x, weight, targets).backward())
@@ -53,8 +52,8 @@ def test_a_gradient_that_nobody_wants_is_not_computed(needed: tuple[bool, bool])
     assert ((x.grad is None), (weight.grad is None)) == (not needed[0], not needed[1])
 
 
-def test_chunks_are_of_one_size_within_the_workspace():
-    assert chunk_rows(32_768, 50_304 * 2, 2**29) == 4736  # seven of whole tiles
+def test_chunks_have_one_size_that_fits_in_the_workspace():
+    assert chunk_rows(32_768, 50_304 * 2, 2**29) == 4736  # seven chunks of whole tiles
     assert chunk_rows(100, 1000, 10**6) == 100
     assert chunk_rows(100, 1000, 30_000) == 25  # not 30, 30, 30 and 10
     assert chunk_rows(100, 1000, 1) == 1
@@ -66,8 +65,8 @@ def test_chunks_are_of_one_size_within_the_workspace():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_large_and_close_logits_lose_no_digits(dtype: torch.dtype):
-    """Near a thousand, where the maximum must be taken off before anything is scaled."""
+def test_loss_of_large_and_close_logits_is_exact(dtype: torch.dtype):
+    """The maximum is subtracted before the multiplication by log2(e)."""
     x = torch.full((4, 1), 32.0, device=DEVICE, dtype=dtype)
     weight = torch.tensor([[30.0], [30.0625], [-30.0], [29.9375]], device=DEVICE, dtype=dtype)
     targets = torch.arange(4, device=DEVICE)
@@ -76,8 +75,8 @@ def test_large_and_close_logits_lose_no_digits(dtype: torch.dtype):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_the_gradient_of_a_mean_does_not_vanish_in_half_precision():
-    """Probabilities over the number of rows underflow in float16; ours are divided after the products."""
+def test_gradient_of_a_mean_does_not_underflow_in_half_precision():
+    """Probabilities divided by the number of rows underflow in float16. Here the division follows the matmuls."""
     x, weight, targets = problem(256, 4, 40, torch.float16)
     exact_leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
 
@@ -90,7 +89,7 @@ def test_the_gradient_of_a_mean_does_not_vanish_in_half_precision():
     assert (theirs - exact).norm() > 0.1 * exact.norm()
 
 
-def test_the_weights_gradient_under_autocast_is_summed_and_handed_over_in_float32():
+def test_gradient_of_the_weight_under_autocast_is_float32_without_rounding():
     x, weight, targets = problem(40, 16, 50)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = kernels.linear_cross_entropy(x, weight, targets, workspace_bytes=64 * 2 * 7)  # seven rows at a time
@@ -108,8 +107,8 @@ def blocks_of_64():
 @pytest.mark.usefixtures("blocks_of_64")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("classes", "padding"), [(63, 0), (64, 0), (128, 0), (128, 3), (129, 0), (130, 200)])
-def test_a_target_in_any_place_of_any_block(classes: int, padding: int, smoothing: float):
-    """In blocks of classes alone and in the last, with what is past the classes: in it, in one of its own, nothing."""
+def test_loss_takes_targets_in_every_block(classes: int, padding: int, smoothing: float):
+    """Full blocks and the last one, with padding in it, in further blocks, or nowhere."""
     targets = torch.tensor([t for t in (5, 0, 129, 64, 63, 62, 127, 128) if t < classes], device=DEVICE)
     x, weight, _ = problem(len(targets), 8, classes + padding)
     options = {"reduction": "none", "vocab_size": classes, "label_smoothing": smoothing}
@@ -125,8 +124,8 @@ def test_a_target_in_any_place_of_any_block(classes: int, padding: int, smoothin
 
 @pytest.mark.usefixtures("blocks_of_64")
 @pytest.mark.parametrize("masked", [slice(0, 64), slice(64, 128), slice(128, 150), slice(1, 149)], ids=str)
-def test_classes_that_are_impossible(masked: slice):
-    """Whole blocks of -inf, wherever: a maximum so far that is none yet."""
+def test_loss_takes_blocks_of_minus_infinity(masked: slice):
+    """In such a block the running maximum is not finite yet."""
     weight = torch.linspace(-3, 3, 150, device=DEVICE)[:, None]
     weight[masked] = float("-inf")
     possible = weight[:, 0].isfinite().nonzero()[::20, 0]
@@ -142,7 +141,7 @@ def test_classes_that_are_impossible(masked: slice):
 @pytest.mark.usefixtures("blocks_of_64")
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_in_a_row_that_does_not_count_makes_no_difference(value: float, reduction: str):
+def test_loss_ignores_nan_and_infinity_in_rows_that_do_not_count(value: float, reduction: str):
     x, weight, targets = problem(6, 8, 100)
     targets[2] = -100
     expected, x_bad = x.detach().clone().requires_grad_(), x.detach().clone()
@@ -155,7 +154,7 @@ def test_what_is_in_a_row_that_does_not_count_makes_no_difference(value: float, 
     assert torch.equal(torch.autograd.grad(loss, x_bad, upstream)[0], torch.autograd.grad(same, expected, clean)[0])
 
 
-def test_rows_that_do_not_count():
+def test_mean_counts_rows_without_ignore_index():
     x, weight, targets = problem(6, 8, 10)
     nothing = torch.full_like(targets, -100)
     loss = kernels.linear_cross_entropy(x, weight, nothing)
@@ -171,8 +170,8 @@ def test_rows_that_do_not_count():
 
 
 @pytest.mark.parametrize("target", [10, 2**40, -1])
-def test_a_target_out_of_range_that_nobody_could_check_makes_everything_nan(target: int):
-    """As on a GPU, whose targets nobody waits for: the operator past the checks. Padding is out of range too."""
+def test_unchecked_target_out_of_range_gives_nan(target: int):
+    """On a GPU targets are not checked, so this calls the operator without checks. Padding is out of range too."""
     x, weight, targets = problem(6, 8, 12)
     targets[3] = target
     arguments = (-100, "mean", 10, 0.0, 0.0, 2**20, [True, True])
@@ -186,15 +185,15 @@ def test_a_target_out_of_range_that_nobody_could_check_makes_everything_nan(targ
     assert dweight[:10].isnan().all()
 
 
-def test_a_backward_can_be_taken_twice():
-    """What the forward kept is multiplied into new tensors, not in place."""
+def test_backward_runs_twice_with_the_same_bits():
+    """The saved gradients are not scaled in place."""
     x, weight, targets = problem(6, 8, 10)
     loss, three = kernels.linear_cross_entropy(x, weight, targets), torch.tensor(3.0, device=DEVICE)
     first, second = (torch.autograd.grad(loss, (x, weight), three, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_padding_takes_no_part():
+def test_padding_of_the_vocabulary_changes_nothing():
     x, weight, targets = problem(6, 8, 10)
     padded = torch.cat((weight.detach(), torch.full((6, 8), 1e4, device=DEVICE))).requires_grad_()
     plain = kernels.linear_cross_entropy(x, weight, targets)

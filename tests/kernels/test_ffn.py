@@ -1,8 +1,6 @@
-"""What only the feed-forward promises: its two implementations, and which one it takes."""
+"""The two implementations of the feed-forward: their choice, their kernels, and what they save."""
 
 from __future__ import annotations
-
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,51 +17,47 @@ CPU = torch.device("cpu")
 HALF, FLOAT32 = torch.bfloat16, torch.float32
 
 
-def up(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **options) -> dict:
-    """What is taken for the forward."""
-    problem = {"activation": "gelu_tanh", "has_bias": True, "save_z": True, "aligned": True, "implementation": "auto"}
+def config(
+    launch: str, architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **changes
+) -> dict:
+    """The default configuration of "ffn_up" or "ffn_down_backward", for a GPT-2 in training unless changed."""
+    key = {"activation": "gelu_tanh", "bias": True}
+    if launch == "ffn_up":
+        key["save_z"] = True
+    key |= {"aligned": True, "implementation": "auto"} | changes
     with tuning.assume_architecture(architecture):
-        return ffn._UP.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
-
-
-def down(architecture: str = "sm_90", rows: int = 32_768, width: int = 768, dtype: torch.dtype = HALF, **options):
-    """What is taken for the backward."""
-    problem = {"activation": "gelu_tanh", "bias_gradient": True, "aligned": True, "implementation": "auto"}
-    with tuning.assume_architecture(architecture):
-        return ffn._DOWN_BACKWARD.candidates(CPU, rows, width, dtype, *(problem | options).values())[0]
+        return tuning.TUNABLES[launch].candidates(CPU, rows, width, dtype, *key.values())[0]
 
 
 @pytest.mark.parametrize(
     ("width", "forward", "backward"),
     [(768, "fused", "fused"), (1024, "fused", "fused"), (1600, "unfused", "fused"), (4096, "unfused", "unfused")],
 )
-def test_narrow_models_fuse_and_wide_ones_leave_it_to_cublas(width, forward, backward):
-    assert (up(width=width)["implementation"], down(width=width)["implementation"]) == (forward, backward)
+def test_gelu_ffn_fuses_narrow_models_only(width, forward, backward):
+    assert config("ffn_up", width=width)["implementation"] == forward
+    assert config("ffn_down_backward", width=width)["implementation"] == backward
 
 
-@pytest.mark.parametrize("choice", [up, down])
-def test_few_rows_and_float32_are_left_to_cublas(choice):
-    assert [choice(rows=rows)["implementation"] for rows in (1, 64, 128)] == ["unfused", "unfused", "fused"]
-    assert choice(dtype=FLOAT32)["implementation"] == "unfused"
+@pytest.mark.parametrize("launch", ["ffn_up", "ffn_down_backward"])
+def test_gelu_ffn_leaves_few_rows_and_float32_to_cublas(launch: str):
+    assert [config(launch, rows=rows)["implementation"] for rows in (1, 64, 128)] == ["unfused", "unfused", "fused"]
+    assert config(launch, dtype=FLOAT32)["implementation"] == "unfused"
 
 
-def test_inference_fuses_only_what_cublas_cannot(monkeypatch):
+def test_gelu_ffn_fuses_in_inference_only_what_cublas_cannot(monkeypatch):
     monkeypatch.setattr(tile, "INTERPRETED", tl.constexpr(False))
-    assert up(save_z=False)["implementation"] == "unfused"
-    assert up(save_z=False, activation="relu")["implementation"] == "unfused"
-    assert up(save_z=False, activation="gelu")["implementation"] == "fused"
-    assert up(save_z=False, has_bias=False)["implementation"] == "fused"
+    assert config("ffn_up", save_z=False)["implementation"] == "unfused"
+    assert config("ffn_up", save_z=False, activation="relu")["implementation"] == "unfused"
+    assert config("ffn_up", save_z=False, activation="gelu")["implementation"] == "fused"
+    assert config("ffn_up", save_z=False, bias=False)["implementation"] == "fused"
 
 
-@pytest.mark.parametrize("choice", [up, down])
-def test_descriptors_are_for_chips_and_tensors_that_have_them(choice):
-    described = {
-        name: choice(name)["DESCRIPTORS"] for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-    }
-    assert described == {
-        "sm_80": False, "sm_89": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False,
-    }  # fmt: skip
-    assert choice(aligned=False)["DESCRIPTORS"] is False
+@pytest.mark.parametrize("launch", ["ffn_up", "ffn_down_backward"])
+def test_gelu_ffn_uses_tma_on_chips_that_have_it_and_aligned_tensors(launch: str):
+    architectures = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+    with_tma = [name for name in architectures if config(launch, name)["DESCRIPTORS"]]
+    assert with_tma == ["sm_90", "sm_100", "sm_120"]
+    assert not config(launch, aligned=False)["DESCRIPTORS"]
 
 
 def matrix(rows: int = 16, cols: int = 32, offset: int = 0, stride: int | None = None) -> Tensor:
@@ -71,14 +65,14 @@ def matrix(rows: int = 16, cols: int = 32, offset: int = 0, stride: int | None =
     return torch.zeros(offset + rows * stride + 64, dtype=torch.float16).as_strided((rows, cols), (stride, 1), offset)
 
 
-def test_what_descriptors_can_tell():
+def test_supports_tma_tells_aligned_tensors():
     assert supports_tma(matrix(), matrix(stride=40))
     assert not supports_tma(matrix(), matrix(offset=1))
     assert not supports_tma(matrix(), matrix(stride=33))
     assert not supports_tma(matrix(), matrix().T)
     assert not supports_tma(matrix()[:1].expand(16, 32))
     assert supports_tma(matrix(offset=8))
-    assert supports_tma(matrix(1, 32, stride=33))  # one row: its stride is never taken
+    assert supports_tma(matrix(1, 32, stride=33))  # the stride of a single row does not matter
 
 
 def tensors(rows: int = 70, width: int = 32, hidden: int = 64, dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -86,92 +80,77 @@ def tensors(rows: int = 70, width: int = 32, hidden: int = 64, dtype: torch.dtyp
     return [(0.1 * torch.randn(shape)).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
-def launched(*arguments, **options) -> list[tuple[str, bool]]:
-    """Names of the kernels of a forward and backward, and whether they were given descriptors."""
+def launched(monkeypatch, *arguments, **options) -> list[tuple[str, bool]]:
+    """Run a forward and a backward. Returns the names of the kernels, and whether they took descriptors."""
     names = []
 
-    def note(kernel):
+    def record(kernel):
         run = kernel.run
 
-        def noting(*args, **kwargs):
+        def recording(*args, **kwargs):
             names.append((kernel.__name__, any(isinstance(argument, TensorDescriptor) for argument in args)))
             return run(*args, **kwargs)
 
-        return patch.object(kernel, "run", noting)
+        context.setattr(kernel, "run", recording)
 
-    all_kernels = ("_ffn_up_kernel", "_ffn_down_backward_kernel", "_activation_kernel", "_activation_backward_kernel")
-    patches = [note(getattr(ffn, name)) for name in all_kernels]
-    for one in patches:
-        one.start()
-    try:
+    with monkeypatch.context() as context:
+        for name in ("_ffn_up", "_ffn_down_backward", "_activation", "_activation_backward"):
+            record(getattr(ffn, f"{name}_kernel"))
         y = kernels.gelu_ffn(*arguments, **options)
         y.backward(torch.ones_like(y))
-    finally:
-        for one in patches:
-            one.stop()
     return names
 
 
-def test_each_implementation_launches_its_own_kernels():
-    assert launched(*tensors(), implementation="fused") == [
-        ("_ffn_up_kernel", True),
-        ("_ffn_down_backward_kernel", True),
-    ]
-    assert launched(*tensors(width=33), implementation="fused") == [
-        ("_ffn_up_kernel", False),
-        ("_ffn_down_backward_kernel", False),
-    ]
-    assert launched(*tensors(), implementation="unfused") == [
-        ("_activation_kernel", False),
-        ("_activation_backward_kernel", False),
-    ]
+@pytest.mark.parametrize(
+    ("width", "implementation", "names", "descriptors"),
+    [
+        (32, "fused", ["_ffn_up_kernel", "_ffn_down_backward_kernel"], True),
+        (33, "fused", ["_ffn_up_kernel", "_ffn_down_backward_kernel"], False),
+        (32, "unfused", ["_activation_kernel", "_activation_backward_kernel"], False),
+    ],
+)
+def test_gelu_ffn_launches_the_kernels_of_the_implementation(monkeypatch, width, implementation, names, descriptors):
+    found = launched(monkeypatch, *tensors(width=width), implementation=implementation)
+    assert found == [(name, descriptors) for name in names]
 
 
 @pytest.mark.parametrize("implementation", ["fused", "unfused"])
-def test_only_the_pre_activation_is_kept(implementation):
-    """Beside the inputs: eager PyTorch keeps the hidden layer before and after the activation."""
+def test_gelu_ffn_saves_only_the_pre_activation_beside_its_inputs(implementation):
     arguments = tensors()
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
+        saved[tensor.data_ptr()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kernels.gelu_ffn(*arguments, implementation=implementation)
-    beside = [size for address, size in kept.items() if address not in {t.data_ptr() for t in arguments}]
-    assert beside == [70 * 64]
+    inputs = {t.data_ptr() for t in arguments}
+    assert [size for address, size in saved.items() if address not in inputs] == [70 * 64]
 
 
-def test_a_frozen_model_computes_the_gradient_of_x_alone():
+def test_gelu_ffn_with_frozen_weights_computes_the_gradient_of_x(monkeypatch):
     x, *weights = tensors()
     for weight in weights:
         weight.requires_grad_(False)
     outcomes = {}
     for implementation in ("fused", "unfused"):
         x.grad = None
-        launches = launched(x, *weights, implementation=implementation)
+        assert len(launched(monkeypatch, x, *weights, implementation=implementation)) == 2
         outcomes[implementation] = x.grad
-        assert len(launches) == 2
     torch.testing.assert_close(outcomes["fused"], outcomes["unfused"], rtol=0.01, atol=0.01)
 
 
-def test_the_last_bias_alone_needs_no_kernel_in_the_backward():
+def test_gelu_ffn_needs_no_backward_kernel_for_the_last_bias(monkeypatch):
     *others, bias = tensors()
     for tensor in others:
         tensor.requires_grad_(False)
-    assert launched(*others, bias, implementation="fused") == [("_ffn_up_kernel", True)]
+    assert launched(monkeypatch, *others, bias, implementation="fused") == [("_ffn_up_kernel", True)]
     assert torch.equal(bias.grad, torch.full_like(bias, 70.0))
 
 
-def test_an_unknown_implementation_is_refused():
-    for function in (kernels.gelu_ffn, kernels.reference.gelu_ffn):
-        with pytest.raises(ValueError, match="implementation must be one of auto, fused, unfused, got 'cublas'"):
-            function(*tensors(), implementation="cublas")
-
-
-def test_gradients_under_autocast_are_handed_over_as_they_are_summed():
-    """In float32; of the weights on GPUs alone, whose products can widen their result."""
+def test_gelu_ffn_under_autocast_gives_float32_gradients_without_rounding():
+    """Gradients of weights on GPUs only, whose matmuls have a float32 output."""
     x, w_up, w_down = (torch.randn(shape, device=DEVICE) for shape in ((50, 16), (24, 16), (16, 24)))
     biases = [torch.randn(size, device=DEVICE, requires_grad=True) for size in (24, 16)]
     weights = [w.requires_grad_() for w in (w_up, w_down)]

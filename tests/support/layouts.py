@@ -1,4 +1,4 @@
-"""Where the elements of a tensor may lie: the layouts that programs meet, and any other that hypothesis draws."""
+"""Memory layouts of tensors: those of real programs, and random ones from hypothesis."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor's elements lie: the order of dimensions in memory, gaps, repetitions and an offset."""
+    """Strides and offset of a tensor."""
 
-    order: tuple[int, ...]
-    steps: tuple[int, ...]
-    repeated: tuple[bool, ...]
+    order: tuple[int, ...]  # of the dimensions in memory
+    steps: tuple[int, ...]  # of each dimension: 2 leaves a gap after every element
+    repeated: tuple[bool, ...]  # dimensions expanded from their first element
     offset: int
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor at other strides; where a dimension is repeated, its first element everywhere."""
+        """Copy a tensor to this layout."""
         for dim, repeated in enumerate(self.repeated):
             if repeated:
                 tensor = tensor[(slice(None),) * dim + (slice(0, 1),)].expand_as(tensor)
         spaced = [tensor.shape[dim] * self.steps[dim] for dim in self.order]
-        # what lies in the gaps must not be read
+        # poison for the gaps, which must not be read
         poison = float("nan") if tensor.is_floating_point() else min(2**30, torch.iinfo(tensor.dtype).max)
         memory = torch.full((self.offset + math.prod(spaced),), poison, dtype=tensor.dtype, device=tensor.device)
         view = memory[self.offset :].view(spaced)[tuple(slice(None, None, self.steps[dim]) for dim in self.order)]
@@ -45,7 +45,7 @@ def _spaced(dims: int, dim: int) -> Layout:
 
 def _swapped(dims: int, first: int, second: int) -> Layout:
     order = list(range(dims))
-    if dims > 0:  # a number has none
+    if dims > 0:
         order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
     return Layout(tuple(order), (1,) * dims, (False,) * dims, 0)
 
@@ -54,7 +54,7 @@ def _repeated(dims: int, dim: int) -> Layout:
     return Layout(tuple(range(dims)), (1,) * dims, tuple(i == dim % dims for i in range(dims)), 0)
 
 
-# the layouts that programs meet, each by the number of dimensions
+# layouts of real programs, as functions of the number of dimensions
 LAYOUTS: dict[str, Callable[[int], Layout]] = {
     "transposed": lambda dims: _swapped(dims, -1, -2),
     "outer dimensions swapped": lambda dims: _swapped(dims, 0, -2),

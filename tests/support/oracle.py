@@ -1,4 +1,4 @@
-"""What "equal to the reference" means: the kernel's error against float64 is within twice the reference's own."""
+"""The oracle rule: a kernel's error against float64 is at most twice the reference's, plus a few ulps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# units in the last place of the largest result, for what rounding at other points of the arithmetic may cost:
-# attention's backward subtracts two nearly equal sums where eager PyTorch subtracts equal ones, and Triton's
-# interpreter truncates to bfloat16 where GPUs round
+# in units in the last place of the largest result, for rounding at other points of the arithmetic: attention's
+# backward subtracts two nearly equal sums where PyTorch subtracts equal ones, and Triton's interpreter truncates to
+# bfloat16 where GPUs round
 ULPS = 4
 
 
@@ -19,11 +19,11 @@ def assert_equal_to_oracle(
     """Fail unless |actual - oracle| <= 2 |same_dtype - oracle| + a few ulps, by the largest element.
 
     Args:
-        name: of the result, for the message.
-        actual: from the kernel.
-        same_dtype: from the reference on the same inputs, in the dtype of `actual`.
-        oracle: from the reference on the same inputs in float64.
-        magnitude: of terms that cancel in the result; the ulps are of the largest result, and of no less than this.
+        name: name of the result, for the message.
+        actual: result of the kernel.
+        same_dtype: result of the reference on the same inputs, in the dtype of `actual`.
+        oracle: result of the reference on the same inputs in float64.
+        magnitude: minimum size that ulps refer to, for results in which terms of this size cancel.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     assert actual.dtype == same_dtype.dtype, f"{name}: dtype {actual.dtype}, expected {same_dtype.dtype}"

@@ -1,4 +1,4 @@
-"""One forward and backward of an operator under test, and what its outcome is held against."""
+"""Forward and backward of an operator under test, and comparisons of their outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.oracle import assert_equal_to_oracle
 
 @dataclass
 class Outcome:
-    """What one forward and one backward gave, by name."""
+    """Results and gradients of one forward and backward, by name."""
 
     results: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
@@ -24,17 +24,17 @@ class Outcome:
 def leaves(
     inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None, differentiable: bool = True
 ) -> dict[str, Tensor | None]:
-    """Tensors on the same memory that gather gradients if `differentiable`, or copies in another dtype."""
+    """Return leaves on the same memory that require gradients if `differentiable`, or copies in another dtype."""
     return {
         name: tensor
-        if tensor is None or not tensor.is_floating_point() or name == "scale"  # which is float32 always
+        if tensor is None or not tensor.is_floating_point() or name == "scale"  # always float32
         else tensor.detach().to(dtype or tensor.dtype).requires_grad_(differentiable)
         for name, tensor in inputs.items()
     }
 
 
 def call(function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The results by name."""
+    """Return the results by name."""
     results = function(**inputs, **case.options)
     results = results if isinstance(results, tuple) else (results,)
     return dict(zip(case.row.results, results, strict=True))
@@ -49,7 +49,7 @@ def run(
     function: Callable[..., Any], case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> Outcome:  # fmt: skip
-    """Forward and, where there are upstream gradients, backward; every tensor cast to `dtype` if one is given."""
+    """Run the forward and, with upstream gradients, the backward. Casts every tensor to `dtype` if one is given."""
     own = leaves(inputs, dtype, case.row.differentiable)
     if dtype is not None and "dtype" in case.options:
         case = case.with_options(dtype=dtype)
@@ -73,7 +73,7 @@ def assert_equal_to_reference(
     case: Case, inputs: dict[str, Tensor | None], upstream: dict[str, Tensor], outcome: Outcome | None = None,
     magnitude: float = 0.0,
 ) -> None:  # fmt: skip
-    """Results and gradients of the operator, or those given, are the reference's by the rule of the oracle."""
+    """Compare results and gradients of the operator, or those of `outcome`, with the reference by the oracle rule."""
     ours = outcome or run(case.kernel, case, inputs, upstream)
     theirs = run(case.reference, case, inputs, upstream)
     exact = run(case.reference, case, inputs, upstream, torch.float64)
@@ -81,7 +81,7 @@ def assert_equal_to_reference(
         assert_equal_to_oracle(name, ours.results[name], theirs.results[name], oracle, magnitude)
     for name, oracle in exact.gradients.items():
         gradient, same_dtype = ours.gradients[name], theirs.gradients[name]
-        if oracle is None:  # the results in use do not depend on this argument
+        if oracle is None:  # the used results do not depend on this argument
             assert gradient is None or not gradient.any(), f"gradient of {name}: not zero"
         else:
             assert gradient is not None, f"gradient of {name}: missing"
