@@ -1,4 +1,4 @@
-"""CUDA graphs in form alone, for machines without a GPU: what is captured is called at each replay."""
+"""Stand-ins for CUDA graphs on machines without a GPU: a replay calls the captured function again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import gptfast.cuda_graphs
 from tests.support.oracle import DEVICE
 
 
-class _Places(TorchDispatchMode):
-    """Notes the memory that operators read or write within it, and that was there before."""
+class _Accesses(TorchDispatchMode):
+    """Records the memory that operators use and did not allocate themselves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, torch.UntypedStorage] = {}  # held, so that nothing else gets the address
+        self.found: dict[int, torch.UntypedStorage] = {}  # references keep the addresses from reuse
         self._own: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
@@ -38,28 +38,28 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def replayed(function: Callable[[], None]) -> Callable[[], None]:
-    """The function, which fails where it finds other memory than at its first call: a graph would not follow it."""
-    first: list[_Places] = []
+    """Wrap a function to fail when it uses other memory than in its first call, as a replayed graph would."""
+    first: list[_Accesses] = []
 
     def replay() -> None:
-        with _Places() as places:
+        with _Accesses() as accesses:
             function()
-        first.append(places)
-        moved = places.found.keys() ^ first[0].found.keys()
-        assert not moved, f"{len(moved)} tensors are not where they were when the graph was captured"
+        first.append(accesses)
+        moved = accesses.found.keys() ^ first[0].found.keys()
+        assert not moved, f"{len(moved)} tensors have moved since the capture"
         del first[1:]
 
     return replay
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Generator | None]:
-    """Have graphs be what `replayed` makes, but on a GPU, where they are real; the generator of each capture."""
+    """Replace CUDA graphs by `replayed` functions, except on a GPU; return the list of each capture's generator."""
     made: list[torch.Generator | None] = []
     capture = gptfast.cuda_graphs.capture
 
-    def noted(functions, device, generator=None):
+    def recorded(functions, device, generator=None):
         made.extend([generator] * len(functions))
         return capture(functions, device, generator) if DEVICE.type == "cuda" else [*map(replayed, functions)]
 
-    monkeypatch.setattr(gptfast.cuda_graphs, "capture", noted)
+    monkeypatch.setattr(gptfast.cuda_graphs, "capture", recorded)
     return made

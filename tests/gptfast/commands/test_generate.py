@@ -1,4 +1,4 @@
-"""`gptfast generate` by beams, with a draft, and in other dtypes."""
+"""`gptfast generate` by beam search, with a draft, compiled and in all dtypes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refused(capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_beams_are_those_of_search(trained, capsys):
+def test_beams_equal_the_library(trained, capsys):
     model, tokenizer = load_model.load_run(Path(trained))
     expected = texts.search(model, tokenizer, ["To be"], 12, BeamSearch(3, 0.5, num_return_sequences=2))
     options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-samples", "2", "--dtype", "float32"]
@@ -53,7 +53,7 @@ def test_beams_are_those_of_search(trained, capsys):
     assert plain == "".join(f"To be{text.text}\n" for text in expected)
 
 
-def test_a_draft_writes_what_the_model_does(trained, capsys, monkeypatch):
+def test_a_draft_changes_no_greedy_text(trained, capsys, monkeypatch):
     options = [trained, "--prompt", "To", "--temperature", "0", "--dtype", "float32"]
     alone = written(capsys, *options)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -64,7 +64,7 @@ def test_a_draft_writes_what_the_model_does(trained, capsys, monkeypatch):
     assert "100% of the draft's tokens accepted" in said
 
 
-def test_a_draft_with_another_tokenizer(trained, tmp_path, capsys):
+def test_a_draft_with_another_tokenizer_is_refused(trained, tmp_path, capsys):
     config = tiny_run(tmp_path)
     Path(config.data).write_text("Other letters make another tokenizer. " * 50)
     trainer.train(config)
@@ -87,13 +87,13 @@ def test_a_draft_with_another_tokenizer(trained, tmp_path, capsys):
         (["--draft-tokens", "0", "--draft", "RUN"], "tokens must be"),
     ],
 )
-def test_contradictory_settings(trained, capsys, options, message):
+def test_options_that_exclude_each_other_are_refused(trained, capsys, options, message):
     options = [trained if option == "RUN" else option for option in options]
     assert message in refused(capsys, trained, "--device", "cpu", *options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_weights_in_every_dtype(trained, capsys, dtype, monkeypatch):
+def test_weights_load_in_every_dtype(trained, capsys, dtype, monkeypatch):
     kinds = set()
     loaded = generate.load
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_weights_in_every_dtype(trained, capsys, dtype, monkeypatch):
     assert ({PackedLinear, Int8Linear} & kinds) == {Int8Linear if dtype == "int8" else PackedLinear}
 
 
-def test_a_compiled_step(trained, capsys, monkeypatch):
+def test_compile_changes_no_greedy_text(trained, capsys, monkeypatch):
     """As traced, without generated code."""
     options = [trained, "--prompt", "To", "--temperature", "0", "--dtype", "float32"]
     alone = written(capsys, *options)

@@ -1,3 +1,5 @@
+"""Beam search against Hugging Face transformers, exhaustive search and hand-computed cases."""
+
 import importlib.util
 import itertools
 import math
@@ -15,7 +17,7 @@ from tests.support.oracle import DEVICE
 VOCAB = 23
 SIZES = {"block_size": 20, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.6}
 NEW = 12
-# prompts of different lengths, so that the search of each takes another course
+# of different lengths, so that each search takes another course
 PROMPTS = [[3, 14, 15, 9, 2, 6], [5, 3], [5, 8, 9, 7]]
 PAD = 4
 
@@ -30,7 +32,7 @@ def gpt(seed: int, vocabulary: int = VOCAB) -> GPT:
 
 
 class Whole:
-    """Runs the model over all tokens of all rows each time; rows of one length together."""
+    """A decoder without a cache: the model reads all tokens at each step, rows of equal length together."""
 
     def __init__(self, model: GPT, prompts: list[list[int]]) -> None:
         self.model = model
@@ -61,7 +63,7 @@ class Whole:
 
 
 class Fixed:
-    """The same log-probabilities after every token."""
+    """A decoder that returns the same log-probabilities after every token."""
 
     def __init__(self, probabilities: list[float], prompts: int = 1) -> None:
         self.log_probs = torch.tensor(probabilities, device=DEVICE).log()
@@ -89,14 +91,14 @@ def ours(model: GPT, prompts: list[list[int]], num_beams: int, **settings) -> li
 
 
 def theirs(hugging_face, prompts, num_beams, stop_tokens, num_return_sequences, **settings) -> list[list[Hypothesis]]:
-    """Hypotheses of transformers, for prompts that are padded on the left; scores are NaN where it has none."""
+    """Hypotheses of transformers for prompts padded on the left; scores are NaN where it has none."""
     longest = max(map(len, prompts))
     idx = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
-    there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
     with torch.no_grad():
         output = hugging_face.generate(
             idx,
-            attention_mask=there,
+            attention_mask=mask,
             max_new_tokens=NEW,
             num_beams=num_beams,
             do_sample=False,
@@ -111,7 +113,7 @@ def theirs(hugging_face, prompts, num_beams, stop_tokens, num_return_sequences, 
     scores = output.sequences_scores.tolist() if num_beams > 1 else [math.nan] * len(prompts)
     for row, (padded, score) in enumerate(zip(output.sequences[:, longest:].tolist(), scores, strict=True)):
         ends = [place for place, token in enumerate(padded) if token in stop_tokens]
-        # not where the padding begins, which is a token like others
+        # the padding is a token like others, and does not mark the end
         length = int((output.beam_indices[row] >= 0).sum()) if num_beams > 1 else (ends or [len(padded) - 1])[0] + 1
         tokens = padded[:length]
         found.append(Hypothesis(tokens, score, tokens[-1] in stop_tokens))
@@ -130,7 +132,7 @@ def hugging_face(model: GPT):
     return model_providers.providers(None)["Hugging Face"].build(model)
 
 
-# tokens that some beams of these models meet, at different steps, and others do not
+# tokens that some beams of these models reach, at different steps
 STOPS = {"none": (), "one": (12,), "several": (12, 7, 21)}
 
 
@@ -139,7 +141,7 @@ STOPS = {"none": (), "one": (12,), "several": (12, 7, 21)}
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
 @pytest.mark.parametrize("seed", [0, 2])
-def test_hypotheses_are_those_of_transformers(seed, num_beams, early_stopping, stops):
+def test_hypotheses_equal_transformers(seed, num_beams, early_stopping, stops):
     model = gpt(seed)
     reference = hugging_face(model)
     finished = []
@@ -159,7 +161,7 @@ def test_hypotheses_are_those_of_transformers(seed, num_beams, early_stopping, s
 @needs_transformers
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[1:]])
 @pytest.mark.parametrize("num_return_sequences", [1, 2, 4])
-def test_fewer_prompts_and_fewer_returned_are_those_of_transformers(prompts, num_return_sequences):
+def test_numbers_of_prompts_and_hypotheses_equal_transformers(prompts, num_return_sequences):
     model = gpt(1)
     settings = {"stop_tokens": (12, 9), "num_return_sequences": num_return_sequences}
     assert_same(ours(model, prompts, 4, **settings), theirs(hugging_face(model), prompts, 4, **settings))
@@ -167,7 +169,7 @@ def test_fewer_prompts_and_fewer_returned_are_those_of_transformers(prompts, num
 
 @needs_transformers
 @pytest.mark.parametrize("stops", STOPS)
-def test_one_beam_is_greedy_as_in_transformers(stops):
+def test_one_beam_equals_greedy_transformers(stops):
     for seed in range(3):
         model = gpt(seed)
         expected = theirs(hugging_face(model), PROMPTS, 1, STOPS[stops], 1)
@@ -197,8 +199,8 @@ def log_prob(model: GPT, prompt: list[int], tokens: list[int]) -> float:
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0, 2.5])
-def test_enough_beams_find_all_sequences_in_their_order(length_penalty, early_stopping):
-    """121 sequences of four tokens end with the stop token or after four; with more beams none is passed over."""
+def test_enough_beams_rank_all_sequences(length_penalty, early_stopping):
+    """121 sequences end with the stop token or after four tokens; 128 beams lose none."""
     model = gpt(0, vocabulary=4)
     prompts = [[1, 0, 2], [3]]
     stop = 2
@@ -223,21 +225,21 @@ def test_enough_beams_find_all_sequences_in_their_order(length_penalty, early_st
 @pytest.mark.parametrize(
     ("probabilities", "length_penalty", "early_stopping", "limit", "steps", "expected"),
     [
-        # 0 goes on and 1 stops; over with the second complete sequence
+        # token 0 continues and 1 stops; over with the second finished sequence
         ([0.6, 0.4], 1, True, 3, 1, {(0, 1): 0.24, (1,): 0.4}),
-        # not over: 0, 0 is the better one per token
+        # not over: 0, 0 is better per token
         ([0.6, 0.4], 1, False, 3, 2, {(0, 0, 0): 0.216, (0, 0, 1): 0.144}),
         # over: 0, 0 with 0.16 ** (1 / 2) per token is behind 0, 1 with 0.24 ** (1 / 2)
         ([0.4, 0.6], 1, False, 4, 1, {(1,): 0.6, (0, 1): 0.24}),
         # not over: four tokens of 0.16 would have been 0.16 ** (1 / 4), those of 0.064 after one more too
         ([0.4, 0.6], 1, "never", 4, 3, {(1,): 0.6, (0, 1): 0.24}),
-        # where length is not rewarded, four tokens are no better than two
+        # without a length reward, four tokens are no better than two
         ([0.4, 0.6], 0, "never", 4, 1, {(1,): 0.6, (0, 1): 0.24}),
-        # where it is punished a beam is best complete at once: t * t * log(0.9) is behind 2 * log(0.09) from t = 7 on
+        # with a length penalty a beam is best finished now: t * t * log(0.9) is behind 2 * log(0.09) from t = 7 on
         ([0.9, 0.1], -1, "never", 30, 6, {(1,): 0.1, (0, 1): 0.09}),
     ],
 )
-def test_when_a_search_is_over(probabilities, length_penalty, early_stopping, limit, steps, expected):
+def test_a_search_ends_by_its_rule(probabilities, length_penalty, early_stopping, limit, steps, expected):
     decoder = Fixed(probabilities)
     (found,) = search(
         decoder, 1, limit, 2, length_penalty=length_penalty, early_stopping=early_stopping, stop_tokens=[1],
@@ -251,7 +253,7 @@ def test_when_a_search_is_over(probabilities, length_penalty, early_stopping, li
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-def test_dropping_prompts_that_are_over_changes_nothing(num_beams, early_stopping):
+def test_removing_finished_prompts_changes_nothing(num_beams, early_stopping):
     model = gpt(0)
     prompts = [*PROMPTS, [9, 17], [12], [0, 0, 1]]
     settings = {
@@ -264,7 +266,7 @@ def test_dropping_prompts_that_are_over_changes_nothing(num_beams, early_stoppin
     together = search(decoder, len(prompts), NEW, num_beams, **settings)
     alone = [Whole(model, [prompt]) for prompt in prompts]
     assert_same(together, [search(one, 1, NEW, num_beams, **settings)[0] for one in alone])
-    # each prompt has been computed as often as alone
+    # each prompt is computed as often as alone
     lengths = [len(one.computed) for one in alone]
     assert len(set(lengths)) > 2
     going = [sum(length > step for length in lengths) for step in range(max(lengths))]
@@ -274,7 +276,7 @@ def test_dropping_prompts_that_are_over_changes_nothing(num_beams, early_stoppin
 PROCESSED = {
     "ngrams": {"no_repeat_ngram_size": 2},
     "penalty": {"repetition_penalty": 1.7},
-    # in the order in which transformers applies them
+    # in the order of transformers
     "all": {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3, "suppress_tokens": [14, 6, 11]},
 }
 
@@ -282,7 +284,7 @@ PROCESSED = {
 @needs_transformers
 @pytest.mark.parametrize("stops", STOPS)
 @pytest.mark.parametrize("name", PROCESSED)
-def test_processed_log_probabilities_are_those_of_transformers(name, stops):
+def test_processed_log_probabilities_equal_transformers(name, stops):
     import transformers
 
     of_name = {
@@ -290,7 +292,7 @@ def test_processed_log_probabilities_are_those_of_transformers(name, stops):
         "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
         "suppress_tokens": lambda tokens: transformers.SuppressTokensLogitsProcessor(tokens, device=DEVICE),
     }
-    # of one length: transformers counts the padding as a token
+    # of equal length, because transformers penalises the padding
     prompts = [prompt[:2] for prompt in PROMPTS]
     changed = []
     for seed in range(3):
@@ -312,7 +314,7 @@ def test_processed_log_probabilities_are_those_of_transformers(name, stops):
     assert any(changed)
 
 
-def test_where_there_is_nothing_more_there_is_no_hypothesis():
+def test_missing_hypotheses_are_marked():
     (found,) = search(Fixed([0.5, 0.3, 0.2]), 1, 1, 5, num_return_sequences=5)
     assert [hypothesis.tokens for hypothesis in found] == [[0], [1], [2], [], []]
     assert found[3:] == [NO_HYPOTHESIS] * 2
@@ -325,8 +327,8 @@ def test_where_there_is_nothing_more_there_is_no_hypothesis():
     assert decoder.steps == 0
 
 
-def test_one_prompt_at_its_end_and_another_with_all_tokens_before_it():
-    """Forbidden after the first token for the first prompt alone, whose search is then over."""
+def test_one_prompt_may_run_out_of_tokens_alone():
+    """All tokens are forbidden after the first token of the first prompt."""
     decoder = Fixed([0.5, 0.3, 0.2], prompts=2)
 
     def forbid(log_probs, tokens):
@@ -338,7 +340,7 @@ def test_one_prompt_at_its_end_and_another_with_all_tokens_before_it():
     assert [hypothesis.tokens for hypothesis in second] == [[0, 0, 0], [0, 0, 1]]
 
 
-def test_nothing_asked_for_is_the_empty_continuation():
+def test_no_new_tokens_give_the_empty_continuation():
     found = search(Fixed([0.5, 0.5]), 3, 0, 2, num_return_sequences=2)
     assert found == [[Hypothesis([], 0.0, False), NO_HYPOTHESIS]] * 3
 
@@ -349,7 +351,7 @@ def test_repeated_stop_tokens_count_once():
     assert ours(model, PROMPTS, 3, stop_tokens=[7, 12, 7, 12, 12], num_return_sequences=3) == once
 
 
-def test_float16_logits_are_added_up_in_float32():
+def test_float16_logits_are_summed_in_float32():
     class Half(Fixed):
         def prefill(self):
             return super().prefill().half()
@@ -362,8 +364,8 @@ def test_float16_logits_are_added_up_in_float32():
     assert found.score == pytest.approx(50 * expected, rel=1e-5)
 
 
-class Reads(TorchDispatchMode):
-    """Fails on operations for which the host waits for values."""
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operations that synchronise with the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
@@ -371,9 +373,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_reads_the_flags_once_a_step(monkeypatch):
+def test_the_host_copies_flags_once_a_step(monkeypatch):
     decoder = Fixed([0.45, 0.45, 0.1], prompts=2)
-    reads = []  # steps before each read, and what was read
+    reads = []  # number of steps before each copy, and its dtype
     tolist = torch.Tensor.tolist
 
     def counted(tensor):
@@ -381,7 +383,7 @@ def test_the_host_reads_the_flags_once_a_step(monkeypatch):
         return tolist(tensor)
 
     def forbid(log_probs, tokens):
-        """All tokens after the third of the first prompt, which is over there."""
+        """Forbid all tokens of the first prompt after its third."""
         rows = len(tokens) // 2 if tokens.shape[1] == 3 else 0
         return torch.cat((torch.full_like(log_probs[:rows], -math.inf), log_probs[rows:]))
 
@@ -389,7 +391,7 @@ def test_the_host_reads_the_flags_once_a_step(monkeypatch):
     for stops, process in ((), None), ((2,), None), ((2,), forbid):
         reads.clear()
         decoder.steps = 0
-        with Reads():
+        with NoSynchronisation():
             search(decoder, 2, 6, 3, stop_tokens=stops, process=process)
         flags = [read for read in reads if read[1] == torch.bool]
         assert flags == [(step, torch.bool) for step in range(5) if stops]
@@ -422,14 +424,14 @@ def test_the_host_reads_the_flags_once_a_step(monkeypatch):
         ),
     ],
 )
-def test_bad_settings(arguments, message):
+def test_arguments_out_of_range_are_refused(arguments, message):
     settings = {"prompt_batch": 1, "max_new_tokens": 4, "num_beams": 2} | arguments
     with pytest.raises(ValueError, match=message):
         search(Fixed([0.5, 0.3, 0.2]), **settings)
 
 
 @pytest.mark.parametrize("length_penalty", [-62.0, 62.0])
-def test_the_largest_length_penalties(length_penalty):
+def test_the_largest_length_penalties_keep_scores_finite(length_penalty):
     (found,) = search(
         Fixed([0.5, 0.3, 0.2]), 1, 4, 2, length_penalty=length_penalty, early_stopping="never", stop_tokens=[2],
         num_return_sequences=2,

@@ -1,3 +1,5 @@
+"""The pieces of a text stream add up to the decoded text, up to the first stop string."""
+
 import itertools
 import re
 
@@ -14,7 +16,7 @@ TEXT = "Zürich, (naïve) [x]! don't 東京 \U0001f600\U0001f468\u200d\U0001f469
 
 
 def small_encoding() -> tiktoken.Encoding:
-    """The 256 bytes, and merges that end inside a character or hold the parts of two."""
+    """The 256 bytes, and merges that end inside a character or span two."""
     merges = [b"th", b"ab", b"\xf0\x9f", b"\x98\x80", b"\xe6\x9d", b"\xb1\xe4", b"\xba\xac"]
     ranks = {bytes([byte]): byte for byte in range(256)} | {merge: 256 + rank for rank, merge in enumerate(merges)}
     return tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 263})
@@ -44,7 +46,7 @@ def streamed(stream: TextStream, ids: list[int]) -> list[str]:
 
 
 def tokens(tokenizer) -> st.SearchStrategy[list[int]]:
-    """Any ids, and those of texts, in which there are more whole characters."""
+    """Any ids, and ids of texts, which have more whole characters."""
     some = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30)
     if isinstance(tokenizer, CharTokenizer | WordTokenizer):
         return some
@@ -54,13 +56,13 @@ def tokens(tokenizer) -> st.SearchStrategy[list[int]]:
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
-def test_the_pieces_add_up_to_the_text_before_the_first_stop_string(name, data):
+def test_pieces_add_up_to_the_text_before_the_first_stop_string(name, data):
     tokenizer = ALL[name]
     ids = data.draw(tokens(tokenizer))
     text = tokenizer.decode(ids)
     parts = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 6))
     inside = parts.map(lambda part: text[part[0] :][: part[1]]).filter(bool) if text else st.just("a")
-    near = inside.map(lambda part: part[:-1] + "b")  # begins as the text does
+    near = inside.map(lambda part: part[:-1] + "b")  # a prefix of it occurs
     stop = data.draw(
         st.lists(inside | near | st.text(st.sampled_from("ab\ufffd é"), min_size=1, max_size=3), max_size=3)
     )
@@ -73,8 +75,8 @@ def test_the_pieces_add_up_to_the_text_before_the_first_stop_string(name, data):
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
-def test_no_text_is_held_back_without_need(name, data):
-    """After each token all is out but an unfinished character and what may be the beginning of a stop string."""
+def test_text_is_held_back_only_while_it_can_change(name, data):
+    """After each token, only an unfinished character and a possible beginning of a stop string are held back."""
     tokenizer = ALL[name]
     ids = data.draw(tokens(tokenizer))
     stop = data.draw(st.lists(st.text(st.sampled_from("ab. \ufffdé"), min_size=1, max_size=4), max_size=2))
@@ -94,7 +96,7 @@ def test_no_text_is_held_back_without_need(name, data):
 
 
 def whole_characters(content: bytes) -> str:
-    """The text of bytes but for a character that more bytes could finish."""
+    """Text of bytes, without a character that more bytes could finish."""
     for unfinished in range(3, 0, -1):
         end = content[-unfinished:]
         if len(end) == unfinished and could_be_finished(end):
@@ -103,8 +105,8 @@ def whole_characters(content: bytes) -> str:
 
 
 def could_be_finished(begun: bytes) -> bool:
-    # one continuation byte out of each quarter of their range: the second byte's range depends on the first. Python's
-    # decoder waits for surrogates to be finished too, before it replaces them
+    # a continuation byte from each quarter of their range, because the second byte's range depends on the first;
+    # Python's decoder waits for the end of surrogates too
     for size in range(1, 4):
         for more in itertools.product((0x80, 0x90, 0xA0, 0xBF), repeat=size):
             try:
@@ -123,20 +125,20 @@ def test_characters_are_not_split():
     assert streamed(TextStream(small), ids) == ["", "東", "京", ""]
 
 
-def test_what_is_no_utf_8_is_replaced():
+def test_invalid_utf_8_is_replaced():
     stream = TextStream(ByteTokenizer())
-    # 0xff begins no character, and what 0xe6 begins "a" does not go on with; the last is unfinished at the end
+    # 0xff begins no character, "a" cannot follow 0xe6, and the last character is unfinished
     assert streamed(stream, [0xFF, 0xE6, 0x9D, ord("a"), 0xE6, 0x9D]) == ["\ufffd", "", "", "\ufffda", "", "", "\ufffd"]
     assert not stream.finished
 
 
-def test_words_are_written_as_in_one_text():
+def test_words_are_spaced_as_in_one_text():
     words = WordTokenizer.of_documents(["the (old) dog barks."])
     ids = words.encode("the (old) dog.").tolist()
     assert streamed(TextStream(words), ids) == ["the", " (", "old", ")", " dog", ".", ""]
 
 
-def test_a_stop_string_over_several_tokens():
+def test_a_stop_string_may_span_tokens():
     chars = CharTokenizer("abc\n")
     stream = TextStream(chars, ["\n\n", "cab"])
     assert [stream.push(token) for token in chars.encode("a\nbca\n\nb")] == ["a", "", "\nb", "", "", "ca", "", ""]
@@ -145,7 +147,7 @@ def test_a_stop_string_over_several_tokens():
     assert stream.flush() == stream.flush() == ""
 
 
-def test_the_beginning_of_a_stop_string_comes_out_at_the_end():
+def test_flush_releases_the_beginning_of_a_stop_string():
     chars = CharTokenizer("abc")
     stream = TextStream(chars, ["abc"])
     assert streamed(stream, chars.encode("aab").tolist()) == ["", "a", "", "ab"]
@@ -163,7 +165,7 @@ def test_the_beginning_of_a_stop_string_comes_out_at_the_end():
         (["b", "a"], "cab", "c"),
     ],
 )
-def test_the_first_stop_string_does_not_depend_on_where_tokens_end(stop, text, expected):
+def test_the_first_stop_string_is_independent_of_token_boundaries(stop, text, expected):
     words = CharTokenizer("abcd"), WordTokenizer([text])
     for tokenizer in words:
         ids = tokenizer.encode(text).tolist()
@@ -172,7 +174,7 @@ def test_the_first_stop_string_does_not_depend_on_where_tokens_end(stop, text, e
         assert stream.finished
 
 
-def test_a_stop_string_that_the_end_completes():
+def test_flush_may_complete_a_stop_string():
     stream = TextStream(ByteTokenizer(), ["a\ufffd"])
     assert streamed(stream, [ord("b"), ord("a"), 0xE6]) == ["b", "", "", ""]
     assert stream.finished
@@ -186,7 +188,6 @@ def test_each_token_is_decoded_once_with_the_one_before_it(monkeypatch):
         stream.push(0x80)
     assert max(decoded) == 2
     assert len(decoded) == 400
-    assert len(stream._held) == 5
 
 
 @pytest.mark.parametrize(
@@ -197,17 +198,17 @@ def test_each_token_is_decoded_once_with_the_one_before_it(monkeypatch):
         ("ab", "stop must be a sequence of strings, got 'ab'; accepted: ['ab']"),
     ],
 )
-def test_bad_stop_strings(stop, message):
+def test_stop_strings_that_cannot_be_used_are_refused(stop, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TextStream(ByteTokenizer(), stop)
 
 
-def test_bad_tokens():
+def test_tokens_out_of_range_or_after_the_end_are_refused():
     stream = TextStream(CharTokenizer("ab"))
     for token in (-1, 2):
         with pytest.raises(ValueError, match=f"token {token} is out of range; accepted: 0 to 1"):
             stream.push(token)
     assert stream.push(1) == "b"
     stream.flush()
-    with pytest.raises(ValueError, match=r"a token after the end of the stream, which flush\(\) is"):
+    with pytest.raises(ValueError, match=r"flush\(\)"):
         stream.push(0)

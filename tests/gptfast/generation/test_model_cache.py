@@ -12,6 +12,7 @@ import torch
 
 from gptfast import GPT, lora, quantize
 from gptfast.generation.model_cache import for_decoding
+from gptfast.quantization import PackedLinear
 from tests.support.generation import gpt
 
 
@@ -31,6 +32,35 @@ def tokens(batch: int = 3, length: int = 12) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     return model.logits(model.transformer(idx))
+
+
+def test_few_tokens_are_not_worth_packing():
+    model = build(torch.bfloat16)
+    assert for_decoding(model, 31) is model
+    assert for_decoding(model, 32) is not model
+
+
+def test_an_eager_model_is_not_packed():
+    model = build()
+    model.set_backend("eager")
+    assert for_decoding(model) is model
+
+
+def test_a_packed_model_is_not_packed_again():
+    model = for_decoding(build())
+    assert for_decoding(model) is model
+
+
+def test_generate_uses_the_packed_copy(monkeypatch):
+    model, idx = build(), tokens(length=5)
+    seen = []
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: seen.append(1) or forward(self, x))
+    found = model.generate(idx, 4, temperature=0)
+    assert len(seen) == 9 * 4
+    monkeypatch.setattr("gptfast.quantization.onednn.can_pack", lambda weight, dtype: False)
+    assert torch.equal(build().generate(idx, 4, temperature=0), found)
+    assert len(seen) == 9 * 4
 
 
 def test_packed_copy_is_made_once_and_freed_with_its_model():

@@ -1,4 +1,4 @@
-"""Texts are continued together as each alone, in pieces that add up."""
+"""Texts are continued together as each alone, in pieces that add up to the whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_model(tokenizer) -> GPT:
     return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)).to(DEVICE)
 
 
-def test_text_comes_in_pieces_that_add_up():
+def test_streamed_pieces_add_up_to_the_text():
     tokenizer = ByteTokenizer()
     model = text_model(tokenizer)
     pieces = [piece for _, piece in texts.stream(model, tokenizer, [Text("Zürich")], 60, generator=seeded())]
@@ -48,18 +48,18 @@ def test_text_ends_before_a_stop_string():
     assert text == free[: free.index(stop)]
 
 
-def test_a_prompt_without_tokens():
+def test_a_prompt_without_tokens_is_the_end_of_text_token_or_refused():
     model = text_model(CharTokenizer("abc"))
     with pytest.raises(ValueError, match="the prompt '' has no tokens; give at least one character"):
         texts.generate_text(model, CharTokenizer("abc"), "", 5)
-    tokenizer = ByteTokenizer()  # it has one for the end of a document, after which anything may come
+    tokenizer = ByteTokenizer()
     assert texts.generate_text(text_model(tokenizer), tokenizer, "", 5, generator=seeded()) is not None
-    words = WordTokenizer(["a", "b", "."])  # among words space is as good as nothing
+    words = WordTokenizer(["a", "b", "."])
     model, greedy = text_model(words), Sampling(temperature=0)
     assert texts.generate_text(model, words, "\n ", 5, greedy) == texts.generate_text(model, words, "", 5, greedy)
 
 
-def test_prompts_of_any_lengths_together():
+def test_prompts_of_any_lengths_are_continued_as_each_alone():
     tokenizer = CharTokenizer("abcde")
     model = text_model(tokenizer)
     greedy = Sampling(temperature=0)
@@ -73,8 +73,8 @@ def test_prompts_of_any_lengths_together():
         assert len(text.log_probs) == len(text.tokens)
 
 
-def test_words_have_a_space_between_them():
-    """Between the prompt and its continuation too."""
+def test_words_are_separated_by_a_space():
+    """Between prompt and continuation too."""
     tokenizer = WordTokenizer(["the", "quick", "brown", "fox", "."])
     model = text_model(tokenizer)
     text = Text("the quick")
@@ -85,8 +85,7 @@ def test_words_have_a_space_between_them():
     assert text.text[0] in " ."
 
 
-def test_a_document_ends():
-    """With a token that has no text."""
+def test_the_end_of_text_token_ends_a_text_and_adds_none():
     tokenizer = ByteTokenizer()
     model = text_model(tokenizer)
     found = [Text("a") for _ in range(20)]
@@ -98,7 +97,7 @@ def test_a_document_ends():
         assert text.text == tokenizer.decode([token for token in text.tokens if token != 256])
 
 
-def test_texts_are_searched_by_beams():
+def test_beam_search_gives_texts_with_scores():
     tokenizer = ByteTokenizer()
     model = text_model(tokenizer)
     found = texts.search(model, tokenizer, ["Zürich", "a"], 12, BeamSearch(3, num_return_sequences=2))
