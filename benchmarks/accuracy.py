@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.measuring import machine
 from benchmarks.measuring.bench import dtype_name, relative_error
-from benchmarks.measuring.operator_bench import Case, run
+from benchmarks.measuring.operator_bench import run
+from benchmarks.measuring.operator_cases import Case
 from benchmarks.measuring.processes import run_command
 from benchmarks.operators import OPERATORS
 from benchmarks.reporting.markdown import escape, grid

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from benchmarks.cost_model import operators as costs
 from benchmarks.measuring.bench import UnavailableError
-from benchmarks.measuring.operator_bench import Case, Function, Operator, Provider, Sizes, triton
+from benchmarks.measuring.operator_cases import FORWARD, Case, Function, Operator, Provider, Sizes, triton
 from kernels.pytorch_internals import addmm_activation, int8pack_mm
-
-FORWARD = ("forward",)
 
 
 def bf16(*values: int, compiled: bool = True) -> Sizes:
@@ -29,9 +29,6 @@ def bf16(*values: int, compiled: bool = True) -> Sizes:
 
 def fp32(*values: int, compiled: bool = True) -> Sizes:
     return Sizes(values, torch.float32, compiled)
-
-
-# --- Attention
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Case], Function]:
@@ -70,16 +67,13 @@ def _bind_lengths(decode: Function, case: Case) -> Function:
     return lambda q, k_cache, v_cache: decode(q, k_cache, v_cache, lengths(q.device))
 
 
-# --- Feed-forward
-
-
 def _ffn_implementation(name: str) -> Callable[[Case], Function]:
     """Force one of the implementations that `gelu_ffn` chooses from."""
     return lambda case: partial(triton(case), implementation=name)
 
 
 def _addmm_gelu(case: Case) -> Function:
-    """CuBLASLt's GELU epilogue, by tanh. It keeps nothing for a backward."""
+    """Products with the GELU epilogue of cuBLASLt, by tanh, which keeps nothing for a backward."""
     if not torch.cuda.is_available():
         raise UnavailableError("torch._addmm_activation computes GELU by tanh on CUDA only")
 
@@ -97,9 +91,6 @@ def _ffn_up_kernel(case: Case) -> Function:
     return lambda x, w_up, b_up: launch_up(x, w_up, b_up, "relu", save_z=False, implementation="fused")[0]
 
 
-# --- 8-bit weights
-
-
 def _bind_int8(linear: Function, case: Case) -> Function:
     """Quantize the weight of a linear layer once, and call `linear` with its integers and scales."""
     quantize = lru_cache(maxsize=1)(lambda weight: kernels.quantize_int8(weight.detach().float()))
@@ -113,9 +104,6 @@ def _int8pack_mm(case: Case) -> Function:
     return _bind_int8(lambda x, q, scale: int8pack_mm(x, q, scale.to(x.dtype)), case)
 
 
-# --- Loss
-
-
 def _bind_targets(loss: Function, case: Case) -> Function:
     """Add a target for each row of x, the same on every run."""
 
@@ -125,12 +113,16 @@ def _bind_targets(loss: Function, case: Case) -> Function:
     return with_targets
 
 
-def _liger_loss(case: Case) -> Function:
+def _liger(module: str, name: str) -> Any:
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        return getattr(import_module(f"liger_kernel.ops.{module}"), name)
     except ImportError as error:
         raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
-    return _bind_targets(lambda *tensors: LigerFusedLinearCrossEntropyFunction.apply(*tensors)[0], case)
+
+
+def _liger_loss(case: Case) -> Function:
+    loss = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    return _bind_targets(lambda *tensors: loss.apply(*tensors)[0], case)
 
 
 def _chunked_loss(case: Case) -> Function:
@@ -140,15 +132,9 @@ def _chunked_loss(case: Case) -> Function:
     return _bind_targets(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()), case)
 
 
-# --- Layer norm
-
-
 def _liger_layer_norm(case: Case) -> Function:
-    try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    except ImportError as error:
-        raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
-    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+    norm = _liger("layer_norm", "LigerLayerNormFunction")
+    return lambda x, weight, bias: norm.apply(x, weight, bias, 1e-5)
 
 
 def _liger_add_layer_norm(case: Case) -> Function:

@@ -1,193 +1,19 @@
-"""Operators measured on their own: an entry of the operator table, its cases, and the bench of one case."""
+"""The bench of one operator: its passes, checked against the reference in a wider dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kernels
-from benchmarks.cost_model.operators import Cost, Passes
-from benchmarks.measuring.bench import TOLERANCES, Bench, UnavailableError, dtype_name, relative_error, require_close
-from benchmarks.measuring.machine import default_device
+from benchmarks.measuring.bench import TOLERANCES, Bench, dtype_name, relative_error, require_close
+from benchmarks.measuring.operator_cases import FORWARD, Function, Provider, Result, as_tuple
 from benchmarks.measuring.timing import Call, Times, kernel_times, peak_bytes
-from kernels import reference, runtime
-
-MODES = ("forward", "backward", "both")
-
-Result = Tensor | tuple[Tensor, ...]
-Function = Callable[..., Result]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """An implementation of an operator: `build(case)` returns a function of the case's tensors.
-
-    `build` imports what it needs, and raises UnavailableError if the implementation cannot run here.
-    """
-
-    name: str
-    build: Callable[[Case], Function]
-    modes: tuple[str, ...] = MODES
-    compiles: bool = False
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of one case in the order of `Operator.dims`. `compiled=False` leaves out the providers that compile."""
-
-    values: tuple[int, ...]
-    dtype: torch.dtype = torch.bfloat16
-    compiled: bool = True
-
-
-@dataclass(frozen=True)
-class Operator:
-    """An entry of the operator table. The values of `dims` are the arguments of `shapes` and `cost`.
-
-    Args:
-        name: the function's name in `kernels` and `kernels.reference`.
-        dims: names of the sizes.
-        shapes: shapes of the tensor arguments, by name. Names that start with "w_" are weights of matrix products.
-        cost: FLOPs and bytes; its last argument is the itemsize of the dtype.
-        sizes: the cases of the benchmarks, the most informative first: a short time budget drops the last ones.
-        accuracy_sizes: sizes for `benchmarks.accuracy` on a GPU, and in Triton's interpreter.
-        peers: implementations besides Triton and eager PyTorch.
-        modes: the passes that are timed.
-        bind: adapts the operator to the tensors of `shapes` alone, by adding its other arguments.
-        kernel: builds the Triton implementation, if that is not the function in `kernels`.
-        reference: the function that defines the result, if that is not the one in `kernels.reference`.
-        layout: makes an argument's strides from a contiguous tensor.
-        compared: the part of a result that is checked, where the reference would not fit into memory. It must depend
-            on the same part of the inputs only.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    shapes: Callable[..., dict[str, tuple[int, ...]]]
-    cost: Callable[..., Passes]
-    sizes: tuple[Sizes, ...]
-    accuracy_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None
-    peers: tuple[Provider, ...] = ()
-    modes: tuple[str, ...] = MODES
-    bind: Callable[[Function, Case], Function] = lambda function, case: function
-    kernel: Callable[[Case], Function] | None = None
-    reference: Function | None = None
-    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    compared: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    def case(self, *values: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Case:
-        return Case(self, Sizes(values, dtype, compiled))
-
-    @property
-    def cases(self) -> list[Case]:
-        return [Case(self, sizes) for sizes in self.sizes]
-
-    @property
-    def differentiable(self) -> bool:
-        return self.modes != ("forward",)
-
-    @property
-    def providers(self) -> dict[str, Provider]:
-        """Triton, eager PyTorch, its compiled form and the peers, by name."""
-        own = (
-            Provider("triton", triton),
-            Provider("eager", lambda case: case.reference),
-            Provider("eager compiled", compiled, compiles=True),
-        )
-        return {
-            provider.name: replace(provider, modes=tuple(mode for mode in self.modes if mode in provider.modes))
-            for provider in (*own, *self.peers)
-        }
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator with sizes and a dtype."""
-
-    operator: Operator
-    sizes: Sizes
-
-    @property
-    def suite(self) -> str:
-        return self.operator.name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.sizes.dtype
-
-    @property
-    def dims(self) -> Mapping[str, int]:
-        return dict(zip(self.operator.dims, self.sizes.values, strict=True))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.operator.shapes(*self.sizes.values)
-
-    @property
-    def reference(self) -> Function:
-        """The eager PyTorch function that defines the result."""
-        return self.operator.bind(self.operator.reference or getattr(reference, self.suite), self)
-
-    def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
-
-    @property
-    def words(self) -> str:
-        """The name in the form that pytest's `-k` selects."""
-        return f"{self.suite} {self}".replace("=", "").replace(" ", "-")
-
-    def measurements(self) -> list[tuple[str, str]]:
-        """The mode and the provider of each measurement."""
-        return [
-            (mode, name)
-            for mode in self.operator.modes
-            for name, provider in self.operator.providers.items()
-            if mode in provider.modes and (self.sizes.compiled or not provider.compiles)
-        ]
-
-    def cost(self, mode: str) -> Cost:
-        passes = self.operator.cost(*self.sizes.values, self.dtype.itemsize)
-        return {"forward": passes.inference, "backward": passes.backward, "both": passes.training}[mode]
-
-    def inputs(self, device: torch.device) -> list[Tensor]:
-        """Draw normal tensors that require gradients; weights are scaled so that products have unit variance."""
-        generator = torch.Generator(device).manual_seed(0)
-        tensors = []
-        for name, shape in self.shapes.items():
-            scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
-            drawn = scale * torch.randn(shape, generator=generator, device=device)
-            tensors.append(self.operator.layout(drawn.to(self.dtype)).requires_grad_())
-        return tensors
-
-    def upstream(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Draw a normal gradient for each result."""
-        device = inputs[0].device
-        generator = torch.Generator(device).manual_seed(1)
-        with torch.no_grad():
-            outputs = as_tuple(self.reference(*(tensor.to("meta") for tensor in inputs)))
-        return [torch.randn(output.shape, generator=generator, device=device).to(self.dtype) for output in outputs]
-
-
-def triton(case: Case) -> Function:
-    """Build the Triton implementation."""
-    reason = runtime.unsupported_reason(default_device())
-    if reason is not None:
-        raise UnavailableError(reason)
-    build = case.operator.kernel
-    return case.operator.bind(build(case) if build else getattr(kernels, case.suite), case)
-
-
-def compiled(case: Case) -> Function:
-    """Build the compiled reference."""
-    return torch.compile(case.reference, fullgraph=True, dynamic=False)
 
 
 class OperatorBench(Bench):
-    """Times of an operator's passes, checked against the reference in a wider dtype."""
+    """Times of an operator's passes: CUDA events on a GPU, the wall clock on a CPU."""
 
     def set_up(self) -> None:
         operator, self.source, self.dtype = self.case.operator, self.case, self.case.dtype
@@ -200,7 +26,7 @@ class OperatorBench(Bench):
 
     def check(self, provider: Provider, built: Function) -> float:
         """Return the largest relative error of the results and, if the provider has a backward, of the gradients."""
-        found = run(built, self.inputs, self.dy, gradients=provider.modes != ("forward",))
+        found = run(built, self.inputs, self.dy, gradients=provider.modes != FORWARD)
         names = [*("the result" for _ in self.dy), *(f"the gradient of {name}" for name in self.case.shapes)]
         worst = 0.0
         for name, result, expected in zip(names, found, self.expected, strict=False):
@@ -248,11 +74,6 @@ class OperatorBench(Bench):
         if mode == "backward":
             return Call(lambda y: input_gradients(y, inputs, dy), prepare=lambda: function(*inputs))
         return Call(lambda _: input_gradients(function(*inputs), inputs, dy))
-
-
-def as_tuple(result: Result) -> tuple[Tensor, ...]:
-    """Return the results of an operator as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def run(function: Function, inputs: list[Tensor], dy: list[Tensor], gradients: bool) -> list[Tensor]:

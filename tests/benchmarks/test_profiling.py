@@ -6,7 +6,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import profiling
-from benchmarks.measuring.operator_bench import Provider, Sizes
+from benchmarks.measuring.operator_cases import Provider, Sizes
 from benchmarks.measuring.processes import run_command
 from benchmarks.measuring.timing import Call, WallClock
 from benchmarks.operators import OPERATORS

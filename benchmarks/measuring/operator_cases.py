@@ -1,0 +1,190 @@
+"""An entry of the operator table, its cases and its providers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import kernels
+from benchmarks.cost_model.operators import Cost, Passes
+from benchmarks.measuring.bench import UnavailableError, dtype_name
+from benchmarks.measuring.machine import default_device
+from kernels import reference, runtime
+
+MODES = ("forward", "backward", "both")
+FORWARD = ("forward",)  # the passes of an operator without gradients
+
+Result = Tensor | tuple[Tensor, ...]
+Function = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of an operator: `build(case)` returns a function of the case's tensors.
+
+    `build` imports what it needs, and raises UnavailableError if the implementation cannot run here.
+    """
+
+    name: str
+    build: Callable[[Case], Function]
+    modes: tuple[str, ...] = MODES
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one case in the order of `Operator.dims`. `compiled=False` leaves out the providers that compile."""
+
+    values: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An entry of the operator table. The values of `dims` are the arguments of `shapes` and `cost`.
+
+    Args:
+        name: the function's name in `kernels` and `kernels.reference`.
+        dims: names of the sizes.
+        shapes: shapes of the tensor arguments, by name. Names that start with "w_" are weights of matrix products.
+        cost: FLOPs and bytes; its last argument is the itemsize of the dtype.
+        sizes: the cases of the benchmarks, the most informative first: a short time budget drops the last ones.
+        accuracy_sizes: sizes for `benchmarks.accuracy` on a GPU, and in Triton's interpreter.
+        peers: implementations besides Triton and eager PyTorch.
+        modes: the passes that are timed.
+        bind: adapts the operator to the tensors of `shapes` alone, by adding its other arguments.
+        kernel: builds the Triton implementation, if that is not the function in `kernels`.
+        reference: the function that defines the result, if that is not the one in `kernels.reference`.
+        layout: makes an argument's strides from a contiguous tensor.
+        compared: the part of a result that is checked, where the reference would not fit into memory. It must depend
+            on the same part of the inputs only.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shapes: Callable[..., dict[str, tuple[int, ...]]]
+    cost: Callable[..., Passes]
+    sizes: tuple[Sizes, ...]
+    accuracy_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None
+    peers: tuple[Provider, ...] = ()
+    modes: tuple[str, ...] = MODES
+    bind: Callable[[Function, Case], Function] = lambda function, case: function
+    kernel: Callable[[Case], Function] | None = None
+    reference: Function | None = None
+    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    compared: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def case(self, *values: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Case:
+        return Case(self, Sizes(values, dtype, compiled))
+
+    @property
+    def cases(self) -> list[Case]:
+        return [Case(self, sizes) for sizes in self.sizes]
+
+    @property
+    def differentiable(self) -> bool:
+        return self.modes != FORWARD
+
+    @property
+    def providers(self) -> dict[str, Provider]:
+        """Triton, eager PyTorch, its compiled form and the peers, by name."""
+        own = (
+            Provider("triton", triton),
+            Provider("eager", lambda case: case.reference),
+            Provider("eager compiled", compiled, compiles=True),
+        )
+        return {
+            provider.name: replace(provider, modes=tuple(mode for mode in self.modes if mode in provider.modes))
+            for provider in (*own, *self.peers)
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator with sizes and a dtype."""
+
+    operator: Operator
+    sizes: Sizes
+
+    @property
+    def suite(self) -> str:
+        return self.operator.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sizes.dtype
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return dict(zip(self.operator.dims, self.sizes.values, strict=True))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.operator.shapes(*self.sizes.values)
+
+    @property
+    def reference(self) -> Function:
+        """The eager PyTorch function that defines the result."""
+        return self.operator.bind(self.operator.reference or getattr(reference, self.suite), self)
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
+
+    @property
+    def words(self) -> str:
+        """The name in the form that pytest's `-k` selects."""
+        return f"{self.suite} {self}".replace("=", "").replace(" ", "-")
+
+    def measurements(self) -> list[tuple[str, str]]:
+        """The mode and the provider of each measurement."""
+        return [
+            (mode, name)
+            for mode in self.operator.modes
+            for name, provider in self.operator.providers.items()
+            if mode in provider.modes and (self.sizes.compiled or not provider.compiles)
+        ]
+
+    def cost(self, mode: str) -> Cost:
+        passes = self.operator.cost(*self.sizes.values, self.dtype.itemsize)
+        return {"forward": passes.inference, "backward": passes.backward, "both": passes.training}[mode]
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """Draw normal tensors that require gradients; weights are scaled so that products have unit variance."""
+        generator = torch.Generator(device).manual_seed(0)
+        tensors = []
+        for name, shape in self.shapes.items():
+            scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
+            drawn = scale * torch.randn(shape, generator=generator, device=device)
+            tensors.append(self.operator.layout(drawn.to(self.dtype)).requires_grad_())
+        return tensors
+
+    def upstream(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Draw a normal gradient for each result."""
+        device = inputs[0].device
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            outputs = as_tuple(self.reference(*(tensor.to("meta") for tensor in inputs)))
+        return [torch.randn(output.shape, generator=generator, device=device).to(self.dtype) for output in outputs]
+
+
+def triton(case: Case) -> Function:
+    """Build the Triton implementation."""
+    reason = runtime.unsupported_reason(default_device())
+    if reason is not None:
+        raise UnavailableError(reason)
+    build = case.operator.kernel
+    return case.operator.bind(build(case) if build else getattr(kernels, case.suite), case)
+
+
+def compiled(case: Case) -> Function:
+    """Build the compiled reference."""
+    return torch.compile(case.reference, fullgraph=True, dynamic=False)
+
+
+def as_tuple(result: Result) -> tuple[Tensor, ...]:
+    """Return the results of an operator as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
