@@ -9,7 +9,7 @@ import pytest
 from gptfast import GPTConfig
 
 
-def test_defaults_are_nanogpts():
+def test_config_defaults_are_nanogpts():
     config = GPTConfig()
     assert (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) == (
         1024,
@@ -50,18 +50,18 @@ def test_defaults_are_nanogpts():
         ({"position": "sinusoidal", "n_embd": 9, "n_head": 3}, "sinusoidal positions need an even n_embd, got 9"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_config_rejects_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**settings)
 
 
-def test_numbers_of_numpy_are_stored_as_pythons():
+def test_config_stores_numpy_numbers_as_pythons():
     config = GPTConfig(vocab_size=np.int64(65), n_head=np.uint8(4), n_embd=np.int32(64), dropout=np.float32(0.5))
     assert config == GPTConfig(vocab_size=65, n_head=4, n_embd=64, dropout=0.5)
     assert json.loads(json.dumps(asdict(config)))["vocab_size"] == 65
 
 
-def test_presets():
+def test_preset_takes_changes_and_rejects_unknown_names():
     assert GPTConfig.preset("gpt2-xl", dropout=0.1) == GPTConfig(
         vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, dropout=0.1
     )
@@ -78,7 +78,7 @@ def test_presets():
         ("gpt2-xl", (48, 25, 1600)),
     ],
 )
-def test_gpt2s_shapes(name, shape):
+def test_preset_has_gpt2s_shape(name, shape):
     """With heads, of which the number of parameters tells nothing."""
     config = GPTConfig.preset(name)
     assert (config.n_layer, config.n_head, config.n_embd) == shape
@@ -88,7 +88,7 @@ def test_gpt2s_shapes(name, shape):
     assert config.tie_weights
 
 
-def test_qkv_bias_follows_bias_unless_given():
+def test_has_qkv_bias_follows_bias_unless_given():
     assert GPTConfig(bias=True).has_qkv_bias
     assert not GPTConfig(bias=False).has_qkv_bias
     assert not GPTConfig(bias=True, qkv_bias=False).has_qkv_bias
@@ -98,7 +98,7 @@ BOOK = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 
         "qkv_bias": False}  # fmt: skip
 
 
-def test_from_the_books_dictionary():
+def test_from_dict_takes_the_books_names():
     """Its model has a head of its own, and biases but for queries, keys and values."""
     config = GPTConfig.from_dict(BOOK)
     assert config == GPTConfig(
@@ -131,12 +131,12 @@ ACCEPTED = "accepted: vocab_size, context_length, emb_dim, n_heads, n_layers, dr
         ({"qkv_bias": None}, "qkv_bias must be True or False, got None"),
     ],
 )
-def test_bad_dictionaries_are_named_by_their_own_keys(changes, message):
+def test_from_dict_names_the_dictionarys_keys_in_errors(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         GPTConfig.from_dict({**BOOK, **changes})
 
 
-def test_dictionaries_that_lack_keys_or_are_none():
+def test_from_dict_rejects_missing_and_unknown_keys():
     less = {name: value for name, value in BOOK.items() if name not in ("drop_rate", "emb_dim")}
     with pytest.raises(ValueError, match=f"^settings: missing drop_rate, emb_dim; {ACCEPTED}$"):
         GPTConfig.from_dict(less)

@@ -6,7 +6,7 @@ from gptfast import GPT, GPTConfig, flops
 from gptfast.training.recipes import GPT_CONFIG_124M
 
 
-def test_gpt2_by_the_palm_convention():
+def test_flops_per_token_follow_palm():
     """Figures that others publish for the 124M model: 854.4 MFLOP per token with full attention, 797.8 causal."""
     config = GPTConfig.preset("gpt2")
     assert flops.training_flops_per_token(config) == 6 * 123_532_032 + 12 * 12 * 768 * 1024 == 854_438_400
@@ -18,7 +18,7 @@ def test_gpt2_by_the_palm_convention():
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_closed_form_equals_what_pytorch_counts(backend):
+def test_flops_per_token_equal_pytorchs_count(backend):
     """On the meta device; exactly, apart from the scores that the Triton backward computes a second time.
 
     The Triton loss has both gradients of the head computed with the logits, in the forward.
@@ -40,7 +40,7 @@ def test_closed_form_equals_what_pytorch_counts(backend):
     assert backward.get_total_flops() + early == 2 * expected + recomputed
 
 
-def test_mfu_is_the_share_of_the_most_tokens_that_are_possible():
+def test_utilisation_of_the_roofline_is_the_mfu():
     """PaLM's definition, in its three formulas, is that of model FLOPs over the peak's."""
     config = GPTConfig.from_dict(GPT_CONFIG_124M)
     speed = flops.tokens_per_second(batch=24, length=1024, seconds=0.5)

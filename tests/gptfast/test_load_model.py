@@ -59,7 +59,7 @@ def test_load_prefers_the_hub_to_a_folder_called_gpt2_without_a_model(tmp_path, 
     assert load_model.load("gpt2", CPU, "byte")[0].config.vocab_size == 257
 
 
-def test_gpt2s_tokenizer_is_read_from_its_files(with_vocabulary, monkeypatch):
+def test_load_reads_gpt2s_tokenizer_from_its_files(with_vocabulary, monkeypatch):
     monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
     with gpt2_files.accepted():
         _, found = load_model.load(str(with_vocabulary), CPU)
@@ -70,21 +70,21 @@ def test_gpt2s_tokenizer_is_read_from_its_files(with_vocabulary, monkeypatch):
     assert again.to_json() == found.to_json()
 
 
-def test_a_vocabulary_that_is_another_is_not_taken_for_gpt2s(with_vocabulary, tmp_path):
+def test_with_tokenizer_ignores_files_of_another_vocabulary(with_vocabulary, tmp_path):
     assert load_model.with_tokenizer(str(with_vocabulary))[1] is None  # by the checksums
     (with_vocabulary / "merges.txt").unlink()
     with gpt2_files.accepted():
         assert load_model.with_tokenizer(str(with_vocabulary))[1] is None
 
 
-def test_tokens_beyond_gpt2s_are_not_its_tokenizers(tmp_path):
+def test_with_tokenizer_ignores_a_vocabulary_of_another_size(tmp_path):
     path = export(tmp_path / "model", 50258)
     gpt2_files.write(path, tokenizer.GPT2_FILES)
     with gpt2_files.accepted():
         assert load_model.with_tokenizer(str(path))[1] is None
 
 
-def test_the_tokenizer_that_export_wrote_goes_before(with_vocabulary):
+def test_with_tokenizer_prefers_the_exported_tokenizer(with_vocabulary):
     (with_vocabulary / tokenizer.OWN_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"gptfast_tokenizer\.json holds no tokenizer"), gpt2_files.accepted():
         load_model.with_tokenizer(str(with_vocabulary))

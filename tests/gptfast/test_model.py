@@ -33,18 +33,18 @@ def count(**settings) -> int:
         return GPT(GPTConfig.preset("gpt2", **settings), backend="eager").get_num_params(non_embedding=False)
 
 
-def test_parameter_counts():
+def test_get_num_params_of_gpt2():
     assert count() == 124_439_808
     assert count(tie_weights=False, qkv_bias=False) == 163_009_536
     assert count(tie_weights=True, qkv_bias=False) == 124_412_160
 
 
-def test_parameter_count_without_positions():
+def test_get_num_params_without_positions():
     model = build()
     assert model.get_num_params() == model.get_num_params(non_embedding=False) - 16 * 32
 
 
-def test_parameter_names_are_nanogpts():
+def test_state_dict_has_nanogpts_names():
     block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
     expected = ["transformer.wte.weight", "transformer.wpe.weight"]
     for layer in range(2):
@@ -54,7 +54,7 @@ def test_parameter_names_are_nanogpts():
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_triton_equals_eager(settings):
+def test_model_of_triton_equals_eager(settings):
     """Logits, loss and every gradient, by the rule that holds for the operators."""
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
 
@@ -70,7 +70,7 @@ def test_triton_equals_eager(settings):
         assert_equal_to_oracle(name, ours[name], theirs[name], exact[name])
 
 
-def test_triton_backend_drops_attention_probabilities_in_training_only():
+def test_dropout_of_triton_acts_in_training_only():
     model = build("triton", dropout=0.5)
     idx = tokens(1, 16)
     model.train()
@@ -84,7 +84,7 @@ def test_triton_backend_drops_attention_probabilities_in_training_only():
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_one_graph_under_compile(backend: str):
+def test_forward_compiles_to_one_graph(backend: str):
     model = build(backend)
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
     logits, loss = model(idx, targets)
@@ -99,7 +99,7 @@ def test_one_graph_under_compile(backend: str):
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_the_future_is_not_seen(settings, backend):
+def test_logits_do_not_depend_on_later_tokens(settings, backend):
     """Changing token t leaves the logits before t bitwise alone, and changes those from t on."""
     model = build(backend, **settings).eval()
     idx = tokens(1, 16)
@@ -112,7 +112,7 @@ def test_the_future_is_not_seen(settings, backend):
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_one_batch_is_overfitted(settings):
+def test_training_overfits_one_batch(settings):
     model = build(**settings)
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
     optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.99), DEVICE.type)
@@ -124,14 +124,14 @@ def test_one_batch_is_overfitted(settings):
     assert loss.item() < 0.05
 
 
-def test_initial_loss_is_that_of_a_guess():
+def test_initial_loss_is_log_vocab_size():
     model = build(vocab_size=500, n_embd=64)
     idx = tokens(8, 16, vocab_size=500)
     _, loss = model(idx, tokens(8, 16, vocab_size=500, seed=1))
     assert abs(loss.item() - math.log(500)) < 0.1
 
 
-def test_initialisation_is_gpt2s():
+def test_init_weights_are_gpt2s():
     model = build(n_embd=256, n_layer=8, vocab_size=1000)
     state = model.state_dict()
     assert state["transformer.wte.weight"].std().item() == pytest.approx(0.02, rel=0.02)
@@ -142,7 +142,7 @@ def test_initialisation_is_gpt2s():
     assert build(init_std=0.1).transformer.wte.weight.std().item() == pytest.approx(0.1, rel=0.1)
 
 
-def test_tied_weights_stay_tied():
+def test_tied_weights_survive_copies_and_loading():
     model = copy.deepcopy(build()).to(torch.float64)
     model.load_state_dict(build(seed=1).state_dict())
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -150,7 +150,7 @@ def test_tied_weights_stay_tied():
     assert untied.lm_head.weight is not untied.transformer.wte.weight
 
 
-def test_without_targets_only_the_last_position_is_predicted():
+def test_forward_without_targets_returns_the_last_position():
     model = build()
     idx = tokens(2, 10)
     logits, loss = model(idx)
@@ -159,7 +159,7 @@ def test_without_targets_only_the_last_position_is_predicted():
     torch.testing.assert_close(logits, model(idx, idx)[0][:, -1:])
 
 
-def test_the_triton_loss_has_logits_in_evaluation_alone():
+def test_forward_of_triton_returns_logits_in_evaluation_only():
     model, idx = build("triton"), tokens(2, 10)
     assert model(idx, idx)[0] is None
     logits, loss = model.eval()(idx, idx)
@@ -169,7 +169,7 @@ def test_the_triton_loss_has_logits_in_evaluation_alone():
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("ignored", [-1, -100])
-def test_ignored_targets_do_not_count(ignored: int, backend: str):
+def test_loss_leaves_out_negative_targets(ignored: int, backend: str):
     model = build(backend).eval()
     idx, targets = tokens(1, 10), tokens(1, 10, seed=1)
     logits, _ = model(idx, targets)
@@ -180,7 +180,7 @@ def test_ignored_targets_do_not_count(ignored: int, backend: str):
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_padding_of_the_vocabulary_is_seen_nowhere(backend: str, tied: bool):
+def test_vocab_padding_changes_no_result_and_no_file(backend: str, tied: bool):
     """31 tokens, 48 rows: the same files, logits, loss, samples and counts, and zeros that stay zeros."""
     plain, padded = build(backend, tie_weights=tied), build(backend, tie_weights=tied, pad_vocab_size_to=16)
     assert padded.transformer.wte.weight.shape == padded.lm_head.weight.shape == (32, 32)
@@ -211,7 +211,7 @@ def test_padding_of_the_vocabulary_is_seen_nowhere(backend: str, tied: bool):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_activation_checkpointing_changes_nothing_but_memory(backend: str, dropout: float):
+def test_activation_checkpointing_changes_memory_only(backend: str, dropout: float):
     """The same bits, dropout included, while a block keeps its inputs alone."""
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
 
@@ -241,7 +241,7 @@ def test_sinusoids_are_the_papers():
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "none"])
-def test_what_enters_the_blocks(position):
+def test_transformer_adds_positions_to_the_embedding(position):
     """Token embedding and positions; the embedding is scaled by sqrt(C) where sinusoids are added."""
     from gptfast.model import sinusoids
 
@@ -268,14 +268,14 @@ def test_what_enters_the_blocks(position):
         ("relu", torch.relu),
     ],
 )
-def test_the_activation_is_the_one_configured(activation, function):
+def test_mlp_computes_the_configured_activation(activation, function):
     mlp = build(activation=activation, init_std=1.0).transformer.h[0].mlp
     x = torch.randn(3, 32, device=DEVICE)
     torch.testing.assert_close(mlp(x), mlp.c_proj(function(mlp.c_fc(x))))
 
 
 @pytest.mark.parametrize("site", ["embedding", "attention", "attention output", "feed-forward output"])
-def test_dropout_acts_in_four_places_in_training_alone(site):
+def test_dropout_acts_in_four_places_in_training_only(site):
     model, idx = build(dropout=0.5), tokens(2, 16)
     transformer = model.transformer
     # what a sublayer puts out is dropped where it is added: in the norm that follows
@@ -302,7 +302,7 @@ def test_post_norm_normalises_after_the_addition():
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_blocks_are_pytorchs_encoder_layers_behind_a_mask(norm_position):
+def test_blocks_equal_masked_encoder_layers_of_pytorch(norm_position):
     """Another's implementation of Vaswani et al. 2017 with the same weights: head size, residuals, order of norms."""
     heads, width = 4, 32
     model = build(n_head=heads, norm_position=norm_position, activation="relu", init_std=0.3).double().eval()
@@ -353,7 +353,7 @@ def test_autocast_trains_in_bfloat16():
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize(("stream", "size"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
-def test_under_autocast_norms_give_what_products_take(backend: str, stream: torch.dtype | None, size: torch.dtype):
+def test_norms_under_autocast_produce_the_matmul_dtype(backend: str, stream: torch.dtype | None, size: torch.dtype):
     """No cast stands between them; the residual stream has a dtype of its own."""
     model, seen = build(backend), []
     model.set_residual_dtype(stream)
@@ -367,7 +367,7 @@ def test_under_autocast_norms_give_what_products_take(backend: str, stream: torc
     torch.testing.assert_close(loss, build()(tokens(2, 16), tokens(2, 16, seed=1))[1], rtol=0.01, atol=0.01)
 
 
-def test_a_residual_stream_that_norms_round_has_no_dtype_of_its_own():
+def test_set_residual_dtype_rejects_post_norm():
     with pytest.raises(ValueError, match='needs norm_position="pre", the model has "post"'):
         build(norm_position="post").set_residual_dtype(torch.bfloat16)
 
@@ -382,7 +382,7 @@ def test_configure_optimizers_decays_matrices_alone():
     assert decayed["betas"] == (0.9, 0.95)
 
 
-def test_frozen_parameters_get_no_optimizer_state():
+def test_configure_optimizers_leaves_out_frozen_parameters():
     model = build()
     model.transformer.wpe.weight.requires_grad_(False)
     groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type).param_groups
@@ -424,12 +424,12 @@ def test_crop_block_size():
         (torch.zeros(1, 5), torch.full((1, 5), 99), "target 99 is out of range; accepted: 0 to 30"),
     ],
 )
-def test_bad_tokens(idx, targets, message):
+def test_forward_rejects_bad_tokens(idx, targets, message):
     model = GPT(GPTConfig(**SMALL))  # on the CPU: there PyTorch would answer with an IndexError
     with pytest.raises(ValueError, match=message):
         model(idx.long(), None if targets is None else targets.long())
 
 
-def test_an_empty_batch_has_empty_logits():
+def test_forward_of_an_empty_batch_is_empty():
     logits, _ = build()(torch.zeros(0, 4, dtype=torch.long, device=DEVICE))
     assert logits.shape == (0, 1, 31)

@@ -62,7 +62,7 @@ def losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"iter \d+: loss ([\d.]+)", printed)]
 
 
-def test_train_resume_and_sample(folder):
+def test_nanogpt_scripts_train_resume_and_sample(folder):
     change_the_import(folder)
     first = run(folder, "train.py", *TRAIN, "--max_iters=3")
     assert [losses(first)[0], len(losses(first))] == [pytest.approx(np.log(18), abs=0.2), 4]
@@ -77,7 +77,7 @@ def test_train_resume_and_sample(folder):
     assert GPT.from_nanogpt(folder / "out/ckpt.pt").config.activation == "gelu_tanh"
 
 
-def test_a_checkpoint_of_nanogpts_own_goes_on(folder):
+def test_nanogpt_scripts_resume_nanogpts_own_checkpoint(folder):
     """Trained there, resumed there and here: the same losses, and the same text."""
     settings = [*TRAIN, "--learning_rate=1e-2", "--lr_decay_iters=80"]
     run(folder, "train.py", *settings, "--max_iters=60")
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_nanogpts_own_goes_on(folder):
     assert GPT.from_nanogpt(folder / "out/ckpt.pt").config.activation == "gelu"
 
 
-def test_a_pretrained_model_is_trained_on(folder):
+def test_nanogpt_scripts_finetune_a_pretrained_model(folder):
     """`--init_from=gpt2`, in the place of which there is a small folder of that name; the context is cropped."""
     change_the_import(folder)
     config = GPTConfig(block_size=32, vocab_size=18, n_layer=1, n_head=2, n_embd=16)
@@ -108,7 +108,7 @@ def test_a_pretrained_model_is_trained_on(folder):
     assert (saved["n_layer"], saved["n_embd"], saved["block_size"], saved["bias"]) == (1, 16, 16, True)
 
 
-def test_bench(folder):
+def test_nanogpt_scripts_benchmark(folder):
     """It waits for a GPU whatever its device is, for which nothing stands here."""
     change_the_import(folder)
     arguments = ["bench.py", "--real_data=False", "--batch_size=1", "--block_size=8", *ON_CPU]

@@ -57,7 +57,7 @@ def run(config: GPTConfig, backend: str, dtype: torch.dtype, state: dict[str, Te
 @pytest.mark.parametrize(
     "preset", ["gpt2", "gpt2-medium", *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)]
 )
-def test_triton_equals_eager(preset: str, dtype: torch.dtype):
+def test_preset_of_triton_equals_eager(preset: str, dtype: torch.dtype):
     """Loss, logits and every gradient, by the rule that holds for the operators."""
     config = GPTConfig.preset(preset, n_layer=1, block_size=16, vocab_size=VOCABULARY, pad_vocab_size_to=128)
     state = weights(config, dtype)

@@ -33,7 +33,7 @@ LOSSLESS = {name: tokenizer for name, tokenizer in ALL.items() if name != "word"
 
 
 @pytest.mark.parametrize("tokens", LOSSLESS.values(), ids=LOSSLESS)
-def test_text_comes_back(tokens):
+def test_decode_inverts_encode(tokens):
     ids = tokens.encode(TEXT)
     assert ids.dtype == np.int64
     assert 0 <= ids.min() <= ids.max() < tokens.vocab_size
@@ -43,7 +43,7 @@ def test_text_comes_back(tokens):
 
 
 @pytest.mark.parametrize("tokens", ALL.values(), ids=ALL)
-def test_a_saved_tokenizer_comes_back_from_json(tokens):
+def test_from_json_restores_a_tokenizer(tokens):
     again = tokenizers.from_json(json.loads(json.dumps(tokens.to_json())))
     assert type(again) is type(tokens)
     assert (again.vocab_size, again.end_of_text) == (tokens.vocab_size, tokens.end_of_text)
@@ -53,7 +53,7 @@ def test_a_saved_tokenizer_comes_back_from_json(tokens):
 
 
 @pytest.mark.parametrize("tokens", ALL.values(), ids=ALL)
-def test_the_end_of_text_is_a_token_that_no_text_has(tokens):
+def test_encode_never_gives_the_end_of_text(tokens):
     if tokens.end_of_text is None:
         assert tokens.vocab_size == len(set(TEXT))
         return
@@ -65,33 +65,33 @@ def test_the_end_of_text_is_a_token_that_no_text_has(tokens):
     assert tokens.end_of_text not in ids
 
 
-def test_characters_are_numbered_as_they_were_saved():
+def test_char_keeps_the_saved_order():
     # not in the order of code points, as an older file might have it
     tokens = tokenizers.from_json({"kind": "char", "chars": "zab\n"})
     assert tokens.encode("abz\n").tolist() == [1, 2, 0, 3]
     assert tokens.end_of_text is None
 
 
-def test_unknown_characters_are_named():
+def test_char_names_unknown_characters():
     with pytest.raises(ValueError, match=r"lacks the characters 'xé'; accepted: the 3 of its training text"):
         CharTokenizer("abc", end_of_text=True).encode("axbéc")
 
 
 @given(st.text())
-def test_bytes_have_tokens_for_every_text(text: str):
+def test_byte_encodes_every_text(text: str):
     tokens = ByteTokenizer()
     ids = tokens.encode(text)
     assert tokens.decode_bytes(ids.tolist()) == text.encode("utf-8", "surrogatepass")
 
 
-def test_half_a_character_is_replaced_in_text_and_kept_in_bytes():
+def test_byte_replaces_half_a_character_in_text_only():
     tokens = ByteTokenizer()
     half = tokens.encode("é").tolist()[:1]
     assert tokens.decode(half) == "\ufffd"
     assert tokens.decode_bytes(half) == b"\xc3"
 
 
-def test_words_and_marks():
+def test_word_splits_words_and_punctuation():
     tokens = WordTokenizer.of_documents(["the fox sees the dog.", "Isn't the (old) dog's fox"])
     assert tokens.words[:4] == ["<unk>", END_OF_TEXT, "the", "fox"]  # the most frequent first, then by alphabet
     ids = tokens.encode("the old fox isn't a dog.").tolist()
@@ -100,7 +100,7 @@ def test_words_and_marks():
     assert tokens.encode("zebra").tolist() == [tokens.unknown]
 
 
-def test_words_are_numbered_alike_on_every_run():
+def test_word_numbers_by_frequency_then_alphabet():
     """The most frequent first, equals by their letters, wherever they stand in the text."""
     assert WordTokenizer.of_documents(["d a c", "b a"]).words[2:] == ["a", "b", "c", "d"]
 
@@ -113,7 +113,7 @@ def test_words_are_numbered_alike_on_every_run():
         "It isn't, rock'n'roll; it\u2019s \u00fcber",
     ],
 )
-def test_texts_that_words_are_put_together_to(text: str):
+def test_word_decodes_spacing_around_punctuation(text: str):
     """No space before and after marks that have none there; apostrophes are within a word."""
     tokens = WordTokenizer.of_documents([text])
     assert tokens.decode(tokens.encode(text).tolist()) == text
@@ -121,7 +121,7 @@ def test_texts_that_words_are_put_together_to(text: str):
 
 
 @given(st.text())
-def test_words_come_back_though_space_does_not(text: str):
+def test_word_keeps_all_but_white_space(text: str):
     tokens = WordTokenizer.of_documents([text, "a"])
     ids = tokens.encode(text).tolist()
     assert tokens.unknown not in ids
@@ -140,19 +140,19 @@ def test_words_come_back_though_space_does_not(text: str):
         ({"kind": "tiktoken", "name": "gpt2"}, "not a saved tiktoken tokenizer: KeyError: 'ranks'"),
     ],
 )
-def test_not_a_tokenizer(saved, message):
+def test_from_json_rejects_other_content(saved, message):
     with pytest.raises(ValueError, match=message):
         tokenizers.from_json(saved)
 
 
-def test_tiktokens_encodings_by_name(monkeypatch):
+def test_for_documents_loads_a_tiktoken_encoding(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_encoding())
     tokens = tokenizers.for_documents("gpt2", [])
     assert tokens.vocab_size == 258
     assert tokens.encode("thé").tolist() == [256, 0xC3, 0xA9]
 
 
-def test_a_vocabulary_from_a_folder(tmp_path, monkeypatch):
+def test_for_documents_reads_a_vocabulary_folder(tmp_path, monkeypatch):
     """By the names of its files or of tiktoken's cache; nothing is downloaded, and what is wrong is said."""
     monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail(f"{url} was asked for"))
     content = b"".join(tiktoken_line(bytes([byte]), byte) for byte in range(256)) + tiktoken_line(b"th", 256)
@@ -183,7 +183,7 @@ def tiktoken_line(token: bytes, rank: int) -> bytes:
     return base64.b64encode(token) + f" {rank}\n".encode()
 
 
-def test_a_vocabulary_that_cannot_be_had(monkeypatch):
+def test_for_documents_offline_names_the_way_out(monkeypatch):
     def offline(name):
         raise ConnectionError("no route to host")
 
@@ -194,7 +194,7 @@ def test_a_vocabulary_that_cannot_be_had(monkeypatch):
         tokenizers.for_documents("gpt2", [])
 
 
-def test_unknown_names():
+def test_for_documents_rejects_unknown_names():
     with pytest.raises(ValueError, match="unknown tokenizer 'bert'; accepted: char, byte, word, gpt2, "):
         tokenizers.for_documents("bert", [])
     with pytest.raises(ValueError, match=r"vocabulary folder .* 'char'; accepted: gpt2, "):

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gptfast.checkpoint.atomic_files import checksum, read_json, read_tensors, write_json, write_tensors
+from gptfast.checkpoint.atomic_files import checksum
 from gptfast.checkpoint.manager import Checkpoint, CheckpointManager
+from tests.support.files import TENSORS, names, no_space
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -42,10 +43,6 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return CheckpointManager(folder, 2).latest()
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return checksum(ours) == checksum(theirs)
 
@@ -55,98 +52,7 @@ def same(ours: Checkpoint, theirs: Checkpoint) -> bool:
     return tensors and (ours.step, ours.state) == (theirs.step, theirs.state)
 
 
-TENSORS = {
-    "float32": torch.tensor([[0.1, -0.0], [math.inf, math.nan]]),
-    "bfloat16": torch.arange(5, dtype=torch.bfloat16) / 3,
-    "float16": torch.tensor([6e-8], dtype=torch.float16),
-    "float64": torch.tensor([math.pi], dtype=torch.float64),
-    "int32": torch.tensor([[[-(2**31)]]], dtype=torch.int32),
-    "int64": torch.tensor([2**62, -1]),
-    "bool": torch.tensor([True, False, True]),
-    "no dimensions": torch.tensor(3.5),
-    "no elements": torch.empty(0, 5),
-    "transposed": torch.arange(6.0).view(2, 3).t(),
-    "every other": torch.arange(10.0)[::2],
-    "a name/with. é": torch.zeros(1),
-}
-
-
-def test_tensors_come_back(tmp_path):
-    path = tmp_path / "some.safetensors"
-    write_tensors(path, TENSORS)
-    found = read_tensors(path)
-    assert found.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
-    assert same_tensors(found, TENSORS)  # the sign of zero as well
-    write_tensors(path, {})
-    assert read_tensors(path) == {}
-    assert names(tmp_path) == ["some.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"a": torch.tensor([1.0, 2.5])},
-        {"b": torch.tensor([1.0, 2.0])},
-        {"a": torch.tensor([[1.0, 2.0]])},
-        {"a": torch.tensor([1.0, 2.0]).view(torch.int32)},
-        {"a": torch.tensor([1.0, 2.0]), "b": torch.empty(0)},
-        {},
-    ],
-    ids=["value", "name", "shape", "dtype", "one more", "none"],
-)
-def test_other_tensors_have_another_checksum(other):
-    assert checksum(other) != checksum({"a": torch.tensor([1.0, 2.0])})
-
-
-def test_files_of_others_have_no_checksum_and_are_read(tmp_path):
-    path = tmp_path / "theirs.safetensors"
-    for metadata in (None, {"format": "pt"}):
-        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata)
-        assert read_tensors(path)["a"].tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 40, b"\xff" * 40])
-def test_what_is_no_safetensors_file(tmp_path, content):
-    path = tmp_path / "some.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"some\.safetensors is damaged: "):
-        read_tensors(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b'{"a": \xff}', b"[1]", b"null"])
-def test_what_is_no_json_object(tmp_path, content):
-    path = tmp_path / "some.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"some\.json is damaged: "):
-        read_json(path)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
-def test_what_json_has_not_leaves_the_older_file(tmp_path, value):
-    path = tmp_path / "some.json"
-    write_json(path, {"a": 1})
-    with pytest.raises((ValueError, TypeError), match="JSON"):
-        write_json(path, {"a": [value]})
-    assert read_json(path) == {"a": 1}
-    assert names(tmp_path) == ["some.json"]
-
-
-def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
-    write_json(tmp_path / "some.json", {"a": 1})
-    write_tensors(tmp_path / "some.safetensors", {"a": torch.ones(1)})
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match=r"cannot write .*some\.json: .*No space left on device"):
-        write_json(tmp_path / "some.json", {"a": 2})
-    with pytest.raises(OSError, match=r"cannot write .*some\.safetensors: .*No space left on device"):
-        write_tensors(tmp_path / "some.safetensors", {"a": torch.zeros(1)})
-    assert read_json(tmp_path / "some.json") == {"a": 1}
-    assert read_tensors(tmp_path / "some.safetensors")["a"].tolist() == [1.0]
-    assert names(tmp_path) == ["some.json", "some.safetensors"]
-
-
-def test_a_checkpoint_comes_back(tmp_path):
+def test_latest_returns_the_checkpoint_saved(tmp_path):
     save(tmp_path / "not/yet/there", 3)
     found, wrong = latest(tmp_path / "not/yet/there")
     assert same(found, checkpoint(3))
@@ -155,7 +61,7 @@ def test_a_checkpoint_comes_back(tmp_path):
     assert names(tmp_path / "not/yet/there/step-00000003") == sorted(FILES)
 
 
-def test_all_dtypes_and_shapes(tmp_path):
+def test_save_takes_all_dtypes_and_shapes(tmp_path):
     checkpoints = CheckpointManager(tmp_path, 1)
     checkpoints.save(Checkpoint(0, TENSORS, {}, {}))
     checkpoints.close()
@@ -165,7 +71,7 @@ def test_all_dtypes_and_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_ones_are_kept(tmp_path, keep: int):
+def test_save_keeps_the_last_ones_by_number(tmp_path, keep: int):
     # by number: one of them is longer than the others
     save(tmp_path, 7, 250, 99_999_999, 100_000_000, keep=keep)
     assert names(tmp_path) == sorted(
@@ -174,13 +80,13 @@ def test_the_last_ones_are_kept(tmp_path, keep: int):
     assert latest(tmp_path)[0].step == 100_000_000
 
 
-def test_fewer_are_kept_from_now_on(tmp_path):
+def test_save_removes_more_when_keep_shrinks(tmp_path):
     save(tmp_path, 1, 2, 3, keep=3)
     save(tmp_path, 4, keep=2)
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
-def test_where_nothing_is_saved_nothing_is_found(tmp_path):
+def test_latest_finds_nothing_in_other_folders(tmp_path):
     assert latest(tmp_path / "missing") == (None, [])
     for name in ("step-1", "step-0000000x", "other", "step-00000001.old"):
         (tmp_path / name).mkdir()
@@ -188,7 +94,7 @@ def test_where_nothing_is_saved_nothing_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_flipped_bit_goes_unnoticed(tmp_path, file: str):
+def test_latest_notices_every_flipped_bit(tmp_path, file: str):
     """Of any byte of a file; but for the header's own name of the checksum, where no value is lost."""
     save(tmp_path, 1, 2)
     path = tmp_path / "step-00000002" / file
@@ -225,7 +131,7 @@ def longer(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, emptied, longer, Path.unlink, a_folder])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, file: str, damage):
+def test_latest_skips_damaged_checkpoints(tmp_path, file: str, damage):
     save(tmp_path, 1, 2, 3, keep=3)
     damage(tmp_path / "step-00000003" / file)
     found, wrong = latest(tmp_path)
@@ -242,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, file: str, damage):
     assert "\n" not in str(raised.value)
 
 
-def test_a_checkpoint_without_the_checksum_of_its_state(tmp_path):
+def test_latest_needs_the_checksum_of_the_state(tmp_path):
     save(tmp_path, 1)
     path = tmp_path / "step-00000001/state.json"
     content = json.loads(path.read_text())
@@ -252,7 +158,7 @@ def test_a_checkpoint_without_the_checksum_of_its_state(tmp_path):
         latest(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_replaced(tmp_path):
+def test_save_replaces_a_damaged_checkpoint(tmp_path):
     save(tmp_path, 1, 2)
     truncated(tmp_path / "step-00000002/model.safetensors")
     (tmp_path / "step-00000002/more").touch()
@@ -262,10 +168,6 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path):
     assert wrong == []
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
     assert names(tmp_path / "step-00000002") == sorted(FILES)
-
-
-def no_space(*_, **__):
-    raise OSError(28, "No space left on device")
 
 
 def no_space_for_safetensors(*_, **__):
@@ -301,9 +203,7 @@ def write_more(checkpoints: CheckpointManager) -> None:
 @pytest.mark.parametrize(("module", "name", "failing", "calls"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("later", [write_more, CheckpointManager.close])
 @pytest.mark.parametrize("older", [(), (1, 2)], ids=["", "older ones"])
-def test_a_failed_write_comes_up_later_and_costs_nothing(
-    tmp_path, monkeypatch, module, name, failing, calls, later, older
-):
+def test_later_calls_raise_a_failed_write_once(tmp_path, monkeypatch, module, name, failing, calls, later, older):
     save(tmp_path, *older)
     checkpoints = CheckpointManager(tmp_path, 2)
     with monkeypatch.context() as patched:
@@ -323,7 +223,7 @@ def test_a_failed_write_comes_up_later_and_costs_nothing(
         assert same(latest(tmp_path)[0], checkpoint(4))
 
 
-def test_a_failed_write_leaves_a_damaged_one_in_place_or_removes_it(tmp_path, monkeypatch):
+def test_failed_replacement_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     """What is to be replaced is out of sight or as it was, never in parts."""
     for calls in (0, 1):
         save(tmp_path, 1, 2)
@@ -337,7 +237,7 @@ def test_a_failed_write_leaves_a_damaged_one_in_place_or_removes_it(tmp_path, mo
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_ones_of_later_steps_are_not_kept_in_the_place_of_whole_ones(tmp_path, keep: int):
+def test_save_removes_damaged_checkpoints_of_later_steps(tmp_path, keep: int):
     save(tmp_path, 10, 20, 30, keep=3)
     for step in (20, 30):
         truncated(tmp_path / f"step-000000{step}/model.safetensors")
@@ -346,7 +246,7 @@ def test_damaged_ones_of_later_steps_are_not_kept_in_the_place_of_whole_ones(tmp
     assert same(latest(tmp_path)[0], checkpoint(15))
 
 
-def test_what_a_killed_process_left_is_never_read(tmp_path):
+def test_latest_ignores_what_a_killed_process_left(tmp_path):
     save(tmp_path, 1, 2)
     shutil.copytree(tmp_path / "step-00000002", tmp_path / ".step-00000003.partial")  # all but renamed
     (tmp_path / ".step-00000004.partial").mkdir()
@@ -361,7 +261,7 @@ def test_what_a_killed_process_left_is_never_read(tmp_path):
     CheckpointManager(tmp_path / "missing", 2).clean()
 
 
-def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
+def test_save_discards_what_a_killed_process_left(tmp_path):
     for name in (".step-00000001.partial", ".step-00000001.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "other").write_bytes(b"\x10")
@@ -371,7 +271,7 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_nobody_waits_for_the_disk_until_two_are_waiting(tmp_path):
+def test_submit_blocks_only_while_two_writes_are_pending(tmp_path):
     checkpoints, disk, written = CheckpointManager(tmp_path, 3), threading.Event(), []
 
     def slowly():
@@ -394,7 +294,7 @@ def test_nobody_waits_for_the_disk_until_two_are_waiting(tmp_path):
     assert latest(tmp_path)[0].step == 4
 
 
-def test_writing_is_done_by_one_thread_of_its_own(tmp_path):
+def test_submit_runs_in_one_thread(tmp_path):
     checkpoints, threads = CheckpointManager(tmp_path, 2), []
     for _ in range(4):
         checkpoints.submit(lambda: threads.append(threading.current_thread()))

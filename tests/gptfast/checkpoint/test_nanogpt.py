@@ -33,7 +33,7 @@ def ours(model: GPT) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_nanogpts(tmp_path, bias, compiled, backend):
+def test_from_nanogpt_gives_nanogpts_logits(tmp_path, bias, compiled, backend):
     path = save(tmp_path, checkpoint(bias=bias, compiled=compiled))
     model = GPT.from_nanogpt(path, backend=backend).to(DEVICE)
     assert (model.config.activation, model.config.dropout, model.config.bias) == ("gelu", 0.1, bias)
@@ -41,7 +41,7 @@ def test_logits_are_nanogpts(tmp_path, bias, compiled, backend):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_older_checkpoints_have_the_older_gelu(tmp_path, compiled):
+def test_from_nanogpt_gives_older_checkpoints_the_older_gelu(tmp_path, compiled):
     """Before nanoGPT had the module it computed the tanh approximation; attention's mask was a buffer then."""
     content = checkpoint(gelu=False, compiled=compiled)
     del content["model_args"]["bias"]
@@ -53,13 +53,13 @@ def test_older_checkpoints_have_the_older_gelu(tmp_path, compiled):
     assert GPT.from_nanogpt(tmp_path / "ckpt.pt", {"activation": "relu"}).config.activation == "relu"
 
 
-def test_a_plain_dict_is_taken_for_todays_nanogpt(tmp_path):
+def test_from_nanogpt_takes_a_plain_dict_for_todays_nanogpt(tmp_path):
     content = checkpoint()
     content["model"] = dict(content["model"])
     assert GPT.from_nanogpt(save(tmp_path, content)).config.activation == "gelu"
 
 
-def test_what_can_be_overridden(tmp_path):
+def test_from_nanogpt_takes_overrides(tmp_path):
     path = save(tmp_path, checkpoint())
     model = GPT.from_nanogpt(path, {"dropout": 0.0, "pad_vocab_size_to": 64})
     assert (model.config.dropout, model.lm_head.weight.shape[0]) == (0.0, 64)
@@ -70,7 +70,7 @@ def test_what_can_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_that_no_token_has_can_be_dropped(tmp_path, tied):
+def test_from_nanogpt_drops_padded_vocabulary_rows(tmp_path, tied):
     """The others have the logits that they had."""
     content = checkpoint()
     if not tied:
@@ -88,13 +88,13 @@ def test_rows_that_no_token_has_can_be_dropped(tmp_path, tied):
     )
 
 
-def test_half_precision_is_read_into_float32(tmp_path):
+def test_from_nanogpt_reads_half_precision_into_float32(tmp_path):
     content = checkpoint()
     content["model"] = {name: tensor.bfloat16() for name, tensor in content["model"].items()}
     assert GPT.from_nanogpt(save(tmp_path, content)).lm_head.weight.dtype == torch.float32
 
 
-def test_a_head_that_is_not_the_embedding(tmp_path):
+def test_from_nanogpt_keeps_an_untied_head(tmp_path):
     content = checkpoint()
     content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"] + 1
     model = GPT.from_nanogpt(save(tmp_path, content))
@@ -103,7 +103,7 @@ def test_a_head_that_is_not_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"pad_vocab_size_to": 64}], ids=str)
-def test_a_state_dict_is_nanogpts(settings):
+def test_state_dict_is_nanogpts(settings):
     """Names, order and shapes; the head is there as well as the embedding, and padding is not."""
     state = GPT(GPTConfig(**MODEL_ARGS | settings)).state_dict()
     expected = shapes(**MODEL_ARGS | settings)
@@ -111,7 +111,7 @@ def test_a_state_dict_is_nanogpts(settings):
     assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
 
 
-def test_a_model_follows_nanogpts_activation():
+def test_load_state_dict_adopts_nanogpts_activation():
     """As in train.py and sample.py, whose settings do not name it."""
     model = GPT(GPTConfig(**MODEL_ARGS))
     with pytest.warns(UserWarning, match="trained with activation='gelu', the model's 'gelu_tanh'"):
@@ -121,7 +121,7 @@ def test_a_model_follows_nanogpts_activation():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_state_dict_remembers_its_activation(tmp_path, compiled):
+def test_state_dict_carries_its_activation(tmp_path, compiled):
     """Through what train.py does to it: torch.save, torch.load, and the names without what torch.compile puts there."""
     trained = GPT(GPTConfig(**MODEL_ARGS, activation="gelu"))
     wrapped = torch.compile(trained) if compiled else trained
@@ -136,7 +136,7 @@ def test_a_state_dict_remembers_its_activation(tmp_path, compiled):
     assert torch.equal(ours(model), ours(trained))
 
 
-def test_an_activation_that_was_chosen_stays(recwarn):
+def test_load_state_dict_keeps_a_chosen_activation(recwarn):
     model = GPT(GPTConfig(**MODEL_ARGS, activation="relu"))
     model.load_state_dict(checkpoint()["model"])
     GPT(GPTConfig(**MODEL_ARGS)).load_state_dict(GPT(GPTConfig(**MODEL_ARGS)).state_dict())
@@ -193,12 +193,12 @@ def replaced(tensor: object, name: str = "transformer.h.0.attn.c_attn.weight") -
         ),
     ],
 )
-def test_what_is_no_checkpoint(tmp_path, content, message):
+def test_from_nanogpt_rejects_other_content(tmp_path, content, message):
     path = save(tmp_path, content)
     assert refused(path).startswith(f"{path} {message}")
 
 
-def test_files_that_are_none(tmp_path, recwarn):
+def test_from_nanogpt_rejects_missing_and_damaged_files(tmp_path, recwarn):
     assert str(tmp_path / "none.pt") in refused(tmp_path / "none.pt")
     assert str(tmp_path) in refused(tmp_path)
     whole = save(tmp_path, checkpoint()).read_bytes()
@@ -209,7 +209,7 @@ def test_files_that_are_none(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_nothing_in_a_file_is_run(tmp_path):
+def test_from_nanogpt_runs_no_code(tmp_path):
     class Harmful:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was run",)
@@ -218,7 +218,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
     assert not (tmp_path / "was run").exists()
 
 
-def test_both_models_load_each_others_files(nanogpt, tmp_path):
+def test_nanogpts_model_and_ours_continue_each_others_checkpoints(nanogpt, tmp_path):
     """nanoGPT's own model and optimizer, from a checkout: its checkpoints here, ours there."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
     theirs = importlib.util.module_from_spec(spec)

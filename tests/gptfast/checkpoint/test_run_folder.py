@@ -8,6 +8,7 @@ import torch
 from gptfast import GPT, GPTConfig, load_model
 from gptfast.checkpoint import run_folder
 from gptfast.tokenizers import CharTokenizer
+from tests.support.files import no_space
 
 CONFIG = {"block_size": 8, "vocab_size": 3, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
@@ -22,7 +23,7 @@ def write(path: Path, **settings) -> GPT:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_come_back(tmp_path, tied):
+def test_load_run_returns_the_weights_saved(tmp_path, tied):
     saved = write(tmp_path / "run", tie_weights=tied)
     model, tokenizer = load_model.load_run(tmp_path / "run")
     assert tokenizer.decode([0, 1, 2]) == "abc"
@@ -33,7 +34,7 @@ def test_weights_come_back(tmp_path, tied):
     assert ("lm_head.weight" in stored) is not tied
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_run_folder_rejects_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; give a new one with --out"):
         run_folder.RunFolder(tmp_path)
@@ -43,20 +44,17 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
-def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, call):
+def test_run_folder_keeps_the_older_file_after_a_failed_write(tmp_path, monkeypatch, call):
     folder = run_folder.RunFolder(tmp_path / "run")
     folder.write_json("summary.json", {"steps": 1})
 
-    def full_disk(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(call, full_disk)
+    monkeypatch.setattr(call, no_space)
     with pytest.raises(OSError, match="No space left"):
         folder.write_json("summary.json", {"steps": 2})
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}
 
 
-def test_what_is_written_is_json(tmp_path):
+def test_run_folder_writes_json(tmp_path):
     """Python's own extension, Infinity and NaN, is not read by other programs."""
     folder = run_folder.RunFolder(tmp_path / "run")
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -66,7 +64,7 @@ def test_what_is_written_is_json(tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-def test_a_run_to_continue(tmp_path):
+def test_run_folder_resumes_a_run(tmp_path):
     with run_folder.RunFolder(tmp_path / "new", resume=True) as folder:
         assert not folder.resumed
     write(tmp_path / "run")
@@ -80,13 +78,13 @@ def test_a_run_to_continue(tmp_path):
         run_folder.RunFolder(tmp_path / "other", resume=True)
 
 
-def test_a_start_that_was_killed_is_nothing(tmp_path):
+def test_run_folder_accepts_what_a_killed_start_left(tmp_path):
     run_folder.RunFolder(tmp_path / "run").close()
     (tmp_path / "run/config.json.partial").write_text("{")
     run_folder.RunFolder(tmp_path / "run").close()
 
 
-def test_a_flipped_byte_of_the_weights(tmp_path):
+def test_load_run_notices_a_flipped_byte(tmp_path):
     write(tmp_path / "run")
     content = bytearray((tmp_path / "run/model.safetensors").read_bytes())
     content[-5] ^= 1
@@ -124,7 +122,7 @@ def damage(path: Path, content: bytes | None) -> None:
         ),
     ],
 )
-def test_damaged_folders(tmp_path, name, content, message):
+def test_load_run_rejects_damaged_folders(tmp_path, name, content, message):
     write(tmp_path / "run")
     damage(tmp_path / "run" / name, content)
     with pytest.raises(ValueError, match=message) as caught:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from gptfast.data import corpus
+from tests.support.files import no_space
 
 
-def test_the_standard_library_is_plain_python_and_the_same_every_time():
+def test_load_text_of_the_standard_library_is_stable_ascii():
     text = corpus.load_text("stdlib")
     assert len(text) > 3_000_000
     assert text.isascii()
@@ -17,7 +18,7 @@ def test_the_standard_library_is_plain_python_and_the_same_every_time():
     assert corpus.load_text("stdlib") == text
 
 
-def test_small_texts_by_name(tmp_path, monkeypatch):
+def test_load_text_prefers_built_in_texts(tmp_path, monkeypatch):
     """Wherever the command is run, and before a file of that name."""
     monkeypatch.chdir(tmp_path)
     Path("clinic").write_text("another text")
@@ -28,7 +29,7 @@ def test_small_texts_by_name(tmp_path, monkeypatch):
     assert all(text.isascii() and text.endswith(".\n") for text in found.values())
 
 
-def test_files_and_folders(tmp_path):
+def test_load_text_reads_files_and_folders(tmp_path):
     (tmp_path / "b.txt").write_text("zwei")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "z.md").write_text("eins é")
@@ -37,7 +38,7 @@ def test_files_and_folders(tmp_path):
     assert corpus.load_text(str(tmp_path)) == "eins é\nzwei"
 
 
-def test_bad_sources(tmp_path):
+def test_load_text_rejects_bad_sources(tmp_path):
     names = "stdlib, shakespeare, chatbot, clinic, sentences"
     with pytest.raises(ValueError, match=rf"no such data: 'nowhere.txt'; accepted: {names}, or a text file or folder"):
         corpus.load_text("nowhere.txt")
@@ -69,7 +70,7 @@ def test_shakespeare_is_downloaded_once(shakespeare):
     assert corpus.load_text("shakespeare") == "First Citizen:\n"
 
 
-def test_a_damaged_cache_is_downloaded_again(shakespeare, tmp_path):
+def test_shakespeare_replaces_a_damaged_cache(shakespeare, tmp_path):
     corpus.load_text("shakespeare")
     cached = tmp_path / "cache/gptfast/tinyshakespeare.txt"
     cached.write_text("First Cit")
@@ -77,7 +78,7 @@ def test_a_damaged_cache_is_downloaded_again(shakespeare, tmp_path):
     assert cached.read_text() == "First Citizen:\n"
 
 
-def test_offline_names_the_way_out(shakespeare):
+def test_shakespeare_offline_names_the_way_out(shakespeare):
     shakespeare.unlink()
     with pytest.raises(ValueError, match=r"Tiny Shakespeare could not be downloaded from .* --data FILE"):
         corpus.load_text("shakespeare")
@@ -88,7 +89,7 @@ def test_offline_names_the_way_out(shakespeare):
     [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nFirst Cit", b"220 mail.example\r\n"],
     ids=["cut", "mail"],
 )
-def test_a_broken_answer_is_one_line_and_leaves_nothing(shakespeare, tmp_path, monkeypatch, answer):
+def test_shakespeare_of_a_broken_answer_leaves_nothing(shakespeare, tmp_path, monkeypatch, answer):
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
             self.request.recv(4096)
@@ -106,24 +107,21 @@ def test_a_broken_answer_is_one_line_and_leaves_nothing(shakespeare, tmp_path, m
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_leaves_nothing_half_written(shakespeare, tmp_path, monkeypatch):
-    def full_disk(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full_disk)
+def test_shakespeare_on_a_full_disk_leaves_nothing(shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", no_space)
     with pytest.raises(ValueError, match=r"cannot write the download to .*No space left on device.*XDG_CACHE_HOME"):
         corpus.load_text("shakespeare")
     assert list((tmp_path / "cache/gptfast").iterdir()) == []
 
 
-def test_a_wrong_download_is_not_kept(shakespeare, tmp_path):
+def test_shakespeare_rejects_another_checksum(shakespeare, tmp_path):
     shakespeare.write_text("<html>404</html>")
     with pytest.raises(ValueError, match="another checksum"):
         corpus.load_text("shakespeare")
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_checksum_is_that_of_tiny_shakespeare():
+def test_shakespeare_checksum_is_the_files():
     path = Path(__file__).parents[4] / "shared/data/tinyshakespeare.txt"
     if not path.is_file():
         pytest.skip("Tiny Shakespeare is not beside this checkout")

@@ -31,7 +31,7 @@ def _short_pieces(monkeypatch):
     monkeypatch.setattr(documents, "_MAX_PIECE", 400)
 
 
-def test_a_text_file_comes_in_pieces_and_whole(tmp_path):
+def test_pieces_of_a_text_file_make_the_whole(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes((TEXT * 20).encode())
     source = documents.open_source(str(path))
@@ -45,7 +45,7 @@ def test_a_text_file_comes_in_pieces_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-def test_a_cut_changes_no_token(monkeypatch, name: str):
+def test_cut_changes_no_token(monkeypatch, name: str):
     """By the patterns of tiktoken's encodings, every pair of characters a token, so that splits show."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     alphabet = "ab1'. \n\r/é"
@@ -68,7 +68,7 @@ def test_a_cut_changes_no_token(monkeypatch, name: str):
     check()
 
 
-def test_a_text_without_a_place_to_cut_is_cut_all_the_same(tmp_path):
+def test_cut_limits_pieces_without_a_place_to_cut(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("x" * 3000)
     pieces = list(documents.open_source(str(path)).pieces())
@@ -77,7 +77,7 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "gz"])
-def test_json_lines_are_a_document_each(tmp_path, packed: bool):
+def test_pieces_of_json_lines_are_a_document_each(tmp_path, packed: bool):
     lines = [json.dumps({"text": TEXT * 3, "id": 1}), "", json.dumps({"text": "short", "id": 2})]
     content = "\n".join(lines).encode()
     path = tmp_path / ("few.jsonl.gz" if packed else "few.jsonl")
@@ -88,13 +88,13 @@ def test_json_lines_are_a_document_each(tmp_path, packed: bool):
     assert 0 < sum(piece.consumed for piece in source.pieces()) <= source.bytes
 
 
-def test_a_packed_text(tmp_path):
+def test_pieces_unpack_gzip(tmp_path):
     path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress((TEXT * 9).encode()))
     assert joined(documents.open_source(str(path))) == [TEXT * 9]
 
 
-def test_folders_and_patterns(tmp_path):
+def test_open_source_finds_folders_and_patterns(tmp_path):
     files = {"b.txt": "second", "a/z.txt": "first", ".hidden": "no", "c/.git/x": "no", "c/d.md": "third"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def test_folders_and_patterns(tmp_path):
     assert documents.open_source(str(tmp_path / "*.txt")).one_document
 
 
-def test_the_standard_library_is_a_document_for_each_module():
+def test_open_source_makes_each_stdlib_module_a_document():
     source = documents.open_source("stdlib")
     assert len(source.texts) > 100
     assert not source.one_document
@@ -121,19 +121,19 @@ def test_the_standard_library_is_a_document_for_each_module():
         ("text.gz", gzip.compress(b"abc" * 1000, mtime=0)[:-12], r"text.gz is damaged: Compressed file ended"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name: str, content: bytes, message: str):
+def test_pieces_name_bad_files(tmp_path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(documents.open_source(str(tmp_path / name)).pieces())
 
 
-def test_a_small_text_is_one_document():
+def test_open_source_makes_a_small_text_one_document():
     source = documents.open_source("clinic")
     assert source.one_document
     assert "".join(source.documents()) == corpus.load_text("clinic")
 
 
-def test_nothing_there(tmp_path):
+def test_open_source_rejects_missing_data(tmp_path):
     with pytest.raises(
         ValueError, match=r"no such data: '.*nothing'; accepted: stdlib, .*, sentences, a file, a folder"
     ):

@@ -31,7 +31,7 @@ def read(folder: Path, split: str) -> str:
     return tokenizer.decode(tokens.windows(np.array([0]), len(tokens))[0].tolist())
 
 
-def test_the_end_of_a_single_text_is_held_out(tmp_path):
+def test_prepare_holds_out_the_end_of_a_single_text(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     index = prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path / "out"), "char"))
     boundary = int(len(TEXT) * 0.9)
@@ -46,7 +46,7 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "word"])
-def test_documents_end_in_a_token_and_some_are_held_out_whole(tmp_path, tokenizer: str):
+def test_prepare_holds_out_whole_documents(tmp_path, tokenizer: str):
     path = write_documents(tmp_path)
     config = PrepareConfig(str(path), str(tmp_path / "out"), tokenizer, held_out=0.2)
     index = prepare(config)
@@ -61,7 +61,7 @@ def test_documents_end_in_a_token_and_some_are_held_out_whole(tmp_path, tokenize
     assert found["val"][0].split()[:2] in (["document", "0"], ["document", "1"])
 
 
-def test_a_packed_single_text_and_many_pieces(tmp_path, monkeypatch):
+def test_prepare_reads_a_compressed_text_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("gptfast.data.documents.PIECE", 100)
     (tmp_path / "text.gz").write_bytes(gzip.compress(TEXT.encode()))
     prepare(PrepareConfig(str(tmp_path / "text.gz"), str(tmp_path / "out"), "byte", held_out=0.25))
@@ -70,7 +70,7 @@ def test_a_packed_single_text_and_many_pieces(tmp_path, monkeypatch):
     assert read(tmp_path / "out", "val") == TEXT[boundary:] + "<|endoftext|>"
 
 
-def test_other_processes_give_the_same_files(tmp_path, monkeypatch):
+def test_prepare_writes_the_same_files_with_several_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("gptfast.data.prepare._BATCH", 200)
     monkeypatch.setattr("gptfast.data.prepare._BYTES_PER_WORKER", 1)
     path = write_documents(tmp_path, count=60)
@@ -83,7 +83,7 @@ def test_other_processes_give_the_same_files(tmp_path, monkeypatch):
     assert len([name for name in outcomes[0] if name.startswith("train")]) > 2
 
 
-def test_a_model_trains_on_what_was_prepared(tmp_path, capsys):
+def test_train_takes_a_prepared_folder(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     cli.main(["prepare", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--out", str(tmp_path / "out")])
     assert "train: 2,323 tokens, 1.00 bytes of text each; documents: 1, files: 1" in capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_model_trains_on_what_was_prepared(tmp_path, capsys):
     assert saved == {"kind": "byte"}
 
 
-def test_nanogpts_tokens_need_a_tokenizer_that_is_named(tmp_path):
+def test_train_on_nanogpts_tokens_needs_a_named_tokenizer(tmp_path):
     for split in shards.SPLITS:
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     config = trainer.TrainConfig(data=str(tmp_path), tokenizer="char", out=str(tmp_path / "run"), device="cpu")
@@ -103,7 +103,7 @@ def test_nanogpts_tokens_need_a_tokenizer_that_is_named(tmp_path):
         trainer.train(config)
 
 
-def test_a_failure_leaves_nothing(tmp_path):
+def test_prepare_leaves_nothing_after_an_error(tmp_path):
     path = write_documents(tmp_path)
     with path.open("a") as file:
         file.write("{broken\n")
@@ -112,7 +112,7 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["documents.jsonl"]
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path):
+def test_prepare_killed_leaves_no_complete_folder(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("some words to be counted " * 2_000_000)
     command = [
@@ -150,7 +150,7 @@ def processes_in(group: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(tmp_path):
+def test_prepare_needs_memory_independent_of_the_text(tmp_path):
     """The largest of all processes, for ten times the text."""
     measure = (
         "import resource, sys; from gptfast import cli; cli.main(sys.argv[1:]); "
@@ -176,18 +176,18 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         ({"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_prepare_rejects_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         PrepareConfig("stdlib", "out", **settings)
 
 
-def test_a_folder_that_is_taken(tmp_path):
+def test_prepare_rejects_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         prepare(PrepareConfig(str(tmp_path / "text.txt"), str(tmp_path), "char"))
 
 
-def test_a_text_too_short_to_hold_anything_out(tmp_path):
+def test_prepare_rejects_a_text_too_short_to_split(tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "one document alone"}\n')
     with pytest.raises(ValueError, match="leaves no tokens for val; give more text, or another --held-out"):
         prepare(PrepareConfig(str(tmp_path / "few.jsonl"), str(tmp_path / "out"), "byte"))

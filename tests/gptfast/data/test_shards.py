@@ -26,7 +26,7 @@ def ids(tokens: Tokens) -> list[int]:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_what_is_written_is_read(tmp_path, vocab_size: int, dtype: str):
+def test_open_split_reads_what_was_written(tmp_path, vocab_size: int, dtype: str):
     write(tmp_path, vocab_size)
     assert ids(shards.open_split(tmp_path, "train")) == list(range(25))
     assert ids(shards.open_split(tmp_path, "val")) == list(range(7))
@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path, vocab_size: int, dtype: str):
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.data())
-def test_windows_cross_the_borders_of_shards(lengths: list[int], drawn: st.DataObject):
+def test_windows_cross_shard_boundaries(lengths: list[int], drawn: st.DataObject):
     total = sum(lengths)
     row = np.arange(total, dtype=np.uint16)
     tokens = Tokens(np.split(row, np.cumsum(lengths)[:-1]))
@@ -53,7 +53,7 @@ def test_windows_cross_the_borders_of_shards(lengths: list[int], drawn: st.DataO
     assert np.array_equal(tokens.windows(starts, length), expected)
 
 
-def test_nanogpts_folders_are_read_as_they_are(tmp_path):
+def test_open_split_reads_nanogpts_folders(tmp_path):
     np.arange(50, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.arange(20, dtype=np.uint16).tofile(tmp_path / "val.bin")
     assert shards.is_prepared(tmp_path)
@@ -86,14 +86,14 @@ def change_format(folder) -> None:
         (lambda folder: (folder / "index.json").unlink(), "neither an index.json nor a train.bin"),
     ],
 )
-def test_damage_is_named(tmp_path, damage, message):
+def test_open_split_names_damage(tmp_path, damage, message):
     write(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         shards.open_split(tmp_path, "train")
 
 
-def test_a_changed_byte_is_found(tmp_path):
+def test_verify_finds_a_changed_byte(tmp_path):
     write(tmp_path)
     path = tmp_path / "train-00000.bin"
     content = bytearray(path.read_bytes())
@@ -103,13 +103,13 @@ def test_a_changed_byte_is_found(tmp_path):
         shards.verify(tmp_path)
 
 
-def test_a_split_shorter_than_a_block(tmp_path):
+def test_open_prepared_rejects_a_split_shorter_than_a_block(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match=r"7 tokens for val.*block_size=7"):
         batches.open_prepared(tmp_path, block_size=7)
 
 
-def test_an_odd_file_of_nanogpts(tmp_path):
+def test_open_split_rejects_an_odd_file_of_nanogpt(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"abc")
     with pytest.raises(ValueError, match=r"train.bin is damaged: it has 3 bytes, a multiple of 2 bytes is needed"):
         shards.open_split(tmp_path, "train")

@@ -36,14 +36,14 @@ def store(cache: Path, repository: str, folder: Path) -> None:
     ("name", "repository"),
     [("gpt2", "openai-community/gpt2"), ("gpt2-xl", "openai-community/gpt2-xl"), ("some-one/their.model", None)],
 )
-def test_what_was_downloaded_needs_no_hub(cache, folder, name, repository):
+def test_locate_uses_the_cache_offline(cache, folder, name, repository):
     store(cache, repository or name, folder)
     expected = GPT.from_pretrained(str(folder)).state_dict()
     found = GPT.from_pretrained(name).state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_a_hub_out_of_reach_is_one_line(cache):
+def test_locate_offline_names_the_way_out(cache):
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         GPT.from_pretrained("gpt2-xl")
     assert "openai-community/gpt2-xl" in str(caught.value)
@@ -58,7 +58,7 @@ def test_a_hub_out_of_reach_is_one_line(cache):
         ([], "config.json"),
     ],
 )
-def test_a_cache_with_a_part_of_a_model(cache, folder, tmp_path, kept, missing):
+def test_locate_rejects_a_partial_cache(cache, folder, tmp_path, kept, missing):
     """What other programs have downloaded, and no hub that would have the rest."""
     part = tmp_path / "part"
     part.mkdir()
@@ -72,7 +72,7 @@ def test_a_cache_with_a_part_of_a_model(cache, folder, tmp_path, kept, missing):
     assert str(caught.value).startswith(f"openai-community/gpt2 has no {missing} in the cache {snapshot}")
 
 
-def test_a_model_in_several_files(cache, folder, tmp_path):
+def test_locate_finds_sharded_weights(cache, folder, tmp_path):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     store(cache, "some-one/model", tmp_path / "sharded")
@@ -81,7 +81,7 @@ def test_a_model_in_several_files(cache, folder, tmp_path):
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_a_tokenizer_of_ours_comes_along(cache, tmp_path):
+def test_locate_brings_an_exported_tokenizer(cache, tmp_path):
     """Of a model that was exported and put on the hub."""
     tokens = CharTokenizer("abc")
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4), "eager")
@@ -91,7 +91,7 @@ def test_a_tokenizer_of_ours_comes_along(cache, tmp_path):
     assert found.to_json() == tokens.to_json()
 
 
-def test_a_model_that_the_hub_lacks_is_one_line(monkeypatch):
+def test_locate_names_a_repository_that_does_not_exist(monkeypatch):
     def missing(name, **options):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # without the answer that it is made of
 
@@ -100,7 +100,7 @@ def test_a_model_that_the_hub_lacks_is_one_line(monkeypatch):
         GPT.from_pretrained("no/body")
 
 
-def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
+def test_locate_downloads_no_pickles(folder, monkeypatch):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or folder)
     GPT.from_pretrained("gpt2")
@@ -111,7 +111,7 @@ def test_the_hub_is_asked_for_weights_that_are_no_pickles(folder, monkeypatch):
     assert list(wanted) == names
 
 
-def test_a_folder_goes_before_the_hub(cache, folder, tmp_path):
+def test_locate_prefers_a_folder_to_the_hub(cache, folder, tmp_path):
     for name in ("gpt2", "some-one/model"):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(ValueError, match="no local folder openai-community/gpt2"):
@@ -122,7 +122,7 @@ def test_a_folder_goes_before_the_hub(cache, folder, tmp_path):
     assert GPT.from_pretrained("gpt2").config.n_embd == 32
 
 
-def test_the_hub_is_imported_when_it_is_asked_alone(folder):
+def test_from_pretrained_of_a_folder_imports_no_hub(folder):
     code = (
         "import sys; from gptfast import GPT, cli; GPT.from_pretrained(sys.argv[1]);"
         "assert not {'huggingface_hub', 'transformers', 'tokenizers'} & set(sys.modules)"

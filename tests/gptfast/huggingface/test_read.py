@@ -40,7 +40,7 @@ def assert_same_logits(model: GPT, theirs: transformers.PreTrainedModel) -> None
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_logits_are_those_of_transformers(folder, backend):
+def test_from_pretrained_gives_the_logits_of_transformers(folder, backend):
     model = GPT.from_pretrained(str(folder), backend=backend).to(DEVICE)
     assert model.config.init_std == 0.3
     assert_same_logits(model, transformers.GPT2LMHeadModel.from_pretrained(folder).to(DEVICE))
@@ -58,7 +58,7 @@ def test_logits_are_those_of_transformers(folder, backend):
     ],
     ids=str,
 )
-def test_variants_that_transformers_has(tmp_path, settings):
+def test_from_pretrained_reads_variants(tmp_path, settings):
     torch.manual_seed(1)
     sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
     theirs = transformers.GPT2LMHeadModel(
@@ -68,7 +68,7 @@ def test_variants_that_transformers_has(tmp_path, settings):
     assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
 
 
-def test_weights_in_several_files(folder, tmp_path):
+def test_from_pretrained_reads_sharded_weights(folder, tmp_path):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     files = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
@@ -91,7 +91,7 @@ def test_weights_in_several_files(folder, tmp_path):
     assert refused(index.parent).endswith(f"has no {files[1].name}, which model.safetensors.index.json names")
 
 
-def test_files_of_the_bare_transformer_with_mask_buffers(folder):
+def test_from_pretrained_reads_the_bare_transformer_with_mask_buffers(folder):
     """The layout of the original GPT-2 upload: no prefix, and the causal mask as a buffer of every layer."""
     whole = GPT.from_pretrained(str(folder)).state_dict()
     path = folder / "model.safetensors"
@@ -104,7 +104,7 @@ def test_files_of_the_bare_transformer_with_mask_buffers(folder):
 
 
 @pytest.mark.parametrize("kept", [["lm_head.weight"], ["lm_head.weight", "transformer.wte.weight"]], ids=str)
-def test_tied_weights_under_either_name_or_both(folder, kept):
+def test_from_pretrained_reads_tied_weights_under_either_name(folder, kept):
     """Of two names for one tensor safetensors' own functions keep the first, that of the head."""
 
     def rename(tensors):
@@ -121,7 +121,7 @@ def test_tied_weights_under_either_name_or_both(folder, kept):
 @pytest.mark.parametrize(
     "head", [torch.ones(61, 32), torch.ones(64, 32), torch.zeros(61, 32, dtype=torch.bfloat16)], ids=lambda t: t.shape
 )
-def test_a_head_of_its_own_where_the_config_ties_it(folder, head):
+def test_from_pretrained_rejects_a_head_that_should_be_tied(folder, head):
     """transformers 5 keeps both, older versions drop the head: the config has to say it."""
     edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
     assert "lm_head.weight and transformer.wte.weight are different with tie_word_embeddings=true" in refused(folder)
@@ -133,7 +133,7 @@ def test_a_head_of_its_own_where_the_config_ties_it(folder, head):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_into_float32(folder, dtype):
+def test_from_pretrained_reads_half_precision_into_float32(folder, dtype):
     whole = GPT.from_pretrained(str(folder)).state_dict()
     edit_weights(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     for name, tensor in GPT.from_pretrained(str(folder)).state_dict().items():
@@ -141,7 +141,7 @@ def test_half_precision_is_read_into_float32(folder, dtype):
         assert torch.equal(tensor, whole[name].to(dtype).float()), name
 
 
-def test_what_can_be_overridden(folder):
+def test_from_pretrained_takes_overrides(folder):
     assert GPT.from_pretrained(str(folder)).config.dropout == 0.0
     model = GPT.from_pretrained(str(folder), {"dropout": 0.1, "pad_vocab_size_to": 64})
     assert (model.config.dropout, model.lm_head.weight.shape) == (0.1, (64, 32))
@@ -187,7 +187,7 @@ def test_what_can_be_overridden(folder):
     ],
     ids=str,
 )
-def test_a_config_that_does_not_do(folder, settings, message):
+def test_from_pretrained_rejects_other_configs(folder, settings, message):
     edit(folder, **settings)
     assert message in refused(folder)
     assert refused(folder).startswith(str(folder))
@@ -203,7 +203,7 @@ def test_a_config_that_does_not_do(folder, settings, message):
         (b'{"model_type": "gpt2", "n_embd": 32}', "config.json is no GPT-2 config: it has no vocab_size"),
     ],
 )
-def test_a_config_that_is_none(folder, content, message):
+def test_from_pretrained_rejects_damaged_configs(folder, content, message):
     (folder / "config.json").write_bytes(content)
     assert message in refused(folder)
 
@@ -221,24 +221,24 @@ def test_a_config_that_is_none(folder, content, message):
     ],
     ids=str,
 )
-def test_weights_that_do_not_fit(folder, tensor, message):
+def test_from_pretrained_rejects_misshapen_weights(folder, tensor, message):
     edit_weights(folder, lambda tensors: tensors.update({WEIGHT: tensor}))
     assert message in refused(folder)
 
 
-def test_a_tensor_too_many(folder):
+def test_from_pretrained_rejects_unknown_tensors(folder):
     edit_weights(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
     assert refused(folder).endswith("tensor transformer.score.weight is none of the model's")
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"\x00" * 30, lambda content: content[:-100]])
-def test_damaged_weights(folder, damage):
+def test_from_pretrained_rejects_damaged_weights(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     assert f"{path} is damaged: " in refused(folder)
 
 
-def test_missing_files(folder):
+def test_from_pretrained_names_missing_files(folder):
     (folder / "model.safetensors").unlink()
     assert refused(folder).startswith(f"{folder} has no model.safetensors; ")
     for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
@@ -248,6 +248,6 @@ def test_missing_files(folder):
     assert refused(folder).startswith(f"{folder} has no config.json")
 
 
-def test_no_such_model():
+def test_from_pretrained_rejects_unknown_names():
     assert re.match(r"no pretrained model 'gpt5'; accepted: gpt2, gpt2-medium, .*, OWNER/MODEL on", refused("gpt5"))
     assert refused("no/such/folder").startswith("no pretrained model 'no/such/folder'; accepted: ")

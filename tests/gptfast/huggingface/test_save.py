@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from gptfast import GPT, GPTConfig, lora
+from tests.support.files import no_space
 
 SIZES = {"block_size": 24, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.3}
 
@@ -53,7 +54,7 @@ def assert_same(model: GPT, folder: Path) -> None:
     ],
     ids=str,
 )
-def test_transformers_loads_what_was_saved(tmp_path, settings):
+def test_save_pretrained_is_loaded_by_transformers(tmp_path, settings):
     model = build(**settings)
     model.save_pretrained(tmp_path / "out")
     assert_same(model, tmp_path / "out")
@@ -66,7 +67,7 @@ def test_transformers_loads_what_was_saved(tmp_path, settings):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_the_files_are_those_of_transformers(tmp_path, folder):
+def test_save_pretrained_writes_the_files_of_transformers(tmp_path, folder):
     """Names, tensors and their shapes, and the settings, are as `transformers` saves the same model."""
     GPT.from_pretrained(str(folder)).save_pretrained(tmp_path / "out")
     theirs, ours = (safetensors.safe_open(path / "model.safetensors", "pt") for path in (folder, tmp_path / "out"))
@@ -83,7 +84,7 @@ def test_the_files_are_those_of_transformers(tmp_path, folder):
 
 
 @pytest.mark.parametrize("settings", [{"bias": False}, {"qkv_bias": False}, {"bias": False, "qkv_bias": True}], ids=str)
-def test_biases_that_are_not_there_are_zeros_in_the_file(tmp_path, settings):
+def test_save_pretrained_writes_missing_biases_as_zeros(tmp_path, settings):
     model = build(**settings)
     model.save_pretrained(tmp_path / "out")
     assert_same(model, tmp_path / "out")
@@ -104,7 +105,7 @@ def test_biases_that_are_not_there_are_zeros_in_the_file(tmp_path, settings):
     ],
     ids=str,
 )
-def test_biases_that_transformers_has_trained_are_there(tmp_path, settings, name):
+def test_from_pretrained_keeps_biases_that_transformers_trained(tmp_path, settings, name):
     build(**settings).save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     theirs.get_parameter(f"transformer.h.1.{name}.bias").data[3] = 0.5
@@ -117,13 +118,13 @@ def test_biases_that_transformers_has_trained_are_there(tmp_path, settings, name
 @pytest.mark.parametrize(
     ("name", "value"), [("norm_position", "post"), ("position", "sinusoidal"), ("position", "none")]
 )
-def test_save_rejects_what_their_gpt2_is_not(tmp_path, name, value):
+def test_save_pretrained_rejects_other_architectures(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"\A{name}='{value}' [^\n]*; accepted: [^\n]*\Z"):
         build(**{name: value}).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_with_other_weights(tmp_path):
+def test_save_pretrained_rejects_other_weights(tmp_path):
     model = build()
     model.transformer.h[1].mlp.c_fc = torch.nn.Identity()
     message = "the model cannot be saved in Hugging Face's layout: it lacks tensor transformer.h.1.mlp.c_fc.weight"
@@ -134,7 +135,7 @@ def test_a_model_with_other_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_half_precision_stays(tmp_path):
+def test_save_pretrained_keeps_half_precision(tmp_path):
     model = build().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -142,7 +143,7 @@ def test_half_precision_stays(tmp_path):
     assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight)
 
 
-def test_adapters_are_merged(tmp_path):
+def test_save_pretrained_merges_adapters(tmp_path):
     model = build(tie_weights=False)
     lora.apply(model, 2, 4.0, ["*.attn.*", "*.mlp.*", "lm_head"])
     with torch.no_grad():
@@ -154,14 +155,14 @@ def test_adapters_are_merged(tmp_path):
     assert lora.is_applied(model)
 
 
-def test_gpt2s_vocabulary_has_its_end_of_text(tmp_path):
+def test_save_pretrained_writes_gpt2s_end_of_text(tmp_path):
     for vocab_size, end in ((50257, 50256), (50304, None)):
         build(vocab_size=vocab_size, n_layer=1, n_embd=4, n_head=1).save_pretrained(tmp_path / str(vocab_size))
         saved = json.loads((tmp_path / str(vocab_size) / "config.json").read_text())
         assert (saved["bos_token_id"], saved["eos_token_id"]) == (end, end)
 
 
-def test_a_folder_that_is_taken(tmp_path):
+def test_save_pretrained_rejects_a_folder_that_is_not_empty(tmp_path):
     model = build()
     (tmp_path / "empty").mkdir()
     model.save_pretrained(tmp_path / "empty")
@@ -173,11 +174,8 @@ def test_a_folder_that_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "os.rename"])
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
-    def full_disk(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(call, full_disk)
+def test_save_pretrained_leaves_nothing_on_a_full_disk(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(call, no_space)
     with pytest.raises(OSError, match="No space left on device"):
         build().save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -94,33 +94,33 @@ def assert_same(tokens: Tokenizer, theirs: transformers.PreTrainedTokenizerFast,
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_text_has_the_same_tokens(theirs, name):
+def test_exported_tokenizer_encodes_alike(theirs, name):
     for text in (TEXT, TEXT[::-1], "", *TEXT, *TEXT.split()):
         assert_same(OURS[name], theirs[name], text)
 
 
 @given(text=ANY_TEXT)
 @pytest.mark.parametrize("name", [name for name in OURS if not name.startswith("char")])
-def test_any_text_has_the_same_tokens(theirs, name, text):
+def test_exported_tokenizer_encodes_any_text_alike(theirs, name, text):
     assert_same(OURS[name], theirs[name], text)
 
 
 @given(text=KNOWN_TEXT)
 @pytest.mark.parametrize("name", ["char", "char without an end"])
-def test_any_text_of_known_characters_has_the_same_tokens(theirs, name, text):
+def test_exported_char_tokenizer_encodes_known_characters_alike(theirs, name, text):
     assert_same(OURS[name], theirs[name], text)
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "word", "gpt2", "cl100k_base"])
 @given(data=st.data())
-def test_any_tokens_are_the_same_text(theirs, name, data):
+def test_exported_tokenizer_decodes_any_tokens_alike(theirs, name, data):
     """Also halves of characters, and tokens that no text has."""
     ids = data.draw(st.lists(st.sampled_from(sorted(theirs[name].get_vocab().values()))))
     assert theirs[name].decode(ids) == OURS[name].decode(ids)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_what_transformers_knows_of_a_tokenizer(theirs, name):
+def test_exported_tokenizer_has_special_tokens_and_limits(theirs, name):
     tokens, found = OURS[name], theirs[name]
     assert (found.eos_token_id, found.bos_token_id) == (tokens.end_of_text, tokens.end_of_text)
     assert found.unk_token_id == (tokens.unknown if name == "word" else None)
@@ -139,7 +139,7 @@ def test_what_transformers_knows_of_a_tokenizer(theirs, name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_token_has_its_number(theirs, name):
+def test_exported_tokenizer_keeps_every_id(theirs, name):
     numbers = sorted(theirs[name].get_vocab().values())
     assert len(theirs[name].get_vocab()) == len(set(numbers))
     if isinstance(OURS[name], TiktokenTokenizer):
@@ -150,12 +150,12 @@ def test_every_token_has_its_number(theirs, name):
         assert numbers == list(range(OURS[name].vocab_size))
 
 
-def test_unknown_characters_are_an_error_there_too(theirs):
+def test_exported_char_tokenizer_rejects_unknown_characters(theirs):
     with pytest.raises(Exception, match=r"WordLevel error: Missing \[UNK\] token"):
         theirs["char"]("Ж")
 
 
-def test_every_character_is_of_a_word_or_not_as_in_python(theirs):
+def test_exported_word_pattern_matches_pythons_word_characters(theirs):
     """But for those that this Python's Unicode does not know."""
     pieces = theirs["word"].backend_tokenizer.pre_tokenizer
     for point in range(sys.maxunicode + 1):
@@ -183,6 +183,6 @@ class Foreign:
         (Foreign(), "tokenizer must be .*, got Foreign"),
     ],
 )
-def test_what_no_tokenizer_json_can_hold(tokens, message):
+def test_to_files_rejects_what_the_format_cannot_hold(tokens, message):
     with pytest.raises(ValueError, match=rf"\A{message}[^\n]*\Z"):
         tokenizer.to_files(tokens, 64)

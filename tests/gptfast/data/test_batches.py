@@ -12,7 +12,7 @@ def split_of(length: int, block_size: int) -> batches.Split:
     return batches.Split(Tokens([np.arange(length)]), block_size)
 
 
-def test_targets_are_the_tokens_that_follow():
+def test_random_batch_has_the_next_tokens_as_targets():
     part = split_of(100, block_size=7)
     for idx, targets in [part.random_batch(5, seed=1, step=2), *part.eval_batches(3, 4)]:
         assert idx.dtype == targets.dtype == torch.int64
@@ -21,7 +21,7 @@ def test_targets_are_the_tokens_that_follow():
         assert torch.equal(idx, idx[:, :1] + torch.arange(7))
 
 
-def test_random_batches_are_a_function_of_seed_and_step():
+def test_random_batch_is_a_function_of_seed_and_step():
     part = split_of(1000, block_size=7)
     first = part.random_batch(5, seed=1, step=2)[0]
     assert torch.equal(part.random_batch(5, seed=1, step=2)[0], first)
@@ -29,13 +29,13 @@ def test_random_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(part.random_batch(5, seed=2, step=2)[0], first)
 
 
-def test_every_place_can_be_drawn_and_none_beyond():
+def test_random_batch_reaches_every_offset():
     part = split_of(10, block_size=7)
     starts = part.random_batch(200, seed=0, step=0)[0][:, 0]
     assert set(starts.tolist()) == {0, 1, 2}
 
 
-def test_an_epoch_visits_every_block_once_in_an_order_of_its_own():
+def test_random_batch_visits_every_block_once_an_epoch():
     part = split_of(10 * 7 + 5, block_size=7)
     starts = torch.cat([part.random_batch(4, seed=3, step=step)[0][:, 0] for step in range(9)])  # 36: four epochs
     epochs = starts.view(4, 9)
@@ -45,7 +45,7 @@ def test_an_epoch_visits_every_block_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_a_batch_that_is_the_same_for_any_number_of_them(ranks: int):
+def test_random_batch_is_the_same_for_any_number_of_ranks(ranks: int):
     part = split_of(1000, block_size=7)
     whole = [part.random_batch(8, seed=1, step=step)[0] for step in range(20)]
     for step, expected in enumerate(whole):
@@ -53,7 +53,7 @@ def test_ranks_share_a_batch_that_is_the_same_for_any_number_of_them(ranks: int)
         assert torch.equal(torch.cat(parts), expected)
 
 
-def test_eval_batches_cover_the_split_without_overlap_where_it_is_long_enough():
+def test_eval_batches_cover_the_split_without_overlap():
     part = split_of(1000, block_size=10)
     starts = torch.cat([idx[:, 0] for idx, _ in part.eval_batches(4, 5)])
     assert len(starts) == 20
@@ -63,14 +63,14 @@ def test_eval_batches_cover_the_split_without_overlap_where_it_is_long_enough():
     assert sum(len(idx) for idx, _ in split_of(35, 10).eval_batches(4, 5)) == 3
 
 
-def test_split_takes_the_end_away():
+def test_split_tokens_holds_out_the_end():
     train, val = batches.split_tokens(np.arange(100), block_size=5, held_out=0.1)
     assert train.tokens.windows(np.array([0]), 90).tolist() == [list(range(90))]
     assert val.tokens.windows(np.array([0]), 10).tolist() == [list(range(90, 100))]
 
 
 @pytest.mark.parametrize(("length", "fits"), [(59, False), (60, True)])
-def test_both_parts_need_a_block_and_its_successor(length, fits):
+def test_split_tokens_needs_a_block_and_its_target_in_both_parts(length, fits):
     if fits:
         train, val = batches.split_tokens(np.arange(length), block_size=5, held_out=0.1)
         assert len(val.random_batch(1, 0, 0)[0]) == len(train.eval_batches(1, 1)[0][0]) == 1
@@ -79,7 +79,7 @@ def test_both_parts_need_a_block_and_its_successor(length, fits):
             batches.split_tokens(np.arange(length), block_size=6, held_out=0.1)
 
 
-def test_nothing_held_out_is_one_split_of_all_tokens():
+def test_split_tokens_with_nothing_held_out_is_one_split():
     train, val = batches.split_tokens(np.arange(11), block_size=10, held_out=0.0)
     assert val is train
     assert train.tokens.windows(np.array([0]), 11).tolist() == [list(range(11))]
@@ -89,7 +89,7 @@ def test_nothing_held_out_is_one_split_of_all_tokens():
         batches.split_tokens(np.arange(11), block_size=11, held_out=0.0)
 
 
-def test_batches_ahead_are_those_asked_for():
+def test_prefetcher_returns_the_batches_in_order():
     asked = []
     prefetcher = batches.Prefetcher(lambda step: asked.append(step) or (torch.tensor(step), torch.tensor(-step)), 3, 6)
     assert [tuple(map(int, prefetcher.next())) for _ in range(3)] == [(3, -3), (4, -4), (5, -5)]
@@ -98,7 +98,7 @@ def test_batches_ahead_are_those_asked_for():
 
 
 @pytest.mark.parametrize(("batch", "step", "waits"), [(0.02, 0.06, False), (0.06, 0.02, True)])
-def test_a_batch_is_computed_during_the_step_before_it(batch, step, waits):
+def test_prefetcher_computes_during_the_step_before(batch, step, waits):
     prefetcher = batches.Prefetcher(lambda number: time.sleep(batch), 0, 10)
     prefetcher.next()
     waited = prefetcher.waited
@@ -109,7 +109,7 @@ def test_a_batch_is_computed_during_the_step_before_it(batch, step, waits):
     assert prefetcher.waited - waited == pytest.approx(8 * 0.04 if waits else 0.0, abs=0.06)
 
 
-def test_an_error_of_a_batch_comes_up_with_it():
+def test_prefetcher_raises_the_error_of_its_batch():
     def damaged(step):
         raise ValueError("a shard is damaged")
 
@@ -119,7 +119,7 @@ def test_an_error_of_a_batch_comes_up_with_it():
     prefetcher.close()
 
 
-def test_another_text_has_another_fingerprint():
+def test_fingerprint_differs_for_other_tokens():
     ids = np.arange(5000) % 17
     first, same = (batches.Split(Tokens([ids]), length) for length in (8, 16))
     assert first.fingerprint() == same.fingerprint() == batches.Split(Tokens([ids[:70], ids[70:]]), 8).fingerprint()
