@@ -28,11 +28,7 @@ class PretrainedInit:
 
     @classmethod
     def load(cls, source: str, wanted: GPTConfig) -> PretrainedInit:
-        """Load a model.
-
-        Args:
-            source: see the class.
-            wanted: block size, dropout and vocabulary padding of the run; all other settings are the source's.
+        """Load a model, with the block size, dropout and vocabulary padding of `wanted`.
 
         Raises:
             ValueError: no such model, a damaged one, or a context shorter than the block size.

@@ -18,15 +18,8 @@ from gptfast.training.train_state import TrainState
 class Saver:
     """Saves a run. A thread writes the files while training continues.
 
-    With FSDP saving gathers parameters, and is collective: every rank must call it.
-
-    Args:
-        state: model and optimizers.
-        path: the run folder.
-        folder: its writer; None on ranks other than 0, which write nothing.
-        checkpoints: writes and finds checkpoints.
-        best: metrics of the weights in `model.safetensors`.
-        fingerprints: fingerprints of the data, which checkpoints store.
+    With FSDP saving gathers parameters, and is collective: every rank must call it. Ranks other than 0 have no `folder`
+    and write nothing.
 
     Attributes:
         best: metrics of the best evaluation so far; its losses are None before the first.

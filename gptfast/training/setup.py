@@ -106,11 +106,12 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
 
 def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Dataset, GPT]:
     """Load text and first weights; also returns the config with the model's final shape."""
+    backend = parse_backend(config.backend)
     resumed = Path(config.out) if config.resume and config.out and run_folder.is_run(Path(config.out)) else None
     # a run with checkpoints no longer needs the weights that it started with
     starts = resumed is None or not CheckpointManager(resumed / "checkpoints", 1).exist()
     init = PretrainedInit.load(config.init_from, config.model) if config.init_from and starts else None
-    tokenizer: Tokenizer | None = init.tokenizer if init else None
+    tokenizer = init.tokenizer if init else None
     if resumed is not None:
         tokenizer = tokenizers.from_json(read_json(resumed / "tokenizer.json"))
     data = dataset.load(config, tokenizer)
@@ -125,7 +126,6 @@ def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig
     config = dataclasses.replace(config, model=shape)
     if resumed is not None:
         _require_same_settings(config, resumed)
-    backend = parse_backend(config.backend)
     torch.manual_seed(config.seed)
     model = GPT(shape, backend) if init is None else init.model
     model.to(device).set_backend(backend)

@@ -71,14 +71,7 @@ class EvalSet:
 
 
 class Evaluator:
-    """Measures a model on both splits of a dataset.
-
-    Args:
-        config: the settings.
-        dataset: the text.
-        dtype: dtype of matrix products.
-        world: the processes.
-    """
+    """Measures a model on both splits of a dataset, with matrix products in `dtype`."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset, dtype: torch.dtype, world: World) -> None:
         self._config, self._dataset, self._dtype, self._world = config, dataset, dtype, world
