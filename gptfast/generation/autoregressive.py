@@ -41,7 +41,7 @@ class Sampler:
     """A decoder's head that draws a token for each sequence.
 
     Args:
-        sampling: how tokens are drawn.
+        sampling: settings of the draw.
         generator: source of random numbers; PyTorch's default generator if None.
         log_probs: compute log-probabilities; they are 0 otherwise.
     """
@@ -71,7 +71,8 @@ class HostCopy:
     """Asynchronous device-to-host copy of a tensor."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self._copied = values, None
+        self._values = values
+        self._copied: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()

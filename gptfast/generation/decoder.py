@@ -80,7 +80,7 @@ class GenerationRequest:
     max_new_tokens: int
     """The most tokens to add to each sequence."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How tokens are drawn."""
+    """Settings of the draw of each token."""
     is_finished: Callable[[int, int], bool] = lambda row, token: False
     """True if a token ends the sequence of a row; called once for each token, after the step was yielded."""
     generator: torch.Generator | None = None
@@ -235,10 +235,10 @@ class CachedDecoder(Generic[Outcome]):
         return self._head.noise((rows, self._model.config.vocab_size), self.tokens.device)
 
     def should_compact(self, remaining: int) -> bool:
-        """True if dropping the finished sequences, of which `remaining` are left, is worth recapturing the graph.
+        """True if dropping finished sequences, which leaves `remaining`, is worth recapturing the graph.
 
-        A capture takes as long as hundreds of steps, so half of the sequences must have finished. A sequence that fills
-        the window is dropped at once: it would make every step read all windows again.
+        A capture takes as long as hundreds of steps, so half of the sequences must be finished. One that fills the
+        window is dropped at once: it would make every step read all windows again.
         """
         if self._replayed is None or 2 * remaining <= len(self._host_lengths):
             return True

@@ -80,7 +80,7 @@ class TextStream:
         return decode([*self._previous, token])[len(decode(self._previous)) :]
 
     def _release(self, text: str) -> str:
-        """Return what is certain of the text held back and of `text` behind it; hold back the rest."""
+        """Append `text` to the text held back, return the certain part and hold back the rest."""
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:

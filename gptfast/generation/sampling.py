@@ -23,7 +23,7 @@ _HOTTEST = 2.0**126  # in effect infinite; beyond it -inf / temperature would be
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Every filter keeps at least one token, and removed tokens are never drawn.
+    """Settings of the draw of a token. Every filter keeps at least one token, and removed tokens are never drawn.
 
     With temperature 0 the filters change nothing: temperature is applied first and leaves them one token.
 
@@ -75,7 +75,7 @@ class Sampling:
 def process_logits(
     logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, sampling: Sampling
 ) -> Tensor:
-    """Apply what depends on the tokens before: `penalize`, then `block_ngrams`. Arguments are those of `penalize`."""
+    """Apply `penalize`, then `block_ngrams`: all settings that need history. Arguments are those of `penalize`."""
     if not sampling.needs_history:
         return logits
     logits = penalize(logits, tokens, lengths, prompt_lengths, sampling)

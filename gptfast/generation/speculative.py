@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ class _Sequence:
     """The host's view of a sequence."""
 
     row: int  # in the request's batch
-    tokens: Tensor  # [T] int64 on the device; the first `length` are up to date before and after the drafted rounds
+    tokens: Tensor  # [T] int64 on the device; stale during drafted rounds, whose decoder has its own
     prompt_length: int
     length: int
     max_length: int
@@ -147,7 +148,7 @@ def _decode_drafted(
     outgrown: list[_Sequence] = []
     while live:
         result = decoder.decode_round(max(sequence.missing for sequence in live.values()))
-        _count(draft, result, live)
+        _update_counters(draft, result, live)
         for number in range(len(result.tokens[0])):
             rows = [row for row in live if result.accepted[row] >= number]
             if not rows:
@@ -166,8 +167,8 @@ def _decode_drafted(
     return outgrown
 
 
-def _count(draft: Draft, result: RoundResult, live: dict[int, _Sequence]) -> None:
-    """Add a round's proposals, as far as their sequences have room for them, to the draft's counters."""
+def _update_counters(draft: Draft, result: RoundResult, live: dict[int, _Sequence]) -> None:
+    """Add a round's proposals to the draft's counters, without those beyond `max_new_tokens`."""
     try:
         for largest in zip(*(result.draft_largest[row] for row in live), strict=True):
             require_finite(largest)
@@ -198,15 +199,10 @@ class RoundResult(NamedTuple):
     """A round with K proposals for each of B sequences, on the host."""
 
     accepted: list[int]  # [B], 0 to K proposals of each
-    tokens: list[list[int]]  # [B][K + 1], of which the first `accepted` + 1 are valid
+    tokens: list[list[int]]  # [B][K + 1]; the first `accepted` + 1 are valid
     log_probs: list[list[float]]  # [B][K + 1] under the model; 0 unless requested
     largest: list[list[float]]  # [B][K + 1] logits of the model, for `require_finite`
     draft_largest: list[list[float]]  # [B][K] logits of the draft
-
-
-class _Round(NamedTuple):
-    packed: Tensor  # [B, 1 + 3 * (K + 1) + K] int32: a `RoundResult` for one copy, floats as their bits
-    lengths: Tensor  # [B] int64, tokens of each sequence after the round
 
 
 class _CachedModel:
@@ -241,9 +237,9 @@ class SpeculativeDecoder:
 
     def __init__(self, model: CausalLM, draft: Draft, request: GenerationRequest) -> None:
         idx, longest, new = request.idx, max(request.lengths), request.max_new_tokens
-        self._count, self._sampling, self._generator = draft.tokens, request.sampling, request.generator
+        self._draft_tokens, self._sampling, self._generator = draft.tokens, request.sampling, request.generator
         self._log_probs, self._greedy = request.log_probs, request.sampling.temperature == 0.0
-        self.tokens = torch.nn.functional.pad(idx[:, :longest], (0, new + self._count))
+        self.tokens = torch.nn.functional.pad(idx[:, :longest], (0, new + draft.tokens))
         self._lengths = torch.tensor(request.lengths, device=idx.device)
         self._prompt_lengths = self._lengths.clone()
         self._live = len(idx)
@@ -252,9 +248,7 @@ class SpeculativeDecoder:
         arguments = (idx[:, : longest - 1], self.tokens.shape[1], len(idx) * new)
         self._target, self._proposer = _CachedModel(model, *arguments), _CachedModel(draft.model, *arguments)
         graph = request.uses_cuda_graph
-        self._replayed = (
-            CUDAGraphCallable(lambda lengths: self._round(lengths, self._count), self._generator) if graph else None
-        )
+        self._replayed = CUDAGraphCallable(partial(self._round, count=draft.tokens), self._generator) if graph else None
         # the draft lacks the last two tokens of a sequence whose proposals were all accepted: it then reads both
         self._draft_lags = graph
 
@@ -268,10 +262,10 @@ class SpeculativeDecoder:
         if self._idle is not None:
             self._lengths.index_fill_(0, self._idle, 1)
         if self._replayed is None:
-            count = min(self._count, wanted - 1)
+            count = min(self._draft_tokens, wanted - 1)
             packed, self._lengths = self._round(self._lengths, count)
         else:  # a graph has one shape
-            count = self._count
+            count = self._draft_tokens
             packed, self._lengths = self._replayed(self._lengths)
         packed = packed.cpu()
         accepted = packed[:, 0].tolist()
@@ -304,8 +298,12 @@ class SpeculativeDecoder:
             self._replayed.reset()
         return list(range(len(rows)))
 
-    def _round(self, lengths: Tensor, count: int) -> _Round:
-        """Append the accepted proposals and the token after them to sequences of `lengths` [B] tokens."""
+    def _round(self, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Append the accepted proposals and the token after them to sequences of `lengths` [B] tokens.
+
+        Returns:
+            [B, 1 + 3 * (K + 1) + K] int32, a `RoundResult` for one copy, with floats as their bits; the new lengths.
+        """
         # [B, K + 2], from the last token on
         positions = lengths[:, None] + torch.arange(-1, count + 1, device=lengths.device)
         new = positions[:, 1:]  # [B, K + 1], positions that are written
@@ -318,7 +316,7 @@ class SpeculativeDecoder:
         if self._log_probs:
             log_probs = token_log_probs(logits.flatten(0, 1), tokens.flatten()).view_as(tokens)
         bits = [value.view(torch.int32) for value in (log_probs, largest, *draft_largest)]
-        return _Round(torch.cat((accepted[:, None].int(), tokens.int(), *bits), dim=1), lengths + accepted + 1)
+        return torch.cat((accepted[:, None].int(), tokens.int(), *bits), dim=1), lengths + accepted + 1
 
     def _propose(self, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Draft K tokens one after another, from the last token's position on.

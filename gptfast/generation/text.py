@@ -50,7 +50,7 @@ def generate_text(
     draft: Draft | None = None,
     compiled: bool = False,
 ) -> str:
-    """Continue a text up to a stop string or the end-of-text token, and return what was added, without either.
+    """Continue a text up to a stop string or the end-of-text token, and return the continuation without either.
 
     Arguments and errors are those of `stream`.
     """
@@ -77,7 +77,7 @@ def stream(
         texts: prompts of any lengths. A prompt without tokens, such as white space among words, is replaced by the
             end-of-text token if the tokenizer has one.
         max_new_tokens: the most tokens to add to each.
-        settings: how tokens are drawn.
+        settings: sampling settings.
         stop: strings before which a continuation ends.
         generator: source of random numbers, on the model's device; a seeded one makes the result repeatable.
         draft: a smaller model of the same tokenizer that proposes tokens; texts then advance unevenly.

@@ -32,7 +32,7 @@ def gpt(seed: int = 0, backend: str = "eager", **changes) -> GPT:
 
 
 def perturbed(model: GPT, by: float = 0.05) -> GPT:
-    """A draft of which some proposals are accepted, and some are not."""
+    """A draft with some proposals that the model accepts, and some that it rejects."""
     other, noise = copy.deepcopy(model), torch.Generator(DEVICE).manual_seed(5)
     with torch.no_grad():
         for parameter in other.parameters():
