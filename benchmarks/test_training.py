@@ -8,7 +8,7 @@ from benchmarks.measuring.model_providers import ModelCase
 from benchmarks.measuring.pytest_bridge import measure_each, record
 from gptfast import GPTConfig
 
-OURS = ("triton", "eager")
+BACKENDS = ("triton", "eager")
 PEERS = ("Hugging Face", "nanoGPT")
 COMPILED = ("triton compiled", "eager compiled")
 CAPTURED = ("triton captured", "triton compiled captured")
@@ -30,20 +30,20 @@ def small(model: str, batch: int, length: int, *providers: str) -> ModelCase:
 
 # the most informative first: a short time budget drops the last ones. 32k tokens a step where they fit.
 ON_GPU = [
-    gpt2("gpt2", 32, 1024, *CAPTURED, *OURS, *COMPILED, *PEERS),
-    *(gpt2("gpt2", batch, 1024, *OURS) for batch in (1, 4, 16)),
-    *(gpt2("gpt2", 32_768 // length, length, *OURS) for length in (256, 4096)),
-    gpt2("gpt2-xl", 4, 1024, *OURS, "Hugging Face"),
-    gpt2("gpt2-large", 8, 1024, *OURS, "Hugging Face"),
-    gpt2("gpt2-medium", 16, 1024, *CAPTURED, *OURS, *COMPILED, "Hugging Face"),
+    gpt2("gpt2", 32, 1024, *CAPTURED, *BACKENDS, *COMPILED, *PEERS),
+    *(gpt2("gpt2", batch, 1024, *BACKENDS) for batch in (1, 4, 16)),
+    *(gpt2("gpt2", 32_768 // length, length, *BACKENDS) for length in (256, 4096)),
+    gpt2("gpt2-xl", 4, 1024, *BACKENDS, "Hugging Face"),
+    gpt2("gpt2-large", 8, 1024, *BACKENDS, "Hugging Face"),
+    gpt2("gpt2-medium", 16, 1024, *CAPTURED, *BACKENDS, *COMPILED, "Hugging Face"),
     # too small for a GPU: the time of the host's launches
-    *(small("nano", batch, 64, "triton captured", *OURS, *PEERS) for batch in (12, 1)),
+    *(small("nano", batch, 64, "triton captured", *BACKENDS, *PEERS) for batch in (12, 1)),
     # compiling these takes minutes
-    gpt2("gpt2-large", 4, 1024, *OURS, *COMPILED),
-    gpt2("gpt2-xl", 2, 1024, *OURS, *COMPILED),
+    gpt2("gpt2-large", 4, 1024, *BACKENDS, *COMPILED),
+    gpt2("gpt2-xl", 2, 1024, *BACKENDS, *COMPILED),
 ]
 ON_CPU = [
-    small("nano", 12, 64, "cpu", *OURS, *COMPILED, *PEERS),
+    small("nano", 12, 64, "cpu", *BACKENDS, *COMPILED, *PEERS),
     small("baby", 4, 256, "cpu", "eager", *PEERS),
     *(small("nano", batch, 64, "cpu", "eager", "Hugging Face") for batch in (1, 4, 48)),
     *(small("nano", 768 // length, length, "cpu", "eager", "Hugging Face") for length in (16, 256)),
