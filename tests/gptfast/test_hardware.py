@@ -7,7 +7,7 @@ from gptfast import hardware
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-# what PyTorch calls each GPU, the row that is meant, and once more its dense 16-bit peak in TFLOP/s and its GB/s
+# PyTorch's name, the row it means, and again its dense 16-bit peak in TFLOP/s and its GB/s
 NAMES = {
     "Tesla V100-SXM2-16GB": ("V100 SXM2 16GB", 125, 900),
     "Tesla V100-SXM2-32GB": ("V100 SXM2 32GB", 125, 900),
@@ -38,58 +38,23 @@ NAMES = {
     "AMD Instinct MI300X OAM": ("MI300X", 1307.4, 5300),
 }
 OTHERS = [
-    "NVIDIA RTX A1000",
-    "NVIDIA A100X",
-    "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
-    "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-    "NVIDIA H200 MIG 1g.18gb",
-    "NVIDIA A100",  # which one?
-    "NVIDIA A10G",
-    "NVIDIA A10-24Q",  # a virtual GPU
-    "NVIDIA A40",
-    "NVIDIA L40",
-    "Tesla V100-SXM2-32GB-LS",
-    "Tesla V100S-PCIE-32GB",
-    "Tesla V100-FHHL-16GB",
-    "NVIDIA GeForce RTX 3090 Ti",
-    "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 4090 Laptop GPU",
-    "NVIDIA GeForce RTX 5090 D",
-    "NVIDIA GB200",
-    "NVIDIA GH200 480GB",
-    "NVIDIA H20-3e",
-    "NVIDIA H800",
-    "NVIDIA B300",
-    "NVIDIA",
-    "GeForce",
-    "",
-]
-# the clock in GHz at which data sheets count, and FLOPs of a processor's matrix units per cycle by CUDA's throughput
-# table; the H20 is missing, being held below what its clock would give
+    "NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    "NVIDIA H200 MIG 1g.18gb", "NVIDIA A100", "NVIDIA A10G", "NVIDIA A10-24Q", "NVIDIA A40", "NVIDIA L40",
+    "Tesla V100-SXM2-32GB-LS", "Tesla V100S-PCIE-32GB", "Tesla V100-FHHL-16GB", "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 5090 D", "NVIDIA GB200",
+    "NVIDIA GH200 480GB", "NVIDIA H20-3e", "NVIDIA H800", "NVIDIA B300", "NVIDIA", "GeForce", "",
+]  # fmt: skip
+# clock in GHz of the data sheet, and FLOPs per cycle of a processor's matrix units by CUDA's throughput table. The H20
+# is limited below what its clock would give.
 RATES = {
-    "V100 SXM2 16GB": (1.53, 1024),
-    "V100 SXM2 32GB": (1.53, 1024),
-    "V100 PCIe 16GB": (1.37, 1024),
-    "V100 PCIe 32GB": (1.37, 1024),
-    "T4": (1.59, 1024),
-    "A10": (1.695, 1024),
-    "A100 SXM 40GB": (1.41, 2048),
-    "A100 PCIe 40GB": (1.41, 2048),
-    "A100 SXM 80GB": (1.41, 2048),
-    "A100 PCIe 80GB": (1.41, 2048),
-    "L4": (2.04, 1024),
-    "L40S": (2.49, 1024),
-    "RTX 3090": (1.695, 512),
-    "RTX 4090": (2.52, 512),
-    "RTX 5090": (2.407, 512),
-    "H100 SXM": (1.83, 4096),
-    "H100 PCIe": (1.62, 4096),
-    "H100 NVL": (1.545, 4096),
-    "H200 SXM": (1.83, 4096),
-    "H200 NVL": (1.545, 4096),
-    "B200": (1.86, 8192),
-    "MI300X": (2.1, 2048),
-}
+    **dict.fromkeys(("V100 SXM2 16GB", "V100 SXM2 32GB"), (1.53, 1024)),
+    **dict.fromkeys(("V100 PCIe 16GB", "V100 PCIe 32GB"), (1.37, 1024)),
+    **dict.fromkeys(("A100 SXM 40GB", "A100 PCIe 40GB", "A100 SXM 80GB", "A100 PCIe 80GB"), (1.41, 2048)),
+    "T4": (1.59, 1024), "A10": (1.695, 1024), "L4": (2.04, 1024), "L40S": (2.49, 1024),
+    "RTX 3090": (1.695, 512), "RTX 4090": (2.52, 512), "RTX 5090": (2.407, 512),
+    **dict.fromkeys(("H100 SXM", "H200 SXM"), (1.83, 4096)), "H100 PCIe": (1.62, 4096),
+    **dict.fromkeys(("H100 NVL", "H200 NVL"), (1.545, 4096)), "B200": (1.86, 8192), "MI300X": (2.1, 2048),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -100,34 +65,34 @@ def no_overrides(monkeypatch):
 
 @pytest.fixture
 def fp32_precision():
-    """Puts PyTorch's setting for float32 products back."""
+    """Restores PyTorch's setting for float32 matmuls."""
     before = torch.backends.cuda.matmul.fp32_precision
     yield
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def call_it(monkeypatch, name: str) -> None:
+def set_device_name(monkeypatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gpus_by_name(name, monkeypatch):
+def test_find_knows_a_gpu_by_its_name(name, monkeypatch):
     row, flops, bandwidth = NAMES[name]
     assert hardware.find(name).name == row
-    call_it(monkeypatch, name)
+    set_device_name(monkeypatch, name)
     assert hardware.peak_flops(CUDA, torch.float16) == flops * 1e12
     assert hardware.peak_bandwidth(CUDA) == bandwidth * 1e9
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_gpus_are_unknown(name, monkeypatch):
+def test_find_does_not_guess(name, monkeypatch):
     assert hardware.find(name) is None
-    call_it(monkeypatch, name)
+    set_device_name(monkeypatch, name)
     assert hardware.peak_flops(CUDA, torch.bfloat16) is None
     assert hardware.peak_bandwidth(CUDA) is None
 
 
-def test_every_row_is_found_by_each_of_its_names_and_by_a_real_one():
+def test_table_rows_are_found_by_all_their_names():
     for gpu in hardware.GPUS:
         assert gpu.names
         assert all(hardware.find(name) is gpu for name in gpu.names), gpu.name
@@ -136,8 +101,8 @@ def test_every_row_is_found_by_each_of_its_names_and_by_a_real_one():
 
 
 @pytest.mark.parametrize("gpu", hardware.GPUS, ids=lambda gpu: gpu.name)
-def test_rows(gpu):
-    """Units and ratios: a factor of two or a thousand that is wrong shows in one of them."""
+def test_table_rows_have_plausible_units_and_ratios(gpu):
+    """A wrong factor of two or a thousand shows in one of them."""
     flops = gpu.flops
     assert flops.keys() <= {"bfloat16", "float16", "tf32", "float32", "float8"}
     assert {"float16", "float32"} <= flops.keys()
@@ -157,8 +122,8 @@ def test_rows(gpu):
         assert flops["float8"] == pytest.approx(2 * flops["bfloat16"], rel=0.03)
 
 
-def test_figures_are_dense_and_accumulate_in_float32():
-    """With sparsity, or accumulating in float16 on a GeForce, a processor would do twice as much per cycle."""
+def test_table_figures_are_dense_and_accumulate_in_float32():
+    """With sparsity, or float16 accumulation on a GeForce, a processor would do twice as much per cycle."""
     assert RATES.keys() == {gpu.name for gpu in hardware.GPUS} - {"H20"}
     for gpu in hardware.GPUS:
         if gpu.name in RATES:
@@ -168,35 +133,34 @@ def test_figures_are_dense_and_accumulate_in_float32():
             assert "FP32 accumulation" in gpu.source
 
 
-def test_peak_by_dtype(monkeypatch, fp32_precision):
-    call_it(monkeypatch, "NVIDIA H200")
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert hardware.peak_flops(CUDA, torch.bfloat16) == 989.4e12
-    assert hardware.peak_flops(CUDA, torch.float8_e4m3fn) == hardware.peak_flops(CUDA, torch.float8_e5m2) == 1978.9e12
-    assert hardware.peak_flops(CUDA, torch.float32) == 66.9e12
-    assert hardware.peak_flops(CUDA, torch.float64) is None
-    call_it(monkeypatch, "NVIDIA A100-SXM4-80GB")
-    assert hardware.peak_flops(CUDA, torch.float8_e4m3fn) is None
-    call_it(monkeypatch, "Tesla T4")
-    assert hardware.peak_flops(CUDA, torch.bfloat16) is None
-
-
-def test_float32_follows_pytorchs_setting_where_the_gpu_has_tf32(monkeypatch, fp32_precision):
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    call_it(monkeypatch, "NVIDIA H200")
-    assert hardware.peak_flops(CUDA, torch.float32) == 494.7e12
-    assert hardware.peak_flops(CUDA, torch.bfloat16) == 989.4e12
-    call_it(monkeypatch, "Tesla V100-SXM2-16GB")
-    assert hardware.peak_flops(CUDA, torch.float32) == 15.7e12
+@pytest.mark.parametrize(
+    ("name", "precision", "dtype", "flops"),
+    [
+        ("NVIDIA H200", "ieee", torch.bfloat16, 989.4e12),
+        ("NVIDIA H200", "ieee", torch.float8_e4m3fn, 1978.9e12),
+        ("NVIDIA H200", "ieee", torch.float8_e5m2, 1978.9e12),
+        ("NVIDIA H200", "ieee", torch.float32, 66.9e12),
+        ("NVIDIA H200", "ieee", torch.float64, None),
+        ("NVIDIA H200", "tf32", torch.float32, 494.7e12),
+        ("NVIDIA H200", "tf32", torch.bfloat16, 989.4e12),
+        ("Tesla V100-SXM2-16GB", "tf32", torch.float32, 15.7e12),
+        ("NVIDIA A100-SXM4-80GB", "ieee", torch.float8_e4m3fn, None),
+        ("Tesla T4", "ieee", torch.bfloat16, None),
+    ],
+)
+def test_peak_flops_by_dtype_and_precision(monkeypatch, fp32_precision, name, precision, dtype, flops):
+    set_device_name(monkeypatch, name)
+    torch.backends.cuda.matmul.fp32_precision = precision
+    assert hardware.peak_flops(CUDA, dtype) == flops
 
 
 @pytest.mark.parametrize("kind", ["meta", "mps"])
-def test_other_devices_have_no_peak(kind):
+def test_peaks_of_other_devices_are_unknown(kind):
     assert hardware.peak_flops(torch.device(kind), torch.float32) is None
     assert hardware.peak_bandwidth(torch.device(kind)) is None
 
 
-def test_the_cpus_peaks_are_measured_once(monkeypatch):
+def test_peaks_of_the_cpu_are_measured_once(monkeypatch):
     hardware._measured_cpu_flops.cache_clear()
     hardware._measured_cpu_bandwidth.cache_clear()
     state = torch.get_rng_state()
@@ -208,16 +172,16 @@ def test_the_cpus_peaks_are_measured_once(monkeypatch):
     assert (hardware.peak_flops(CPU, torch.float32), hardware.peak_bandwidth(CPU)) == (flops, bandwidth)
 
 
-def test_what_the_measurements_count(monkeypatch):
-    """By a clock on which every product and every copy takes two seconds."""
+def test_peaks_of_the_cpu_count_flops_and_bytes(monkeypatch):
+    """On a clock by which every matmul and every copy takes two seconds."""
     monkeypatch.setattr(hardware.time, "perf_counter", iter(range(0, 1000, 2)).__next__)
     assert hardware._measured_cpu_flops.__wrapped__(torch.float32, size=10) == 2 * 10 * 10 * 10 / 2
     assert hardware._measured_cpu_bandwidth.__wrapped__(size=1000) == (1000 + 1000) / 2
 
 
 @pytest.mark.parametrize("name", ["NVIDIA Foo", "NVIDIA H200"])
-def test_overrides_win(name, monkeypatch):
-    call_it(monkeypatch, name)
+def test_override_wins(name, monkeypatch):
+    set_device_name(monkeypatch, name)
     monkeypatch.setenv("GPTFAST_PEAK_FLOPS", "123e12")
     monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", "1.5e12")
     for device in (CUDA, CPU, torch.device("mps")):
@@ -226,42 +190,44 @@ def test_overrides_win(name, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["fast", "", "0", "-1e12", "nan", "inf", "989 TFLOP/s"])
-def test_overrides_that_are_no_peak(value, monkeypatch):
-    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", value)
-    accepted = "a positive finite number of FLOP/s such as 989e12"
-    with pytest.raises(ValueError, match=re.escape(f"GPTFAST_PEAK_FLOPS is {value!r}; accepted: {accepted}")):
-        hardware.peak_flops(CPU, torch.float32)
-    monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", value)
-    accepted = "a positive finite number of bytes/s such as 4.8e12"
-    with pytest.raises(ValueError, match=re.escape(f"GPTFAST_PEAK_BANDWIDTH is {value!r}; accepted: {accepted}")):
-        hardware.peak_bandwidth(CPU)
+@pytest.mark.parametrize("variable", ["GPTFAST_PEAK_FLOPS", "GPTFAST_PEAK_BANDWIDTH"])
+def test_override_must_be_a_positive_finite_number(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable} is {value!r}"):
+        hardware.describe(CPU)
 
 
-def test_descriptions(monkeypatch):
-    def describe(name: str) -> str:
-        call_it(monkeypatch, name)
-        return hardware.describe(CUDA)
+UNKNOWN = "unknown GPU 'NVIDIA Foo'"
+SOURCE = "NVIDIA H200 data sheet, dense = half of the figures with sparsity"
 
-    source = "NVIDIA H200 data sheet, dense = half of the figures with sparsity"
-    assert describe("NVIDIA H200") == f"H200 SXM: 989 TFLOP/s bf16, 4.8 TB/s ({source})"
-    assert describe("Tesla V100-SXM2-16GB") == "V100 SXM2 16GB: 125 TFLOP/s fp16, 900 GB/s (NVIDIA V100 data sheet)"
-    assert describe("NVIDIA B200").startswith("B200: 2.25 PFLOP/s bf16, 7.7 TB/s (")
-    assert (
-        describe("NVIDIA Foo") == "unknown GPU 'NVIDIA Foo': no peak, set GPTFAST_PEAK_FLOPS and GPTFAST_PEAK_BANDWIDTH"
-    )
+
+@pytest.mark.parametrize(
+    ("name", "flops", "bandwidth", "description"),
+    [
+        ("NVIDIA H200", None, None, f"H200 SXM: 989 TFLOP/s bf16, 4.8 TB/s ({SOURCE})"),
+        ("NVIDIA H200", "500e12", None, f"H200 SXM: 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 4.8 TB/s ({SOURCE})"),
+        ("Tesla V100-SXM2-16GB", None, None, "V100 SXM2 16GB: 125 TFLOP/s fp16, 900 GB/s (NVIDIA V100 data sheet)"),
+        ("NVIDIA B200", None, None, "B200: 2.25 PFLOP/s bf16, 7.7 TB/s ("),
+        ("NVIDIA Foo", None, None, f"{UNKNOWN}: no peak, set GPTFAST_PEAK_FLOPS and GPTFAST_PEAK_BANDWIDTH"),
+        (
+            "NVIDIA Foo", "500e12", None,
+            f"{UNKNOWN}: 500 TFLOP/s (GPTFAST_PEAK_FLOPS), no bandwidth (set GPTFAST_PEAK_BANDWIDTH)",
+        ),
+        (
+            "NVIDIA Foo", "500e12", "999.9e9",
+            f"{UNKNOWN}: 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 1 TB/s (GPTFAST_PEAK_BANDWIDTH)",
+        ),
+        ("NVIDIA Foo", None, "1e12", f"{UNKNOWN}: no peak (set GPTFAST_PEAK_FLOPS), 1 TB/s (GPTFAST_PEAK_BANDWIDTH)"),
+    ],
+)  # fmt: skip
+def test_describe_gives_peaks_and_their_source(monkeypatch, name, flops, bandwidth, description):
+    set_device_name(monkeypatch, name)
+    for variable, value in (("GPTFAST_PEAK_FLOPS", flops), ("GPTFAST_PEAK_BANDWIDTH", bandwidth)):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    assert hardware.describe(CUDA).startswith(description)
+
+
+def test_describe_other_devices():
     assert re.fullmatch(r"CPU: [\d.]+ [PTG]FLOP/s fp32, [\d.]+ [TG]B/s \(measured\)", hardware.describe(CPU))
     assert hardware.describe(torch.device("mps")).startswith("unknown device 'mps': no peak, set GPTFAST_PEAK_FLOPS")
-
-    monkeypatch.setenv("GPTFAST_PEAK_FLOPS", "500e12")
-    assert describe("NVIDIA H200") == f"H200 SXM: 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 4.8 TB/s ({source})"
-    assert (
-        describe("NVIDIA Foo")
-        == "unknown GPU 'NVIDIA Foo': 500 TFLOP/s (GPTFAST_PEAK_FLOPS), no bandwidth (set GPTFAST_PEAK_BANDWIDTH)"
-    )
-    monkeypatch.setenv("GPTFAST_PEAK_BANDWIDTH", "999.9e9")
-    assert (
-        describe("NVIDIA Foo")
-        == "unknown GPU 'NVIDIA Foo': 500 TFLOP/s (GPTFAST_PEAK_FLOPS), 1 TB/s (GPTFAST_PEAK_BANDWIDTH)"
-    )
-    monkeypatch.delenv("GPTFAST_PEAK_FLOPS")
-    assert describe("NVIDIA Foo").startswith("unknown GPU 'NVIDIA Foo': no peak (set GPTFAST_PEAK_FLOPS), 1 TB/s (")

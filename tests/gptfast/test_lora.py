@@ -1,4 +1,4 @@
-"""Adapters change nothing when new, are alone in being trained, and leave a plain GPT when merged."""
+"""New adapters change nothing, only they are trained, and a merge leaves a plain GPT. Frozen parameters stay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = ["transformer.h.*"]
 LAYERS = [
     f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ]
-# the head is a layer of its own, whose rows of padding are in no file
+# the head is a layer then, and files leave its padded rows out
 UNTIED = {"tie_weights": False, "pad_vocab_size_to": 16}
 CASES = {"tied": ({}, ALL), "no bias": ({"bias": False}, ALL), "untied, padded": (UNTIED, [*ALL, "lm_head"])}
 cases = pytest.mark.parametrize(("settings", "targets"), CASES.values(), ids=CASES)
@@ -32,7 +32,7 @@ def build(backend: str = "eager", seed: int = 0, **settings) -> GPT:
 
 
 def adapted(backend: str = "eager", targets: list[str] = ALL, random: bool = False, **settings) -> GPT:
-    """With adapters, drawn at random if asked to instead of B = 0."""
+    """A model with adapters, with random B instead of zeros if `random`."""
     model = build(backend, **settings)
     lora.apply(model, RANK, ALPHA, targets)
     if random:
@@ -51,14 +51,14 @@ def logits(model: GPT) -> Tensor:
 
 
 def train(model: GPT, steps: int = 4, **settings) -> list[float]:
-    """The losses."""
+    """Train on one batch; return the losses."""
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), DEVICE.type)
     step = TrainStep(model.train(), optimizer, **settings)
     return [step(*batch()).loss for _ in range(steps)]
 
 
 def change(model: GPT, layer: str) -> Tensor:
-    """What the adapter of a layer adds to its weight, by the paper's formula."""
+    """The update of a layer's weight by the paper's formula."""
     tensors = lora.adapters(model)
     return (ALPHA / RANK) * tensors[f"{layer}.lora_b"] @ tensors[f"{layer}.lora_a"]
 
@@ -71,7 +71,7 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 @pytest.mark.parametrize(
     ("backend", "case"), [*(("eager", case) for case in CASES), ("triton", "tied"), ("triton", "untied, padded")]
 )
-def test_new_adapters_change_nothing(backend: str, case: str):
+def test_apply_leaves_outputs_as_they_were(backend: str, case: str):
     settings, targets = CASES[case]
     plain, model = build(backend, **settings), build(backend, **settings)
     assert not lora.is_applied(model)
@@ -81,31 +81,28 @@ def test_new_adapters_change_nothing(backend: str, case: str):
     assert torch.equal(model.train()(*batch())[1], plain.train()(*batch())[1])
 
 
-def test_matrices_begin_as_in_the_paper():
+def test_apply_initialises_as_the_paper_does():
     tensors = lora.adapters(adapted(n_embd=128, targets=["*.h.0.*"]))
     assert list(tensors) == [f"{layer}.{matrix}" for layer in LAYERS[:4] for matrix in ("lora_a", "lora_b")]
     a, b = tensors["transformer.h.0.mlp.c_fc.lora_a"], tensors["transformer.h.0.mlp.c_fc.lora_b"]
     assert (a.shape, b.shape) == ((RANK, 128), (512, RANK))
-    assert 0.9 * 128**-0.5 < a.abs().max() <= 128**-0.5  # He's bound for a leak of sqrt(5)
+    assert 0.9 * 128**-0.5 < a.abs().max() <= 128**-0.5  # He et al.'s bound for a=sqrt(5)
     assert not b.any()
 
 
-def test_only_the_adapters_are_parameters_to_train():
+def test_apply_freezes_all_other_parameters():
     model = adapted(targets=["*.mlp.c_fc"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     inside = "transformer.h.{}.mlp.c_fc.parametrizations.weight.0.lora_{}"
     assert trained == {inside.format(layer, matrix) for layer in range(2) for matrix in "ab"}
 
 
-def test_a_layer_and_its_gradients_are_those_of_the_formula():
+def test_adapted_layer_and_its_gradients_follow_the_formula():
     """y = x (W + s B A)^T, dA = s B^T G and dB = s G A^T, with G the gradient of the weight."""
     model = adapted(random=True).double()
     layer = model.transformer.h[0].attn.c_attn
     adapter = layer.parametrizations.weight[0]
-    x, dy = (
-        torch.randn(5, 32, dtype=torch.float64, device=DEVICE),
-        torch.randn(5, 96, dtype=torch.float64, device=DEVICE),
-    )
+    x, dy = (torch.randn(5, width, dtype=torch.float64, device=DEVICE) for width in (32, 96))
     y = layer(x)
     y.backward(dy)
     scale, a, b = ALPHA / RANK, adapter.lora_a.detach(), adapter.lora_b.detach()
@@ -119,7 +116,7 @@ def test_a_layer_and_its_gradients_are_those_of_the_formula():
 
 
 @cases
-def test_training_changes_the_adapters_alone(settings: dict, targets: list[str]):
+def test_training_changes_only_adapters(settings: dict, targets: list[str]):
     model = adapted(targets=targets, **settings)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = train(model)
@@ -128,12 +125,12 @@ def test_training_changes_the_adapters_alone(settings: dict, targets: list[str])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) is not name.endswith(("lora_a", "lora_b")), name
     if "lm_head" in targets:
-        assert not model.lm_head.weight[31:].any()  # padding stays what it was
+        assert not model.lm_head.weight[31:].any()  # padding stays zero
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_with_triton_kernels(dtype: torch.dtype):
-    """The feed-forward and the loss take weights, not layers: those of the adapted layers."""
+def test_training_with_triton_equals_eager(dtype: torch.dtype):
+    """The operators of the feed-forward and the loss read adapted weights past their layers."""
     outcomes, before = [], build(n_layer=1, **UNTIED).state_dict()
     for backend in ("eager", "triton"):
         model = adapted(backend, [*ALL, "lm_head"], random=True, n_layer=1, **UNTIED)
@@ -148,7 +145,7 @@ def test_training_with_triton_kernels(dtype: torch.dtype):
 
 
 @cases
-def test_merging_leaves_a_plain_gpt(settings: dict, targets: list[str]):
+def test_merge_leaves_a_plain_gpt(settings: dict, targets: list[str]):
     plain, model = build(**settings), adapted(targets=targets, **settings)
     train(model)
     unmerged, state = logits(model), lora.merged_state_dict(model)
@@ -163,13 +160,13 @@ def test_merging_leaves_a_plain_gpt(settings: dict, targets: list[str]):
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert all(p.requires_grad for p in model.parameters())
-    losses = train(model)  # all of it now
+    losses = train(model)  # all parameters
     assert losses[-1] < losses[0]
     lora.apply(model, RANK, ALPHA, targets)
 
 
 @cases
-def test_merged_weights_load_into_a_new_gpt(settings: dict, targets: list[str]):
+def test_merged_state_dict_loads_into_a_new_gpt(settings: dict, targets: list[str]):
     model = adapted(targets=targets, random=True, **settings)
     unmerged, state = logits(model), lora.merged_state_dict(model)
     other = build(seed=1, **settings | {"pad_vocab_size_to": 1})
@@ -180,12 +177,12 @@ def test_merged_weights_load_into_a_new_gpt(settings: dict, targets: list[str]):
     assert torch.equal(logits(model), unmerged)
 
 
-def test_merged_weights_of_a_model_without_adapters_are_its_own():
+def test_merged_state_dict_without_adapters_is_the_state_dict():
     model = build(**UNTIED)
     assert_same_tensors(lora.merged_state_dict(model), model.state_dict())
 
 
-def test_merging_keeps_the_parameters_that_an_optimizer_holds():
+def test_merge_keeps_the_parameter_objects():
     model = build()
     before = [id(p) for p in model.parameters()]
     lora.apply(model, RANK, ALPHA, ALL)
@@ -193,8 +190,8 @@ def test_merging_keeps_the_parameters_that_an_optimizer_holds():
     assert [id(p) for p in model.parameters()] == before
 
 
-def test_adapters_of_a_copy_are_its_own():
-    """A merge as well: both share the classes that parametrize made."""
+def test_deepcopy_has_separate_adapters():
+    """Copies share the classes that parametrize makes; a merge of one leaves the others."""
     model = adapted(random=True)
     expected = logits(model)
     first, second = copy.deepcopy(model), copy.deepcopy(model)
@@ -208,7 +205,7 @@ def test_adapters_of_a_copy_are_its_own():
     assert lora.is_applied(second)
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_is_bitwise_the_same():
     outcomes = []
     for enabled in (False, True):
         model = adapted()
@@ -218,10 +215,10 @@ def test_activation_checkpointing_changes_nothing():
     assert_same_tensors(outcomes[0][1], outcomes[1][1])
 
 
-def test_products_in_bfloat16_and_adapters_in_float32():
+def test_bfloat16_autocast_leaves_adapters_in_float32():
     model, exact = adapted(random=True), adapted(random=True)
     layer = model.transformer.h[0].mlp.c_fc
-    alone = layer.weight.detach()  # a graph that is alive ties gradients to its stream, which a capture cannot wait for
+    alone = layer.weight.detach()  # a live autograd graph ties gradients to its stream, which breaks a capture
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer.weight.dtype == torch.float32
         assert torch.equal(layer.weight, alone)
@@ -231,7 +228,7 @@ def test_products_in_bfloat16_and_adapters_in_float32():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_compiled_step_is_one_graph_and_the_same(monkeypatch):
+def test_compiled_step_is_one_graph(monkeypatch):
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
@@ -245,8 +242,7 @@ def test_a_compiled_step_is_one_graph_and_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("padding", [1, 16, 64])
-def test_adapters_are_saved_and_loaded_alone(tmp_path, padding: int):
-    """Between paddings as well: files are of the vocabulary."""
+def test_load_adapters_between_paddings(tmp_path, padding: int):
     targets = [*ALL, "lm_head"]
     model = adapted(targets=targets, **UNTIED)
     train(model)
@@ -264,36 +260,26 @@ def test_adapters_are_saved_and_loaded_alone(tmp_path, padding: int):
     }
 
 
-def test_a_model_without_values():
-    """Sizes can be had before memory is."""
+def test_apply_on_the_meta_device():
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("gpt2"), "eager")
         lora.apply(model, 8, 16.0, ["*.attn.c_attn"])
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 12 * 8 * (768 + 3 * 768)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
-        ({"rank": 2.5}, "rank must be an integer of at least 1, got 2.5"),
-        ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
-        ({"alpha": -1.0}, "alpha must be positive and finite, got -1.0"),
-        ({"alpha": float("inf")}, "alpha must be positive and finite, got inf"),
-        ({"alpha": float("nan")}, "alpha must be positive and finite, got nan"),
-        (
-            {"targets": ["*.attn.*", "*.ln_1"]},
-            r"no linear layer matches '\*\.ln_1'; accepted: names such as transformer\.h\.0\.attn\.c_attn, ",
-        ),
-        ({"targets": []}, r"targets must have .*, got none"),
-        ({"targets": "*"}, r"patterns must be a sequence of strings, got '\*'; accepted: \['\*'\]"),
-        (
-            {"targets": ["*.attn.*", "lm_*"]},
-            r"targets \['\*\.attn\.\*', 'lm_\*'\] match lm_head, which is the token embedding \(tie_weights=True\)",
-        ),
-    ],
-)
-def test_bad_settings_leave_the_model_as_it_was(arguments: dict, message: str):
+BAD_ARGUMENTS = [
+    ({"rank": 0}, "rank.* 0"),
+    ({"rank": 2.5}, r"rank.* 2\.5"),
+    *(({"alpha": alpha}, f"alpha.* {alpha}") for alpha in (0.0, -1.0, float("inf"), float("nan"))),
+    ({"targets": ["*.attn.*", "*.ln_1"]}, r"no linear layer matches '\*\.ln_1'.* transformer\.h\.0\.attn\.c_attn"),
+    ({"targets": []}, "targets.* none"),
+    ({"targets": "*"}, r"patterns .* '\*'"),
+    ({"targets": ["*.attn.*", "lm_*"]}, r"targets \['\*\.attn\.\*', 'lm_\*'\] match lm_head"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_apply_rejects_bad_arguments_and_changes_nothing(arguments: dict, message: str):
     model = build()
     names = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -302,34 +288,90 @@ def test_bad_settings_leave_the_model_as_it_was(arguments: dict, message: str):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_adapters_are_added_once():
+def test_apply_rejects_a_model_with_adapters():
     model = adapted(targets=["*.mlp.*"])
-    with pytest.raises(ValueError, match=r"has adapters already, such as on transformer\.h\.0\.mlp\.c_fc; merge"):
+    with pytest.raises(ValueError, match=r"adapters already.* transformer\.h\.0\.mlp\.c_fc"):
         lora.apply(model, RANK, ALPHA, ["*.attn.*"])
 
 
-def test_nothing_to_merge():
-    with pytest.raises(ValueError, match=r"no adapters to merge"):
+def test_merge_rejects_a_model_without_adapters():
+    with pytest.raises(ValueError, match="no adapters"):
         lora.merge(build())
 
 
-def test_adapters_that_do_not_fit():
-    model = adapted(targets=["*.attn.*"])
+def test_load_adapters_rejects_what_does_not_fit():
+    model, plain = adapted(targets=["*.attn.*"]), build()
     tensors = {name: torch.ones_like(tensor) for name, tensor in lora.adapters(model).items()}
     second, third = list(tensors)[1:3]
-    cases = {
-        f"adapter {second} is missing from the 6 tensors given": {
-            name: tensor for name, tensor in tensors.items() if name not in (second, third)
-        },
-        rf"adapter {second} has shape \(2, 96\), the model's has \(96, 2\)": tensors | {second: tensors[second].T},
-        r"adapter lm_head\.lora_a is unknown to the model; accepted: transformer\.h\.0\.attn\.c_attn\.lora_a, ": tensors
-        | {"lm_head.lora_a": tensors[third]},
-    }
-    for message, given in cases.items():
+    for target, given, message in (
+        (model, {n: t for n, t in tensors.items() if n not in (second, third)}, f"adapter {second} is missing"),
+        (model, tensors | {second: tensors[second].T}, rf"adapter {second} .*\(2, 96\).*\(96, 2\)"),
+        (model, tensors | {"lm_head.lora_a": tensors[third]}, r"adapter lm_head\.lora_a is unknown"),
+        (plain, tensors, r"c_attn\.lora_a is unknown"),
+    ):
         with pytest.raises(ValueError, match=message):
-            lora.load_adapters(model, given)
+            lora.load_adapters(target, given)
     assert not lora.adapters(model)[second].any()
-    plain = build()
     assert lora.adapters(plain) == {}
-    with pytest.raises(ValueError, match=r"c_attn\.lora_a is unknown to the model; add adapters"):
-        lora.load_adapters(plain, tensors)
+
+
+PATTERNS = [["transformer.h.[0-1].*"], ["transformer.w?e.weight"], ["*.bias", "*.mlp.*"], ["lm_head.weight"], []]
+
+
+@pytest.mark.parametrize(
+    ("backend", "patterns"), [*(("eager", patterns) for patterns in PATTERNS), ("triton", PATTERNS[2])]
+)
+def test_freeze_keeps_parameters_from_training(backend: str, patterns: list[str]):
+    model, before = build(backend), build()
+    frozen = lora.freeze(model, patterns)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
+    train(model, steps=2)
+    same = {n for n, p in model.named_parameters() if torch.equal(p, before.get_parameter(n))}
+    assert same == set(frozen)
+
+
+def test_freeze_returns_names_in_the_order_of_the_model():
+    frozen = ["transformer.wte.weight"]
+    frozen += [f"transformer.h.{i}.ln_2.{name}" for i in (1, 2) for name in ("weight", "bias")]
+    patterns = ["transformer.h.[1-2].ln_2.*", "transformer.wte.*", "transformer.h.2.ln_2.bias"]
+    assert lora.freeze(build(n_layer=3), patterns) == frozen
+
+
+@pytest.mark.parametrize("pattern", ["transformer.wte.weight", "lm_head.weight", "*[te].weight"])
+def test_freeze_matches_a_tied_weight_by_either_name(pattern: str):
+    model = build(position="none")
+    assert "transformer.wte.weight" in lora.freeze(model, [pattern])
+    assert not model.lm_head.weight.requires_grad
+    untied = build(tie_weights=False)
+    assert lora.freeze(untied, ["lm_head.weight"]) == ["lm_head.weight"]
+    assert untied.transformer.wte.weight.requires_grad
+
+
+def test_freeze_adds_to_what_is_frozen():
+    model = build()
+    lora.freeze(model, ["transformer.h.0.*"])
+    assert lora.freeze(model, ["transformer.h.0.ln_1.*"]) == [f"transformer.h.0.ln_1.{n}" for n in ("weight", "bias")]
+    lora.freeze(model, ["transformer.h.1.*"])
+    left = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert left == [f"transformer.{n}" for n in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
+    lora.freeze(model, ["*.weight"])
+    with pytest.raises(ValueError, match=r"'\*\.bias' leave nothing to train"):
+        lora.freeze(model, ["*.bias"])
+    assert model.transformer.ln_f.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["transformer.wte.*", "h.0.*"], r"no parameter matches 'h\.0\.\*'.* transformer\.wte\.weight"),
+        (["Transformer.*"], r"no parameter matches 'Transformer\.\*'"),
+        (["transformer.*"], r"'transformer\.\*' leave nothing to train"),
+        (["*.weight", "*.bias"], r"'\*\.weight', '\*\.bias' leave nothing to train"),
+        ("*.bias", r"patterns .* '\*\.bias'"),
+    ],
+)
+def test_freeze_rejects_bad_patterns_and_changes_nothing(patterns, message: str):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        lora.freeze(model, patterns)
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The memory of a training step beside eager PyTorch's, at GPT-2's proportions made small."""
+"""Peak memory of a training step relative to eager PyTorch, at GPT-2's proportions made small."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptfast import GPT, GPTConfig
 from tests.support.memory import peak_bytes
 from tests.support.oracle import DEVICE
 
-# vocabulary and width as 50,304 and 768, tokens times layers in proportion to them
+# the ratios of vocabulary, width, tokens and layers are those of GPT-2
 CONFIG = GPTConfig(block_size=64, vocab_size=2096, n_layer=12, n_head=2, n_embd=32)
 BATCH = 4
 LOGITS = BATCH * 64 * 2096 * 2
@@ -20,11 +20,11 @@ LOGITS = BATCH * 64 * 2096 * 2
 
 @functools.cache
 def peak(backend: str, compiled: bool = False, residual: torch.dtype | None = None, checkpointing: bool = False) -> int:
-    """Bytes of forward and backward under autocast, beside the weights."""
+    """Return peak bytes of forward and backward under autocast, without the weights."""
     model = GPT(CONFIG, backend).to(DEVICE)
     model.set_residual_dtype(residual)
     model.set_activation_checkpointing(checkpointing)
-    if backend == "triton":  # 512 MiB of the 3.3 GB that the logits of 32 x 1024 tokens are
+    if backend == "triton":  # as 512 MiB relate to the 3.3 GB of logits of 32 x 1024 tokens
         workspace = LOGITS * 2**29 // (32 * 1024 * 50_304 * 2)
         model.backend.linear_cross_entropy = functools.partial(kernels.linear_cross_entropy, workspace_bytes=workspace)
     forward = torch.compile(model, fullgraph=True) if compiled else model
@@ -41,12 +41,12 @@ def peak(backend: str, compiled: bool = False, residual: torch.dtype | None = No
 
 
 @pytest.mark.slow
-def test_a_step_needs_at_most_six_tenths_of_compiled_eager():
+def test_triton_step_needs_less_memory_than_eager():
     assert peak("triton") < 0.6 * peak("eager", compiled=True)
     assert peak("triton") < 0.4 * peak("eager")
 
 
 @pytest.mark.slow
-def test_a_narrow_residual_stream_and_checkpointing_need_less():
+def test_bfloat16_residual_stream_and_checkpointing_need_less_memory():
     assert peak("triton", residual=torch.bfloat16) < 0.92 * peak("triton")
     assert peak("triton", checkpointing=True) < 0.45 * peak("triton")

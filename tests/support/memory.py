@@ -1,4 +1,4 @@
-"""How much memory a call needs at its peak, on any device."""
+"""Peak memory of a call, on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.oracle import DEVICE
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) -> int:
-    """Bytes of tensors on `device` at the peak of a call, beyond those that were there before."""
+    """Return peak bytes of tensors on `device` during a call, beyond those allocated before."""
     if device.type == "cuda":
         _warm_up_products(device)
         torch.cuda.synchronize()
@@ -31,7 +31,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) ->
 
 
 def _warm_up_products(device: torch.device) -> None:
-    """Have cuBLAS take its workspaces, 8 MiB and more for each thread that multiplies, the one of gradients too."""
+    """Make cuBLAS allocate its workspaces: 8 MiB and more per thread, autograd's included."""
     a, b = (torch.ones(16, 16, device=device, requires_grad=True) for _ in range(2))
     torch.nn.functional.linear(a, b, torch.ones(16, device=device)).sum().backward()
     torch.nn.functional.linear(a.half(), b.half()).sum().backward()

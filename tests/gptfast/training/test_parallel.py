@@ -1,4 +1,4 @@
-"""Two processes that train on halves of a batch are one that trains on the whole, though targets count unequally."""
+"""Two processes on halves of a batch equal one on the whole batch, also with unequal numbers of targets that count."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gptfast import GPT, GPTConfig, TrainStep
+from gptfast.distributed import full_tensor
 
 ROOT = Path(__file__).parents[3]
 PROCESSES, BATCH_SIZE = 2, 4
@@ -28,7 +29,7 @@ def build(backend: str) -> GPT:
 
 
 def train(model: nn.Module, rows: slice, accumulation: int = 1) -> Tensor:
-    """Three steps on some rows of each batch, whose later rows have fewer targets that count; losses and norms."""
+    """Take three steps on some rows of batches, whose later rows have fewer targets; return losses and norms."""
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, eps=1e-3, fused=True)
     step = TrainStep(model, optimizer, accumulation, grad_clip=0.3)
     generator = torch.Generator().manual_seed(1)
@@ -70,28 +71,23 @@ WRAPPERS = {"DDP": replicated, "FSDP": sharded}
 
 
 def run_process(wrapper: str, rank: int, folder: Path) -> None:
-    """Train on this process's rows, and write all parameters as this process sees them."""
+    """Train on the rows of a rank, and write the full parameters that this rank sees."""
     store = torch.distributed.FileStore(str(folder / "store"), PROCESSES)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     model = build("triton")
     share = BATCH_SIZE // PROCESSES
     outcome = train(WRAPPERS[wrapper](model), slice(rank * share, (rank + 1) * share), accumulation=2)
-    parameters = {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        for name, parameter in model.named_parameters()
-    }
-    content = {"outcome": outcome, **{name: parameter.detach() for name, parameter in parameters.items()}}
-    torch.save(content, folder / f"{rank}.pt")
+    parameters = {name: full_tensor(parameter).detach() for name, parameter in model.named_parameters()}
+    torch.save({"outcome": outcome, **parameters}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_halves_of_a_batch_train_as_the_whole(wrapper: str, tmp_path: Path):
-    environment = {
-        **os.environ,
+def test_train_step_of_two_ranks_equals_one_process(wrapper: str, tmp_path: Path):
+    environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",  # else the host's name must have an address
+        "GLOO_SOCKET_IFNAME": "lo",  # the host name may not resolve
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "TRITON_INTERPRET": "1",
