@@ -1,4 +1,4 @@
-"""What stands for nanoGPT: a script in the place of train.py, a text to train on, checkpoints and its arithmetic."""
+"""Stand-ins for nanoGPT: a train.py, a text to train on, checkpoints, and its forward pass."""
 
 import math
 from collections import OrderedDict, defaultdict
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEXT = "To be, or not to be: that is the question.\n" * 200
-# stands for train.py: it takes the settings, and prints what the real one would
+# a train.py that takes the settings and prints what the real one would
 TRAIN = """\
 import os, sys
 settings = dict(word[2:].split("=") for word in sys.argv[2:])
@@ -22,14 +22,14 @@ for number in range(int(settings["max_iters"]) + 1):
 open("threads", "w").write(str(os.environ.get("OMP_NUM_THREADS")))
 """
 
-# the settings that train.py keeps in a checkpoint
+# model settings in a checkpoint of train.py
 MODEL_ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "bias": True, "vocab_size": 19, "dropout": 0.1}
 
 
 def shapes(
     n_layer: int, n_embd: int, block_size: int, bias: bool, vocab_size: int, **_: object
 ) -> dict[str, list[int]]:
-    """Names and shapes of the model's tensors, in their order."""
+    """Names and shapes of the model's tensors, in order."""
     found = {"transformer.wte.weight": [vocab_size, n_embd], "transformer.wpe.weight": [block_size, n_embd]}
     inside = {
         "ln_1": [n_embd],
@@ -48,12 +48,12 @@ def shapes(
 
 
 def checkpoint(gelu: bool = True, compiled: bool = False, **changes: object) -> dict:
-    """What train.py gives to torch.save, with random weights.
+    """Checkpoint as train.py saves it, with random weights.
 
     Args:
-        gelu: the MLP has its module of GELU by erf; before it had one it computed the tanh approximation.
-        compiled: the model was wrapped by torch.compile.
-        changes: of the model's settings.
+        gelu: the MLP has a module of exact GELU; older versions compute the tanh approximation inline.
+        compiled: torch.compile wrapped the model.
+        changes: changes of `MODEL_ARGS`.
     """
     arguments = MODEL_ARGS | changes
     torch.manual_seed(0)
@@ -77,14 +77,14 @@ def checkpoint(gelu: bool = True, compiled: bool = False, **changes: object) -> 
 
 
 def logits(state: Mapping[str, Tensor], n_layer: int, n_head: int, idx: Tensor, gelu: str = "none") -> Tensor:
-    """What nanoGPT computes without dropout, from its definition: [B, T] -> [B, T, V].
+    """nanoGPT's forward pass without dropout, written from its definition: [B, T] -> [B, T, V].
 
     Args:
         state: tensors by name.
-        n_layer: blocks.
-        n_head: heads.
+        n_layer: number of blocks.
+        n_head: number of heads.
         idx: [B, T] int64.
-        gelu: PyTorch's name of the approximation, "none" or "tanh".
+        gelu: "none" (exact) or "tanh", as in PyTorch.
     """
     state = defaultdict(lambda: None, state)
 
@@ -95,13 +95,13 @@ def logits(state: Mapping[str, Tensor], n_layer: int, n_head: int, idx: Tensor, 
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
     B, T = idx.shape
-    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
     x = state["transformer.wte.weight"][idx] + state["transformer.wpe.weight"][:T]
     for i in range(n_layer):
         block = f"transformer.h.{i}"
         qkv = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).chunk(3, dim=-1)
         q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv)  # [B, H, T, D] each
-        scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+        scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~causal, -math.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
         x = x + linear(f"{block}.attn.c_proj", y)
         y = F.gelu(linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)), approximate=gelu)
