@@ -1,4 +1,4 @@
-"""The example trains, and what it writes is loaded."""
+"""The training example runs, and its model loads."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "16
 TEXT = "To be, or not to be, that is the question:\n" * 40
 
 
-def test_it_learns_and_writes_what_transformers_loads(tmp_path):
+def test_example_learns_and_writes_a_model_for_transformers(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     options = ["--data", "text.txt", "--steps", "60", "--eval_interval", "20", "--warmup", "5", "--accumulation", "2"]
     command = [sys.executable, str(SCRIPT), *TINY, *options, "--learning_rate", "1e-2", "--out", "out"]
@@ -45,7 +45,7 @@ def test_it_learns_and_writes_what_transformers_loads(tmp_path):
         (["--steps", "few"], "argument --steps: invalid int value: 'few'"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, message):
+def test_example_rejects_bad_options(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
     monkeypatch.setattr("sys.argv", [str(SCRIPT), "--data", "text.txt", *TINY, *options])

@@ -1,4 +1,4 @@
-"""Real text gives the same curve of the loss, whatever computes it."""
+"""Backends, compilation and accumulation give the same loss curve on real text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, WINDOW = 200, 20
 
 @functools.cache
 def text() -> tuple[batches.Split, int]:
-    """Characters of the standard library to train on, and how many different ones there are."""
+    """Training split of characters of the standard library, and its vocabulary size."""
     characters = corpus.load_text("stdlib")[:100_000]
     tokens = tokenizers.for_documents("char", [characters])
     return batches.split_tokens(tokens.encode(characters), block_size=8, held_out=0.1)[0], tokens.vocab_size
@@ -29,7 +29,7 @@ def text() -> tuple[batches.Split, int]:
 def curve(
     backend: str = "eager", compiled: bool = False, batch_size: int = 2, accumulation: int = 1, seed: int = 0
 ) -> Tensor:
-    """The loss of every step, by the same batches for all seeds."""
+    """Loss of every step; all seeds see the same batches."""
     torch.compiler.reset()
     split, vocab_size = text()
     torch.manual_seed(seed)
@@ -41,15 +41,15 @@ def curve(
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of means over 20 steps."""
+    """Largest difference between means over 20 steps."""
     return (one - other).view(-1, WINDOW).mean(1).abs().max().item()
 
 
-def assert_the_same_curve(actual: Tensor, batch_size: int) -> None:
-    """The means differ by a thousandth at most of what another initialisation changes.
+def assert_same_curve(actual: Tensor, batch_size: int) -> None:
+    """Means differ by less than a thousandth of the difference between initialisations.
 
-    Rounding alone changes about 1e-7, another initialisation 0.05. Errors that no eye sees in a curve are in between:
-    clipping at 0.9 instead of 1 changes 0.006, an epsilon of 1e-4 in the norms 0.05.
+    Rounding changes them by about 1e-7, another initialisation by 0.05. Errors that no plot shows lie between: clipping
+    at 0.9 instead of 1 changes 0.006, an epsilon of 1e-4 in the norms 0.05.
     """
     expected = curve(batch_size=batch_size)
     noise = min(distance(curve(batch_size=batch_size, seed=seed), expected) for seed in (1, 2))
@@ -59,10 +59,10 @@ def assert_the_same_curve(actual: Tensor, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize(("backend", "compiled"), [("eager", True), ("triton", False), ("triton", True)])
-def test_backends_and_compilation(backend: str, compiled: bool):
-    assert_the_same_curve(curve(backend, compiled), batch_size=2)
+def test_loss_curve_does_not_depend_on_backend_and_compilation(backend: str, compiled: bool):
+    assert_same_curve(curve(backend, compiled), batch_size=2)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
-def test_four_parts_of_eight_sequences_and_one_of_thirty_two(compiled: bool):
-    assert_the_same_curve(curve(compiled=compiled, batch_size=32, accumulation=4), batch_size=32)
+def test_loss_curve_does_not_depend_on_accumulation(compiled: bool):
+    assert_same_curve(curve(compiled=compiled, batch_size=32, accumulation=4), batch_size=32)
