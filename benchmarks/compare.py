@@ -12,8 +12,8 @@ from pandas import DataFrame
 
 from benchmarks.measuring.processes import run_command
 from benchmarks.reporting import results, units
+from benchmarks.reporting.names import KEY
 from benchmarks.reporting.passages import device_folders
-from benchmarks.reporting.ratios import KEY
 from benchmarks.reporting.results import Results, ResultsError
 
 

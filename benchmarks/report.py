@@ -14,9 +14,9 @@ from benchmarks.reporting import results
 from benchmarks.reporting.content import content
 from benchmarks.reporting.figures import figures
 from benchmarks.reporting.markdown import escape, replace_passage, write_text
+from benchmarks.reporting.names import MAIN
 from benchmarks.reporting.passages import device_folders, readme_figures
 from benchmarks.reporting.plotting import PALETTE
-from benchmarks.reporting.ratios import MAIN
 from benchmarks.reporting.results import Results, ResultsError
 from benchmarks.reporting.units import SLOWER
 

@@ -10,7 +10,8 @@ from typing import Any
 from pandas import DataFrame
 
 from benchmarks.reporting import ratios, units
-from benchmarks.reporting.ratios import BEST_PEER, MODEL_SUITES, MODES, SUITES, title
+from benchmarks.reporting.names import MODEL_SUITES, MODES, SUITES, title
+from benchmarks.reporting.ratios import BEST_PEER
 from benchmarks.reporting.results import Machine, Results
 
 Line = tuple[str, ...]

@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame
 
 from benchmarks.reporting import ratios, units
+from benchmarks.reporting.names import MAIN, MODEL_SUITES, MODES, SUITES, title
 from benchmarks.reporting.plotting import WIDTH, color, legend, panels, provider_styles, style, svg
-from benchmarks.reporting.ratios import MAIN, MODEL_SUITES, MODES, SUITES, title
 from benchmarks.reporting.results import Machine, Results
 
 BARS = 40  # in a chart, about

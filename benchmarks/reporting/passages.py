@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.reporting import ratios, results, units
 from benchmarks.reporting.content import commits, span, versions
 from benchmarks.reporting.markdown import escape, grid
-from benchmarks.reporting.ratios import MODEL_SUITES, title
+from benchmarks.reporting.names import MODEL_SUITES, title
 from benchmarks.reporting.results import Results, ResultsError
 
 

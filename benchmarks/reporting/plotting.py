@@ -6,17 +6,19 @@ import io
 import re
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.reporting.ratios import MAIN, provider_order
+from benchmarks.reporting.names import MAIN, provider_order
 
 WIDTH = 9.0  # inches
 
-# (light, dark) by name. The light ones must differ: `svg` replaces each by a CSS variable of its name.
+# (light, dark) by name; report.mplstyle has ink, muted and grid. The light ones must differ: `svg` replaces each by a
+# CSS variable of its name.
 PALETTE = {
     "ink": ("#1f2328", "#e6e8eb"),
     "muted": ("#656d76", "#9aa2ab"),
@@ -47,23 +49,6 @@ _MARKERS = {
 }
 _OTHERS = [("series-1", "^"), ("series-2", "v"), ("series-3", "X"), ("series-4", "<"), ("series-5", ">")]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text, for screen readers, search and the page's font
-    "text.parse_math": False,  # a dollar sign is a dollar sign
-    "font.family": ["DejaVu Sans"],  # for measuring: comes with matplotlib and is wider than pages' fonts
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 6,
-}
 
 
 def color(name: str) -> str:
@@ -84,10 +69,7 @@ def provider_styles(providers: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def style() -> Any:
     """Context in which figures are drawn, independent of the user's matplotlibrc."""
-    ink, muted = color("ink"), color("muted")
-    colors = {"text.color": ink, "axes.titlecolor": ink, "grid.color": color("grid"), "axes.facecolor": "none"}
-    colors |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), muted)
-    return matplotlib.style.context(["default", _SETTINGS | colors | {"figure.facecolor": "none"}])
+    return matplotlib.style.context(["default", Path(__file__).with_name("report.mplstyle")])
 
 
 def panels(groups: Any) -> tuple[Figure, list[tuple[Any, Any]]]:

@@ -18,7 +18,7 @@ from pandas import DataFrame
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, create_model, model_validator
 
 from benchmarks import RESULTS_FORMAT
-from benchmarks.reporting.ratios import KEY, sort_order
+from benchmarks.reporting.names import KEY, sort_order
 
 NUMBERS = (
     *("error", "peak_bytes", "flops", "bytes", "flops_per_second", "bytes_per_second", "matrix_share", "copy_share"),

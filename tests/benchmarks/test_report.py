@@ -6,6 +6,7 @@ import pytest
 from benchmarks import report
 from benchmarks.reporting import content, ratios, results, units
 from benchmarks.reporting.markdown import escape
+from benchmarks.reporting.names import KEY
 from benchmarks.reporting.passages import readme_figures
 from benchmarks.reporting.results import ResultsError
 from benchmarks.reporting.units import NOTHING, SLOWER, TIMES
@@ -187,7 +188,7 @@ def test_measurements_of_different_files_have_no_ratio(fixtures, rewrite):
     def over_eager() -> dict[tuple[str, ...], float]:
         rows = results.load(folder).rows
         found = ratios.add_ratios(rows, ratios.of_provider(rows, "eager"))
-        return found.set_index(ratios.KEY)["ratio"].dropna().to_dict()
+        return found.set_index(KEY)["ratio"].dropna().to_dict()
 
     before = over_eager()
     rewrite(folder / "operators.json", later, folder / "later.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reporting import results
-from benchmarks.reporting.ratios import KEY
+from benchmarks.reporting.names import KEY
 from benchmarks.reporting.results import Results, ResultsError
 
 GPU = Path(__file__).parent / "fixtures" / "fixture-gpu"
@@ -214,3 +214,11 @@ def test_fixtures_are_what_their_script_writes(tmp_path):
     for path in written:
         assert path.read_text() == (GPU.parent / path.relative_to(tmp_path)).read_text()
         assert json.loads(path.read_text())["machine_info"]["gptfast"]["device"].startswith("Fixture ")
+
+
+def test_measuring_imports_no_pandas():
+    """A GPU machine may lack the report's packages."""
+    modules = "accuracy gpu_check profiling tune conftest vs_nanogpt.compare vs_nanogpt.learning_curves"
+    imports = "; ".join(f"import benchmarks.{module}" for module in modules.split())
+    code = f"import sys; {imports}; sys.exit(any(name in sys.modules for name in ('pandas', 'jinja2', 'pydantic')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
