@@ -25,11 +25,11 @@ _ROW, _LEFT, _RIGHT, _TOP, _BOTTOM = 0.21, 1.95, 0.15, 0.1, 0.5  # inches
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure for a page; `name` is unique in a report."""
+    """A figure for a page; `name` is unique in a report, `kind` is speed-up, sweep, roofline or memory."""
 
     name: str
+    kind: str
     title: str
-    caption: str
     svg: str
 
 
@@ -37,52 +37,32 @@ def figures(run: Results, suite: str) -> list[Figure]:
     """Draw all figures that a suite has numbers for."""
     found = []
     with style():
-        for kind, heading, caption, canvas in _drawings(run.rows[run.rows["suite"] == suite], run.machine):
-            name = f"{run.machine.slug}-{suite}-{kind}"
-            found.append(Figure(name, heading, caption, svg(canvas, name, heading)))
+        for kind, part, heading, canvas in _drawings(run.rows[run.rows["suite"] == suite], run.machine):
+            name = f"{run.machine.slug}-{suite}-{kind}{part}"
+            found.append(Figure(name, kind, heading, svg(canvas, name, heading)))
     return found
 
 
 def _drawings(rows: DataFrame, machine: Machine) -> Iterator[tuple[str, str, str, Canvas]]:
-    """Name, title, caption and canvas of a suite's figures."""
+    """Kind, suffix of the name, title and canvas of a suite's figures."""
     suite = rows["suite"].iloc[0]
     modes = [(mode, title(suite, mode), of_mode) for mode, of_mode in rows.groupby("mode", sort=False)]
     for mode, heading, of_mode in modes:
         base = ratios.baseline(of_mode)
-        caption = (
-            f"Times as fast as {base} in the same case, by median time, on a logarithmic axis; bars to the left of "
-            f"1.00{units.TIMES} are slower. Whiskers: {base}'s p20 over the provider's p80, and the reverse."
-        )
-        for part, of, chart in split_bars(_speed_ups(of_mode, base)):
-            canvas = draw_bars(chart, 1.0, f"times as fast as {base}")
-            yield f"speed-up-{mode}-{part}", f"{heading}: speed-up over {base}{of}", caption, canvas
+        for part, of, bars in split_bars(_speed_ups(of_mode, base)):
+            canvas = draw_bars(bars, 1.0, f"times as fast as {base}")
+            yield "speed-up", f"-{mode}-{part}", f"{heading}: speed-up over {base}{of}", canvas
     for axis, size in (("T", "sequence length"), ("B", "batch size")):
         for mode, heading, of_mode in modes:
             if len(lines := sweeps(of_mode, axis)):
-                caption = "Medians; bars at the points span p20 to p80. A panel's title has the sizes that are fixed."
-                yield (
-                    f"by-{axis}-{mode}",
-                    f"{heading}: throughput by {size}",
-                    caption,
-                    draw_sweeps(lines, f"{size} {axis}"),
-                )
+                canvas = draw_sweeps(lines, f"{size} {axis}")
+                yield "sweep", f"-{axis}-{mode}", f"{heading}: throughput by {size}", canvas
     if suite not in MODEL_SUITES and (rows["flops"] * rows["bytes"] > 0).any():
-        caption = (
-            "Rate reached over arithmetic intensity (Williams et al. 2009), both axes logarithmic. The solid line is "
-            "the lower of the limits of copies and matmuls, measured at the start of the run."
-        )
-        sheet = f" Dashed: the data sheet of {machine.peak.name}." if machine.peak.name else ""
-        yield "roofline", f"{SUITES.get(suite, suite)}: roofline", caption + sheet, draw_roofline(rows, machine)
+        yield "roofline", "", f"{SUITES.get(suite, suite)}: roofline", draw_roofline(rows, machine)
     for mode, heading, of_mode in modes:
-        caption = "beyond its inputs" * (suite not in MODEL_SUITES)
-        caption = f"Peak device memory{' that the call allocates ' * bool(caption)}{caption}."
-        for part, of, chart in split_bars(_memory(of_mode)):
-            yield (
-                f"memory-{mode}-{part}",
-                f"{heading}: memory{of}",
-                caption,
-                draw_bars(chart, 0.0, chart["unit"].iloc[0]),
-            )
+        for part, of, bars in split_bars(_memory(of_mode)):
+            canvas = draw_bars(bars, 0.0, bars["unit"].iloc[0])
+            yield "memory", f"-{mode}-{part}", f"{heading}: memory{of}", canvas
 
 
 def _speed_ups(rows: DataFrame, base: str) -> DataFrame:
@@ -96,10 +76,8 @@ def _speed_ups(rows: DataFrame, base: str) -> DataFrame:
 def _memory(rows: DataFrame) -> DataFrame:
     rows = rows.dropna(subset="peak_bytes")
     scale, unit = (2**30, "GiB") if rows["peak_bytes"].max() >= 2**30 else (2**20, "MiB")
-    texts = rows["peak_bytes"].map(units.size)
-    return rows.assign(
-        value=rows["peak_bytes"] / scale, low=None, high=None, text=texts, color=_colors(rows), unit=unit
-    )
+    rows = rows.assign(value=rows["peak_bytes"] / scale, low=None, high=None, unit=unit)
+    return rows.assign(text=rows["peak_bytes"].map(units.size), color=_colors(rows))
 
 
 def _colors(rows: DataFrame) -> pd.Series:
