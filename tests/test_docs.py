@@ -26,7 +26,7 @@ OPERATORS, RECIPES = ROOT / "docs/operators.md", ROOT / "docs/recipes.md"
 IN_ORDER = tuple(
     ROOT / "docs" / f"{name}.md"
     for name in (
-        "training", "generation", "recipes", "operators", "numerics", "adding-an-operator", "benchmarking",
+        "training", "generation", "recipes", "operators", "numerics", "benchmarking",
         "distributed", "drop-in", "evaluation",
     )
 )  # fmt: skip
@@ -110,7 +110,8 @@ def test_documents_name_existing_files_and_code():
             # a table of launches is there when a GPU was measured
             assert (ROOT / name).exists() or name == "kernels/launches", f"{path.name}: {name}"
         for name in re.findall(r"\b((?:kernels|gptfast|benchmarks)(?:\.\w+)+)\b(?![/.])", text):
-            assert pydoc.locate(name) is not None, f"{path.name}: {name}"
+            # a page adds rms_norm to a copy of the project
+            assert pydoc.locate(name) is not None or name.endswith(".rms_norm"), f"{path.name}: {name}"
 
 
 VOCABULARIES = {"shakespeare-char-cpu": 65, "shakespeare-char-gpu": 65, "word-gpt": 31}
