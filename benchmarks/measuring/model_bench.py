@@ -20,7 +20,7 @@ SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers tog
 
 
 class ModelBench(Bench):
-    """What training and generation share: random weights and tokens, and wall-clock times."""
+    """Base of the model benches: random weights and tokens, and wall-clock times."""
 
     checked: str
     gpu_weights: torch.dtype

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, and the exit status of the commands that start them."""
+"""The benchmarks' commands, and the processes that they start."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.measuring.bench import WrongResultError
+
 
 class RunError(RuntimeError):
     """A run that failed, or whose output belongs to another run than the requested one."""
@@ -19,14 +21,14 @@ class RunError(RuntimeError):
 
 @contextmanager
 def exit_on_error(module: str) -> Iterator[None]:
-    """End the process with one line on stderr, after the name of `module`, where the block fails.
+    """End the process with one line on stderr after an expected failure.
 
-    Exit status 2 for a ValueError (arguments, or nothing to measure on), 1 for a failed run or file, 130 for an
-    interrupt.
+    The exit status is 2 for a ValueError (arguments, or a machine without what is needed), 1 for a failed run, a wrong
+    result or a file, and 130 for an interrupt.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RunError, WrongResultError) as error:
         print(f"{module}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
@@ -38,7 +40,7 @@ def run_command(main: Callable[..., None], module: str, arguments: Sequence[str]
     """Call `main` with command-line arguments, which tyro reads from its signature and docstring.
 
     Args:
-        main: the command; what it raises ends the process as `exit_on_error` says.
+        main: the command; see `exit_on_error` for its failures.
         module: its name in help and errors, such as "benchmarks.tune".
         arguments: those of the process if None.
     """
