@@ -21,8 +21,6 @@ FLOPS_VARIABLE = "GPTFAST_PEAK_FLOPS"
 BANDWIDTH_VARIABLE = "GPTFAST_PEAK_BANDWIDTH"
 """Environment variable, in bytes/s, that overrides table and measurement for every device."""
 
-MIB, GIB = 2**20, 2**30
-
 
 @dataclass(frozen=True)
 class GPU:
@@ -34,9 +32,6 @@ class GPU:
         flops: dense peaks in FLOP/s by "bfloat16", "float16", "tf32" and "float8" for matmuls that accumulate in
             float32, and "float32" without matrix units (AMD: with them). Formats that the chip lacks are absent.
         bandwidth: of the device memory, in bytes/s.
-        memory: device memory in bytes. The "80 GB" of a data sheet are 80 GiB, of which the driver reserves a little.
-        processors: streaming multiprocessors (NVIDIA) or compute units (AMD).
-        l2_bytes: L2 cache as the device reports it.
         source: document of the FLOP/s and the bandwidth.
     """
 
@@ -44,9 +39,6 @@ class GPU:
     names: tuple[str, ...]
     flops: Mapping[str, float]
     bandwidth: float
-    memory: int
-    processors: int
-    l2_bytes: int
     source: str
 
 
@@ -55,7 +47,7 @@ _A100 = "NVIDIA A100 data sheet, the figures without sparsity"
 _FP32_ACCUMULATION = "dense with FP32 accumulation: half of FP16 accumulation"
 _HALVED = "dense = half of the figures with sparsity"
 
-# TFLOP/s by format, GB/s, GiB, processors, MiB of L2. Notes on rows:
+# Notes on rows:
 #   T4          the bandwidth is 256 bits at 10 Gbit/s; the first data sheet says 300 GB/s
 #   L40S        362.05 is not half of the sheet's 733, but the L40's dense 16-bit figure
 #   RTX         tensor cores run at half rate with float32 accumulation, which PyTorch asks for; advertised figures are
@@ -63,60 +55,53 @@ _HALVED = "dense = half of the figures with sparsity"
 #   H100 SXM    the data sheet rounds twice the white paper's figures to 1,979 and 3,958
 #   H100 PCIe   the bandwidth is 5,120 bits at 1,593 MHz; the product brief prints both and rounds to 2,000 GB/s
 #   H200 SXM    has the chip and clocks of the H100 SXM: the data sheets agree in every FLOP/s figure
-#   B200        the bandwidth is 7,680 bits at 3,996 MHz; devices differ from the announced 8 TB/s and 192 GB
-#   MI300X      4 MiB of L2 on each of 8 dies; the 256 MiB behind them are L3
+#   B200        the bandwidth is 7,680 bits at 3,996 MHz; 8 TB/s were announced
 # fmt: off
+_FORMATS = ("bfloat16", "float16", "tf32", "float32", "float8")
 _TABLE: tuple[tuple, ...] = (
-    # name             bf16     fp16     tf32   fp32   fp8     GB/s  GiB  procs  L2  names; source
-    ("V100 SXM2 16GB", None,    125,     None,  15.7,  None,   900,  16,  80,    6,  "V100 SXM2 16GB", _V100),
-    ("V100 SXM2 32GB", None,    125,     None,  15.7,  None,   900,  32,  80,    6,  "V100 SXM2 32GB", _V100),
-    ("V100 PCIe 16GB", None,    112,     None,  14,    None,   900,  16,  80,    6,  "V100 PCIE 16GB", _V100),
-    ("V100 PCIe 32GB", None,    112,     None,  14,    None,   900,  32,  80,    6,  "V100 PCIE 32GB", _V100),
-    ("T4",             None,    65,      None,  8.1,   None,   320,  16,  40,    4,  "T4",
+    # dense TFLOP/s:   bf16     fp16     tf32   fp32   fp8     GB/s   names; source
+    ("V100 SXM2 16GB", None,    125,     None,  15.7,  None,   900,  "V100 SXM2 16GB", _V100),
+    ("V100 SXM2 32GB", None,    125,     None,  15.7,  None,   900,  "V100 SXM2 32GB", _V100),
+    ("V100 PCIe 16GB", None,    112,     None,  14,    None,   900,  "V100 PCIE 16GB", _V100),
+    ("V100 PCIe 32GB", None,    112,     None,  14,    None,   900,  "V100 PCIE 32GB", _V100),
+    ("T4",             None,    65,      None,  8.1,   None,   320,  "T4",
      "NVIDIA T4 data sheet; bandwidth: NVIDIA Turing architecture white paper"),
-    ("A10",            125,     125,     62.5,  31.2,  None,   600,  24,  72,    6,  "A10",
+    ("A10",            125,     125,     62.5,  31.2,  None,   600,  "A10",
      "NVIDIA A10 data sheet, the figures without sparsity"),
-    ("A100 SXM 40GB",  312,     312,     156,   19.5,  None,   1555, 40,  108,   40, "A100 SXM4 40GB|A100 SXM 40GB",
-     _A100),
-    ("A100 PCIe 40GB", 312,     312,     156,   19.5,  None,   1555, 40,  108,   40, "A100 PCIE 40GB", _A100),
-    ("A100 SXM 80GB",  312,     312,     156,   19.5,  None,   2039, 80,  108,   40, "A100 SXM4 80GB|A100 SXM 80GB",
-     _A100),
-    ("A100 PCIe 80GB", 312,     312,     156,   19.5,  None,   1935, 80,  108,   40, "A100 80GB PCIE", _A100),
-    ("L4",             121,     121,     60,    30.3,  242.5,  300,  24,  58,    48, "L4",
-     f"NVIDIA L4 data sheet, {_HALVED}"),
-    ("L40S",           362.05,  362.05,  183,   91.6,  733,    864,  48,  142,   96, "L40S",
+    ("A100 SXM 40GB",  312,     312,     156,   19.5,  None,   1555, "A100 SXM4 40GB|A100 SXM 40GB", _A100),
+    ("A100 PCIe 40GB", 312,     312,     156,   19.5,  None,   1555, "A100 PCIE 40GB", _A100),
+    ("A100 SXM 80GB",  312,     312,     156,   19.5,  None,   2039, "A100 SXM4 80GB|A100 SXM 80GB", _A100),
+    ("A100 PCIe 80GB", 312,     312,     156,   19.5,  None,   1935, "A100 80GB PCIE", _A100),
+    ("L4",             121,     121,     60,    30.3,  242.5,  300,  "L4", f"NVIDIA L4 data sheet, {_HALVED}"),
+    ("L40S",           362.05,  362.05,  183,   91.6,  733,    864,  "L40S",
      "NVIDIA L40S data sheet, the figures without sparsity"),
-    ("RTX 3090",       71,      71,      35.6,  35.6,  None,   936,  24,  82,    6,  "GEFORCE RTX 3090",
+    ("RTX 3090",       71,      71,      35.6,  35.6,  None,   936,  "GEFORCE RTX 3090",
      f"NVIDIA Ampere GA102 architecture white paper, {_FP32_ACCUMULATION}"),
-    ("RTX 4090",       165.2,   165.2,   82.6,  82.6,  330.3,  1008, 24,  128,   72, "GEFORCE RTX 4090",
+    ("RTX 4090",       165.2,   165.2,   82.6,  82.6,  330.3,  1008, "GEFORCE RTX 4090",
      f"NVIDIA Ada architecture white paper, {_FP32_ACCUMULATION}"),
-    ("RTX 5090",       209.5,   209.5,   104.8, 104.8, 419,    1792, 32,  170,   96, "GEFORCE RTX 5090",
+    ("RTX 5090",       209.5,   209.5,   104.8, 104.8, 419,    1792, "GEFORCE RTX 5090",
      f"NVIDIA RTX Blackwell architecture white paper, {_FP32_ACCUMULATION}"),
-    ("H100 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 3350, 80,  132,   50, "H100 80GB HBM3",
+    ("H100 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 3350, "H100 80GB HBM3",
      "NVIDIA H100 architecture white paper, dense; bandwidth: NVIDIA H100 data sheet"),
-    ("H100 PCIe",      756,     756,     378,   51.2,  1513,   2039, 80,  114,   50, "H100 PCIE",
+    ("H100 PCIe",      756,     756,     378,   51.2,  1513,   2039, "H100 PCIE",
      "NVIDIA H100 architecture white paper, dense"),
-    ("H100 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 3938, 94,  132,   60, "H100 NVL",
+    ("H100 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 3938, "H100 NVL",
      f"NVIDIA H100 data sheet, {_HALVED}; bandwidth: H100 NVL product brief"),
-    ("H200 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 4800, 141, 132,   60, "H200",
-     f"NVIDIA H200 data sheet, {_HALVED}"),
-    ("H200 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 4800, 141, 132,   60, "H200 NVL",
-     f"NVIDIA H200 data sheet, {_HALVED}"),
-    ("H20",            148,     148,     74,    44,    296,    4000, 96,  78,    60, "H20",
+    ("H200 SXM",       989.4,   989.4,   494.7, 66.9,  1978.9, 4800, "H200", f"NVIDIA H200 data sheet, {_HALVED}"),
+    ("H200 NVL",       835.5,   835.5,   417.5, 60,    1670.5, 4800, "H200 NVL", f"NVIDIA H200 data sheet, {_HALVED}"),
+    ("H20",            148,     148,     74,    44,    296,    4000, "H20",
      "NVIDIA H20 figures as the press printed them, dense; NVIDIA publishes no data sheet"),
-    ("B200",           2250,    2250,    1100,  75,    4500,   7700, 180, 148, 126.5, "B200",
-     f"NVIDIA HGX B200 data sheet, {_HALVED}"),
-    ("MI300X",         1307.4,  1307.4,  653.7, 163.4, 2614.9, 5300, 192, 304,   32,
-     "INSTINCT MI300X|INSTINCT MI300X OAM", "AMD Instinct MI300X data sheet, the figures without sparsity"),
+    ("B200",           2250,    2250,    1100,  75,    4500,   7700, "B200", f"NVIDIA HGX B200 data sheet, {_HALVED}"),
+    ("MI300X",         1307.4,  1307.4,  653.7, 163.4, 2614.9, 5300, "INSTINCT MI300X|INSTINCT MI300X OAM",
+     "AMD Instinct MI300X data sheet, the figures without sparsity"),
 )
 # fmt: on
-_FORMATS = ("bfloat16", "float16", "tf32", "float32", "float8")
 
 
-def _row(name, *row) -> GPU:
-    tflops, (gb, gib, processors, l2_mib, names, source) = row[:5], row[5:]
+def _row(name: str, *row) -> GPU:
+    tflops, (gb_per_second, names, source) = row[:5], row[5:]
     flops = {key: float(f"{value}e12") for key, value in zip(_FORMATS, tflops, strict=True) if value is not None}
-    return GPU(name, tuple(names.split("|")), flops, gb * 1e9, gib * GIB, processors, int(l2_mib * MIB), source)
+    return GPU(name, tuple(names.split("|")), flops, gb_per_second * 1e9, source)
 
 
 GPUS = tuple(_row(*row) for row in _TABLE)
@@ -270,7 +255,7 @@ def _measured_cpu_flops(dtype: torch.dtype, size: int = 1024) -> float:
 
 
 @functools.cache
-def _measured_cpu_bandwidth(size: int = 128 * MIB) -> float:
+def _measured_cpu_bandwidth(size: int = 2**27) -> float:
     # ones: pages that were never written all map to one page of zeros, which stays in the cache
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source)

@@ -44,16 +44,17 @@ OTHERS = [
     "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 5090 D", "NVIDIA GB200",
     "NVIDIA GH200 480GB", "NVIDIA H20-3e", "NVIDIA H800", "NVIDIA B300", "NVIDIA", "GeForce", "",
 ]  # fmt: skip
-# clock in GHz of the data sheet, and FLOPs per cycle of a processor's matrix units by CUDA's throughput table. The H20
-# is limited below what its clock would give.
+# processors, clock in GHz of the data sheet, and FLOPs per cycle of a processor's matrix units by CUDA's tables.
+# The H20 is limited below what its clock would give.
 RATES = {
-    **dict.fromkeys(("V100 SXM2 16GB", "V100 SXM2 32GB"), (1.53, 1024)),
-    **dict.fromkeys(("V100 PCIe 16GB", "V100 PCIe 32GB"), (1.37, 1024)),
-    **dict.fromkeys(("A100 SXM 40GB", "A100 PCIe 40GB", "A100 SXM 80GB", "A100 PCIe 80GB"), (1.41, 2048)),
-    "T4": (1.59, 1024), "A10": (1.695, 1024), "L4": (2.04, 1024), "L40S": (2.49, 1024),
-    "RTX 3090": (1.695, 512), "RTX 4090": (2.52, 512), "RTX 5090": (2.407, 512),
-    **dict.fromkeys(("H100 SXM", "H200 SXM"), (1.83, 4096)), "H100 PCIe": (1.62, 4096),
-    **dict.fromkeys(("H100 NVL", "H200 NVL"), (1.545, 4096)), "B200": (1.86, 8192), "MI300X": (2.1, 2048),
+    **dict.fromkeys(("V100 SXM2 16GB", "V100 SXM2 32GB"), (80, 1.53, 1024)),
+    **dict.fromkeys(("V100 PCIe 16GB", "V100 PCIe 32GB"), (80, 1.37, 1024)),
+    **dict.fromkeys(("A100 SXM 40GB", "A100 PCIe 40GB", "A100 SXM 80GB", "A100 PCIe 80GB"), (108, 1.41, 2048)),
+    "T4": (40, 1.59, 1024), "A10": (72, 1.695, 1024), "L4": (58, 2.04, 1024), "L40S": (142, 2.49, 1024),
+    "RTX 3090": (82, 1.695, 512), "RTX 4090": (128, 2.52, 512), "RTX 5090": (170, 2.407, 512),
+    **dict.fromkeys(("H100 SXM", "H200 SXM"), (132, 1.83, 4096)), "H100 PCIe": (114, 1.62, 4096),
+    **dict.fromkeys(("H100 NVL", "H200 NVL"), (132, 1.545, 4096)), "B200": (148, 1.86, 8192),
+    "MI300X": (304, 2.1, 2048),
 }  # fmt: skip
 
 
@@ -108,9 +109,6 @@ def test_table_rows_have_plausible_units_and_ratios(gpu):
     assert {"float16", "float32"} <= flops.keys()
     assert all(8e12 <= figure <= 5e15 for figure in flops.values())
     assert 300e9 <= gpu.bandwidth <= 8e12
-    assert 16 * 2**30 <= gpu.memory <= 192 * 2**30
-    assert 40 <= gpu.processors <= 304
-    assert 4 * 2**20 <= gpu.l2_bytes <= 128 * 2**20
     assert re.search(r"data sheet|white paper", gpu.source)
     modern = not gpu.name.startswith(("V100", "T4"))
     assert ("bfloat16" in flops) == ("tf32" in flops) == modern
@@ -127,8 +125,8 @@ def test_table_figures_are_dense_and_accumulate_in_float32():
     assert RATES.keys() == {gpu.name for gpu in hardware.GPUS} - {"H20"}
     for gpu in hardware.GPUS:
         if gpu.name in RATES:
-            clock, per_cycle = RATES[gpu.name]
-            assert gpu.flops["float16"] == pytest.approx(gpu.processors * clock * 1e9 * per_cycle, rel=0.01), gpu.name
+            processors, clock, per_cycle = RATES[gpu.name]
+            assert gpu.flops["float16"] == pytest.approx(processors * clock * 1e9 * per_cycle, rel=0.01), gpu.name
         if gpu.name.startswith("RTX"):
             assert "FP32 accumulation" in gpu.source
 
