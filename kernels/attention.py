@@ -128,6 +128,7 @@ def _attention_forward_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Attend from one tile of queries of one head."""
     # long rows of the causal triangle first: short ones fill the GPU at the end
     batch_head = tl.program_id(0) % n_batch_heads
     first_query = (tl.cdiv(n_queries, BM) - 1 - tl.program_id(0) // n_batch_heads) * BM
@@ -234,6 +235,7 @@ def _attention_dk_dv_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradients of one tile of keys and values of one head."""
     # most queries attend to the first keys: their long tiles start first
     batch_head = tl.program_id(0) % n_batch_heads
     first_key = tl.program_id(0) // n_batch_heads * BN
@@ -307,6 +309,7 @@ def _attention_dq_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradient of one tile of queries of one head."""
     batch_head = tl.program_id(0) % n_batch_heads
     first_query = (tl.cdiv(n_queries, BM) - 1 - tl.program_id(0) // n_batch_heads) * BM
     batch, head = batch_head // n_heads, batch_head % n_heads
@@ -340,7 +343,7 @@ def _attention_dq_kernel(
 
 
 Blocks = tuple[int, int, int, int]  # BM, BN, num_warps, num_stages
-# the backward pads lse and delta to a multiple of it, and every BM divides it
+# the backward pads lse and delta to a multiple of this; every BM divides it
 _PADDED_QUERIES = 128
 
 # Blocks by pass, for head sizes up to 64, 128 and 256. All keep to registers and shared memory with Triton 3.6, 3.7 and
