@@ -1,6 +1,6 @@
-"""Train a GPT on the bytes of a text, in a plain PyTorch loop, and write a folder that transformers loads.
+"""Train a GPT on the bytes of a text in a plain PyTorch loop, and save it in Hugging Face's layout.
 
-    python examples/train.py                                   # on Python's own standard library, a minute on a CPU
+    python examples/train.py                                   # Python's standard library, a minute on a CPU
     python examples/train.py --data book.txt --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_size 64
 
 Every entry of SETTINGS is an option.
@@ -19,8 +19,8 @@ from torch import Tensor
 from gptfast import GPT, GPTConfig
 
 SETTINGS = {
-    "data": "",  # a text file; the standard library's modules if empty
-    "out": "",  # a new folder for the trained model
+    "data": "",  # text file; empty for the standard library's modules
+    "out": "",  # new folder for the model; empty to save none
     "n_layer": 4,
     "n_head": 4,
     "n_embd": 128,
@@ -28,10 +28,10 @@ SETTINGS = {
     "dropout": 0.0,
     "backend": "auto",  # triton, cpu, eager, or auto: Triton on GPUs where it can run, cpu on CPUs
     "device": "cuda" if torch.cuda.is_available() else "cpu",
-    "compile": 0,  # 1: through torch.compile
+    "compile": 0,  # 1 for torch.compile
     "steps": 1000,
     "batch_size": 12,
-    "accumulation": 1,  # parts in which a batch goes through the model
+    "accumulation": 1,  # micro-batches per step
     "learning_rate": 1e-3,
     "warmup": 100,
     "weight_decay": 0.1,
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Train, show what the model writes, and save it."""
+    """Train a model, sample from it and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -68,14 +68,14 @@ def main() -> None:
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if on_gpu else nullcontext()
 
     def batch(data: Tensor) -> tuple[Tensor, Tensor]:
-        """Sequences [B, T] from random places, and the bytes that follow each."""
+        """Random sequences and their next bytes, each [B, T]."""
         starts = torch.randint(len(data) - s.block_size, (s.batch_size // s.accumulation, 1))
-        found = data[starts + torch.arange(s.block_size + 1)].to(s.device)  # [B, T + 1]
-        return found[:, :-1].contiguous(), found[:, 1:].contiguous()
+        windows = data[starts + torch.arange(s.block_size + 1)].to(s.device)  # [B, T + 1]
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     @torch.no_grad()
     def evaluate() -> float:
-        """Mean loss of some batches that were held out."""
+        """Mean loss over 20 held-out batches."""
         model.eval()
         with autocast:
             losses = [model(*batch(held_out))[1].item() for _ in range(20)]
@@ -83,7 +83,7 @@ def main() -> None:
         return sum(losses) / len(losses)
 
     def learning_rate(step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
+        """Linear warm-up, then cosine decay to a tenth."""
         if step < s.warmup:
             return s.learning_rate * (step + 1) / s.warmup
         done = (step - s.warmup) / max(1, s.steps - s.warmup)

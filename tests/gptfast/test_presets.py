@@ -1,4 +1,4 @@
-"""Every preset's model, one block of it, against eager PyTorch in float64."""
+"""One block of every preset, against eager PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.oracle import DEVICE, assert_equal_to_oracle
 
 VOCABULARY = 1003
 WIDE = [name for name in PRESETS if name not in ("gpt2", "gpt2-medium")]
-# of the loss, to that of the logits which evaluation gives: their product may be another one, and round otherwise
+# relative tolerance of the training loss to that of the evaluation's logits, whose matmul may round differently
 SAME_LOGITS = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float64: 1e-12}
 
 
@@ -21,7 +21,7 @@ def tokens(seed: int) -> Tensor:
 
 
 def weights(config: GPTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Initial ones, but for biases and norms: zeros and ones would not show whether they are used."""
+    """Initial weights with perturbed biases and norms, because zeros and ones would hide whether they are used."""
     torch.manual_seed(0)
     model = GPT(config, "eager")
     with torch.no_grad():
@@ -32,7 +32,7 @@ def weights(config: GPTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def run(config: GPTConfig, backend: str, dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss of a training pass, its gradients by parameter, and the logits of evaluation."""
+    """Loss and gradients in training, and logits in evaluation."""
     model = GPT(config, backend).to(DEVICE, dtype)
     model.load_state_dict(state)
     idx, targets = tokens(1), tokens(2)
@@ -45,7 +45,7 @@ def run(config: GPTConfig, backend: str, dtype: torch.dtype, state: dict[str, Te
     torch.testing.assert_close(loss.detach().double(), expected, rtol=SAME_LOGITS[dtype], atol=0.0)
     outcome = {"loss": loss.detach(), "logits": logits}
     for name, parameter in model.named_parameters():
-        if "c_attn" in name:  # values have the largest gradients, beside which errors of the others' would be small
+        if "c_attn" in name:  # gradients of values are the largest, and would hide errors of the others
             parts = zip(("query", "key", "value"), parameter.grad.chunk(3), strict=True)
             outcome |= {f"{part} of {name}": gradient for part, gradient in parts}
         else:
@@ -58,7 +58,7 @@ def run(config: GPTConfig, backend: str, dtype: torch.dtype, state: dict[str, Te
     "preset", ["gpt2", "gpt2-medium", *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)]
 )
 def test_preset_of_triton_equals_eager(preset: str, dtype: torch.dtype):
-    """Loss, logits and every gradient, by the rule that holds for the operators."""
+    """Loss, logits and every gradient, by the oracle rule of the operators."""
     config = GPTConfig.preset(preset, n_layer=1, block_size=16, vocab_size=VOCABULARY, pad_vocab_size_to=128)
     state = weights(config, dtype)
     ours, theirs = run(config, "triton", dtype, state), run(config, "eager", dtype, state)
@@ -66,10 +66,9 @@ def test_preset_of_triton_equals_eager(preset: str, dtype: torch.dtype):
     assert set(ours) == set(exact)
     largest = {name: oracle.abs().max().item() for name, oracle in exact.items()}
     magnitudes = {}
-    # float32, but of logits in `dtype`, whose ulps it has; errors cancel in a mean, and eager's by chance to nothing
+    # the loss has the ulps of its logits, and eager's errors may cancel in the mean
     magnitudes["loss"] = largest["logits"] * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    # a key's bias adds one number to all scores of a query, which the softmax does not see: the terms of its gradient,
-    # as large as those of the weight's, cancel to nothing but rounding
+    # softmax cancels a key's bias, which adds one number to all scores of a query: its gradient is rounding alone
     key = "key of transformer.h.0.attn.c_attn"
     assert largest[f"{key}.bias"] < 1e-9 * largest[f"{key}.weight"]
     magnitudes[f"{key}.bias"] = largest[f"{key}.weight"]
