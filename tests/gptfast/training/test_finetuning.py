@@ -232,9 +232,7 @@ def test_adapters_leave_the_weights_unchanged(base, adapted):
     assert checkpoint.step == STEPS
     before = weights(load_model.load_run(base)[0])
     inside = ".parametrizations.weight."
-    kept = {
-        name.replace(inside + "original", ".weight"): t for name, t in checkpoint.model.items() if "lora_" not in name
-    }
+    kept = {n.replace(inside + "original", ".weight"): t for n, t in checkpoint.model.items() if "lora_" not in n}
     assert changed(kept, before) == set()
     trained = {name for name in checkpoint.model if "lora_" in name}
     assert len(trained) == 2 * 2 * 2
@@ -262,29 +260,14 @@ def test_adapters_file_makes_the_merged_model(base, adapted):
 
 
 def test_merged_weights_are_an_ordinary_model(base, adapted):
-    shapes = [
-        {name: tensor.shape for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items()}
-        for folder in (base, adapted)
-    ]
-    assert shapes[0] == shapes[1]
+    files = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (base, adapted)]
+    assert [(n, t.shape) for n, t in sorted(files[0].items())] == [(n, t.shape) for n, t in sorted(files[1].items())]
     saved = json.loads((adapted / "config.json").read_text())
     assert (saved["lora_rank"], saved["lora_alpha"], saved["init_from"]) == (2, 8.0, str(base))
     assert saved["model"] == json.loads((base / "config.json").read_text())["model"]
     again = load_init(adapted, block_size=16).model
     assert changed(again.state_dict(), load_model.load_run(adapted)[0].state_dict()) == set()
     assert not (base / "adapters.safetensors").exists()
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_adapter_run_resumes_bit_for_bit(base, tmp_path, optimizer: str):
-    """As if it had not ended, bit for bit."""
-    changes = {**LORA, "optimizer": optimizer, "schedule": "constant", "eval_interval": 100}
-    finetune(base, tmp_path / "whole", **changes)
-    finetune(base, tmp_path / "parts", steps=3, **changes)
-    finetune(base, tmp_path / "parts", resume=True, **changes)
-    for name in ("model", "optimizer"):
-        whole, parts = (getattr(last_checkpoint(tmp_path / folder / "run"), name) for folder in ("whole", "parts"))
-        assert changed(whole, parts) == set()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -88,6 +88,7 @@ def checkpoints(path: Path) -> list[str]:
         {"dtype": "float16"},
         {"accumulation": 2, "schedule": "wsd"},
         {"lora_rank": 2},
+        {"lora_rank": 2, "optimizer": "muon", "lora_targets": ("*.attn.c_attn", "*.mlp.c_fc")},
         {"freeze": ("transformer.w?e.weight",)},
         {"model": GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, pad_vocab_size_to=64, tie_weights=False)},
     ],
