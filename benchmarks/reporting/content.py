@@ -110,14 +110,13 @@ def warnings(run: Results, folder: Path) -> list[str]:
 
 def leads(rows: DataFrame) -> list[tuple[str, list[str], str]]:
     """Label, worst and best ratio, and detail of gptfast against eager and each peer, for each model suite."""
-    main = ratios.main_provider(rows)
-    return [
-        (f"{SUITES[suite]} vs {other}", span(values), f"{main}, {values.count()} case" + "s"[: values.count() - 1])
-        for suite in MODEL_SUITES
-        for other, values in ratios.against_each(
-            rows[(rows["suite"] == suite) & (rows["provider"] == main)], rows[rows["suite"] == suite]
-        ).items()
-    ]
+    main, found = ratios.main_provider(rows), []
+    for suite in MODEL_SUITES:
+        of_suite = rows[rows["suite"] == suite]
+        for other, values in ratios.against_each(ratios.of_provider(of_suite, main), of_suite).items():
+            cases = "1 case" if values.count() == 1 else f"{values.count()} cases"
+            found.append((f"{SUITES[suite]} vs {other}", span(values), f"{main}, {cases}"))
+    return found
 
 
 def span(values: Any) -> list[str]:

@@ -68,19 +68,9 @@ class Recipe:
 
 
 _README_CPU = {
-    "device": "cpu",
-    "compile": False,
-    "eval_iters": 20,
-    "log_interval": 1,
-    "block_size": 64,
-    "batch_size": 12,
-    "n_layer": 4,
-    "n_head": 4,
-    "n_embd": 128,
-    "max_iters": 2000,
-    "lr_decay_iters": 2000,
-    "dropout": 0.0,
-}
+    "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
+    "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
+}  # fmt: skip
 # the README's 20 batches leave the loss uncertain in its second decimal: ten times as many
 RECIPES = {
     "cpu": Recipe("shakespeare-char-cpu", _README_CPU, steps=200, loss_steps=2000, eval_batches=200),
@@ -173,8 +163,6 @@ class Race:
 
     def __init__(self, folder: Path, checkout: Path, data: Path, threads: int | None) -> None:
         self.folder, self.data, self.threads = folder, data.resolve(), threads
-        if not checkout.is_dir():
-            raise ValueError(f"no such folder: {checkout}; --nanogpt takes a checkout of nanoGPT")
         for name in FILES:
             if not (checkout / name).is_file():
                 raise ValueError(f"{checkout} has no {name}; --nanogpt takes a checkout of nanoGPT")
@@ -312,9 +300,9 @@ def compare(
     given: dict[str, int | None] = {"rounds": rounds, "threads": threads}
     lengths = {"steps": steps, "loss_steps": loss_steps, "eval_batches": eval_batches}
     changes: dict[str, Any] = {name: value for name, value in lengths.items() if value is not None}
-    least = {"rounds": 1, "steps": 2, "eval_batches": 1, "threads": 1}
+    least = {"rounds": 1, "steps": 2, "loss_steps": 0, "eval_batches": 1, "threads": 1}
     for name, value in (given | changes).items():
-        if value is not None and value < least.get(name, 0):
+        if value is not None and value < least[name]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least[name]}, got {value}")
     for name in recipes:
         warmup = RECIPES[name].config.warmup_steps

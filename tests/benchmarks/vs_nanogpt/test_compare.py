@@ -344,6 +344,7 @@ def test_results_survive_a_later_failure(quick, monkeypatch, tmp_path, capsys):
         ("--steps", "1", "--steps must be at least 2, got 1"),
         ("--eval-batches", "0", "--eval-batches must be at least 1, got 0"),
         ("--threads", "0", "--threads must be at least 1, got 0"),
+        ("--loss-steps", "-1", "--loss-steps must be at least 0, got -1"),
         ("--loss-steps", "100", "--loss-steps must be 0 or more than .*100.*, got 100"),
         ("--device", "tpu", "'tpu'"),
         ("--nanogpt", "{nothing}", "{nothing}"),
