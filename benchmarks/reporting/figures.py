@@ -151,22 +151,23 @@ def sweeps(rows: DataFrame, axis: str) -> DataFrame:
     The other sizes are fixed within a panel. With T, B*T may be fixed instead of B if that gives a longer line.
     """
     rows = rows[[isinstance(dims.get(axis), int) for dims in rows["dims"]]]
-    ways = [_panels(rows, axis, fixed_tokens=False)]
+    ways = [_with_panels(rows, axis, fixed_tokens=False)]
     if axis == "T" and all(isinstance(dims.get("B"), int) for dims in rows["dims"]):
-        ways.append(_panels(rows, axis, fixed_tokens=True))
+        ways.append(_with_panels(rows, axis, fixed_tokens=True))
     return max(ways, key=lambda way: way.groupby(["panel", "provider"]).size().max() if len(way) else 0)
 
 
-def _panels(rows: DataFrame, axis: str, fixed_tokens: bool) -> DataFrame:
+def _with_panels(rows: DataFrame, axis: str, fixed_tokens: bool) -> DataFrame:
+    """Rows of lines with at least two points; a panel is named after its fixed sizes."""
+
     def fixed_sizes(row: Any) -> str:
         fixed = {name: size for name, size in row.dims.items() if name != axis}
         if fixed_tokens:
             fixed = {"B\N{MIDDLE DOT}T": fixed.pop("B") * row.dims["T"]} | fixed
             if row.suite not in MODEL_SUITES:
                 fixed.pop("H", None)  # it follows from D at a fixed width
-        return ", ".join(
-            [*(f"{name} = {size}" if name != "model" else size for name, size in fixed.items()), row.dtype]
-        )
+        sizes = [size if name == "model" else f"{name} = {size}" for name, size in fixed.items()]
+        return ", ".join([*sizes, row.dtype])
 
     speed = rows["tokens_per_second"].where(rows["suite"].isin(MODEL_SUITES), rows["flops_per_second"])
     panel, size = [fixed_sizes(row) for row in rows.itertuples()], [dims[axis] for dims in rows["dims"]]
@@ -187,7 +188,8 @@ def draw_sweeps(rows: DataFrame, label: str) -> Canvas:
             look = {"color": fill, "marker": marker, "zorder": 4 if provider.startswith(MAIN) else 3}
             axes.errorbar(line["size"], middle, spans, elinewidth=0.9, **look)
         axes.set(xscale="log", ylim=(0, panel["throughput"].max() / scale * 1.08), xlabel=label, ylabel=unit)
-        axes.set_xticks(ticks := sorted(set(panel["size"])), [f"{tick:g}" for tick in ticks])
+        ticks = sorted(set(panel["size"]))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(axis="y")
     legend(canvas, [Line2D([], [], color=fill, marker=marker, label=name) for name, (fill, marker) in styles.items()])
@@ -198,17 +200,11 @@ def draw_roofline(rows: DataFrame, machine: Machine) -> Canvas:
     """Draw rates over arithmetic intensity under the limits of the machine, one panel for each dtype and mode."""
     rows = rows.assign(intensity=rows["flops"] / rows["bytes"], rate=rows["flops"] / rows["median"])
     rows = rows[(rows["intensity"] > 0) & np.isfinite(rows["intensity"])]
-    canvas, drawn = panels(
-        rows.groupby(rows["mode"].map(lambda mode: MODES.get(mode, mode)) + ", " + rows["dtype"], sort=False)
-    )
+    titles = rows["mode"].map(lambda mode: MODES.get(mode, mode)) + ", " + rows["dtype"]
+    canvas, drawn = panels(rows.groupby(titles, sort=False))
     styles, limits, peak = provider_styles(rows["provider"]), machine.limits, machine.peak
     solid: dict[str, Any] = {"label": "measured limits", "color": color("ink")}
-    dashed: dict[str, Any] = {
-        "label": "data sheet",
-        "color": color("muted"),
-        "linestyle": (0, (4, 3)),
-        "linewidth": 1.1,
-    }
+    dashed: dict[str, Any] = {"label": "data sheet", "color": color("muted"), "linestyle": (0, (4, 3))}
     roofs = [(limits.copy_bytes_per_second, limits.matrix_flops_per_second, solid)]
     if peak.bandwidth is not None:
         roofs.append((peak.bandwidth, peak.flops or {}, dashed))

@@ -138,7 +138,8 @@ def measured(folder: Path, page: str, width: int, *options: str) -> dict[str, st
     """Open the framed page in the browser without a window."""
     path = folder / "page.html"
     path.write_text(framed(page, width), encoding="utf-8")
-    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    fixed += ["--virtual-time-budget=3000", "--dump-dom"]
     command = [BROWSER, *fixed, f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     body = re.search(r"<body[^>]*>", dom)
