@@ -253,7 +253,7 @@ def check_folders() -> Section:
 
 
 def _is_writable(path: Path) -> bool:
-    """Try to write to a folder, or where it would be made: permission bits do not tell for every file system."""
+    """Try to write to a folder, or where it would be made: permission bits are not decisive on every file system."""
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     try:

@@ -60,7 +60,7 @@ class Windows:
         """Yield token ids and targets [B, T] int64; targets that an earlier window predicts are negative.
 
         Args:
-            batch_size: windows per batch. The last window of a text may be shorter and is then a batch of its own.
+            batch_size: windows per batch. The last window of a text may be shorter and is then a separate batch.
             limit: only the first windows; None for all.
         """
         count = len(self) if limit is None else min(len(self), limit)

@@ -330,7 +330,7 @@ def test_package_of_somebody_else(machine, monkeypatch):
 
 @pytest.fixture
 def peaks(monkeypatch) -> None:
-    """Peaks that a process of its own need not measure, and no GPU for it."""
+    """Environment of a subprocess: given peaks, which it would measure for seconds, and no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable in (hardware.FLOPS_VARIABLE, hardware.BANDWIDTH_VARIABLE):
         monkeypatch.setenv(variable, "1e12")

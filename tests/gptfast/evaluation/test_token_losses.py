@@ -1,4 +1,4 @@
-"""The loss of each token is that of a float64 loop, whatever shares a batch with it."""
+"""The loss of each token is that of a float64 loop, independent of its batch."""
 
 from __future__ import annotations
 

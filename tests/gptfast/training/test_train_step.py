@@ -142,7 +142,7 @@ def test_train_step_skips_gradients_that_are_not_finite():
 class Graphs:
     """Stand-ins for CUDA graphs on a machine without a GPU: a replay calls the function that was captured.
 
-    As a graph does, it reads and writes the gradients of its capture, whatever the parameters' are by then.
+    As a graph does, it reads and writes the gradients of its capture, also when parameters have others by then.
     """
 
     def __init__(self) -> None:
