@@ -36,7 +36,8 @@ def own(rows: DataFrame) -> DataFrame:
 
 def peers(rows: DataFrame) -> DataFrame:
     """Rows of providers that are neither gptfast's nor the baseline."""
-    return rows.drop(own(rows).index).pipe(lambda other: other[other["provider"] != baseline(rows)])
+    others = rows.drop(own(rows).index)
+    return others[others["provider"] != baseline(rows)]
 
 
 def of_provider(rows: DataFrame, provider: str) -> DataFrame:

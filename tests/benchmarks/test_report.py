@@ -208,6 +208,12 @@ def test_training_step_has_its_share_of_the_roofline(fixtures, rewrite):
     assert cells(steps, "bfloat16 gpt2 16x1024", "eager")["of roofline"] == NOTHING
 
 
+def test_report_of_files_without_rows(fixtures, rewrite):
+    path = rewrite(fixtures / "fixture-cpu/all.json", lambda data: data.update(benchmarks=[], not_measured=[]))
+    assert "Nothing" in section(rendered(path.parent), "What was not measured, and why")
+    assert report.render_html(results.load(path), path.parent)
+
+
 def test_files_are_listed_newest_first():
     found = content.sources(results.load(FIXTURES / "fixture-gpu")).groups[""]
     assert [cells[:4] for cells in found] == [
