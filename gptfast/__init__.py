@@ -1,4 +1,4 @@
-"""A GPT whose layer norm, feed-forward, attention and loss each switch between a Triton kernel and eager PyTorch."""
+"""A GPT whose layer norm, feed-forward, attention and loss each run as a Triton kernel or in PyTorch."""
 
 from gptfast import import_guard
 

@@ -274,7 +274,7 @@ class GPT(nn.Module):
 
         Returns:
             Without targets, logits [B, 1, V] of the last position, and None. With targets, logits [B, T, V] and the
-            loss in float32. In training mode the Triton loss never holds all logits, and None stands in their place.
+            loss in float32. In training mode the Triton loss gives None for the logits, which it never holds whole.
 
         Raises:
             ValueError: a shape, length or token id out of range. On a GPU PyTorch's kernels check token ids, and

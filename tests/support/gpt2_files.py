@@ -1,4 +1,4 @@
-"""Files of a vocabulary in the format and the number of GPT-2's, with merges that are made up: pairs of bytes."""
+"""Files in the format and size of GPT-2's vocabulary, with made-up merges: pairs of bytes."""
 
 import json
 from collections.abc import Iterator
