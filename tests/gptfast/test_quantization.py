@@ -8,9 +8,10 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from gptfast import GPT, GPTConfig, lora
+from gptfast import GPT, lora
 from gptfast.quantization import Int8Linear, PackedLinear, pack, quantize
 from kernels import onednn, reference
+from tests.support.generation import gpt
 
 MODELS = {
     "pre-norm": {},
@@ -27,15 +28,12 @@ def pack_small_weights(monkeypatch):
 
 
 def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
-    torch.manual_seed(0)
-    shape = {"block_size": 12, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.3}
-    config = GPTConfig(**shape | changes)
-    model = GPT(config)
+    model = gpt(backend="auto", block_size=12, **changes).cpu()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    return model.to(dtype).eval()
+    return model.to(dtype)
 
 
 def tokens(batch: int = 3, length: int = 12) -> Tensor:
