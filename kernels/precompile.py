@@ -21,25 +21,25 @@ def warmup(
     residual_dtype: torch.dtype | None = None,
     int8: bool = False,
 ) -> None:
-    """Compile every kernel that a model's training and generation launch, and measure configurations if asked to.
+    """Compile every kernel that a model's training and generation launch, and autotune if requested.
 
-    Triton compiles a kernel when it first runs, and keeps the result on disk; this call takes those pauses, or those
-    of tuning, out of the first steps. Under `torch.autocast` it prepares what autocast makes of the operators.
+    Triton compiles a kernel when it first runs and caches the result on disk. This call moves those pauses, and those
+    of tuning, before the first step. Call it under the `torch.autocast` of the model's steps, if there is one.
 
     Args:
-        config: the model's shape, a `gptfast.GPTConfig` for instance.
+        config: the model's shape, for instance a `gptfast.GPTConfig`.
         dtype: of the model's parameters.
-        device: where it will run.
-        batch_size: sequences of `config.block_size` tokens in a batch. The kernels are the same for most sizes; what
-            is measured is measured at this one.
-        autotune: try the candidate configurations of each kernel and keep the fastest one, in memory and on disk; see
+        device: the GPU that the model runs on.
+        batch_size: sequences of `config.block_size` tokens in a batch. Most sizes launch the same kernels; autotuning
+            measures at this one.
+        autotune: measure the candidate configurations of each kernel and keep the fastest, in memory and on disk; see
             `kernels.tuning`.
-        residual_dtype: of the residual stream, where it is not that of the parameters.
-        int8: also the products of a model whose weights `gptfast.quantize` has made integers.
+        residual_dtype: of the residual stream, if not that of the parameters.
+        int8: also compile the kernels of a model that `gptfast.quantize` has converted.
 
     Raises:
-        ValueError: Triton cannot run there; the message names the reason.
-        TypeError: a dtype that the kernels do not compute in.
+        ValueError: Triton cannot run on the device; the message has the reason.
+        TypeError: the kernels do not support the dtype.
     """
     device = torch.device(device)
     if dtype not in runtime.DTYPES:
