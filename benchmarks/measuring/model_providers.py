@@ -56,7 +56,7 @@ class ModelCase:
         return " ".join(words if self.dtype == torch.float32 else [*words, dtype_name(self.dtype)])
 
     @property
-    def words(self) -> str:
+    def test_id(self) -> str:
         """The name in the form that pytest's `-k` selects."""
         return str(self).replace("=", "").replace(" ", "-")
 

@@ -135,7 +135,7 @@ class Case:
         return f"{dtype_name(self.dtype)} " + " ".join(f"{name}={size}" for name, size in self.dims.items())
 
     @property
-    def words(self) -> str:
+    def test_id(self) -> str:
         """The name in the form that pytest's `-k` selects."""
         return f"{self.suite} {self}".replace("=", "").replace(" ", "-")
 

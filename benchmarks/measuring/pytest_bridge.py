@@ -36,12 +36,13 @@ MEASURED = MeasuredTime()
 def measure_each(cases: Iterable[Any]) -> Any:
     """Parametrize a test by the measurements of `cases`: arguments `bench`, a fixture, `mode` and `provider`."""
     parameters = [
-        pytest.param(case, mode, provider, id=f"{case.words}-{mode}-{provider}")
+        pytest.param(case, mode, provider, id=f"{case.test_id}-{mode}-{provider}")
         for case in cases
         for mode, provider in case.measurements()
     ]
-    marks = pytest.mark.parametrize(("bench", "mode", "provider"), parameters, indirect=["bench"])
-    return lambda test: pytest.mark.benchmark(timer=MEASURED)(marks(test))
+    timer = pytest.mark.benchmark(timer=MEASURED)
+    parametrize = pytest.mark.parametrize(("bench", "mode", "provider"), parameters, indirect=["bench"])
+    return lambda test: timer(parametrize(test))
 
 
 def record(benchmark: Any, bench: Bench, mode: str, provider: str) -> None:
