@@ -2,11 +2,10 @@
 
 A chunk takes three matmuls and one kernel: cuBLAS computes its logits, the kernel turns them into losses and, in place,
 into their gradient, and two more matmuls compute the gradients of x and weight.
-"""
 
-# Notation: x [N, C], weight [V, C]; a chunk's logits are [rows, n_columns], of which n_classes count.
-# A program has one row, and b_z is a tile [LANES, WIDTH] of it, BLOCK = LANES * WIDTH logits. WIDTH logits, 16 bytes,
-# belong to one thread. Each lane has its maximum m_i and its sum of exponentials l_i, reduced once at the end.
+Tiles: a program has one row of a chunk's logits [rows, n_columns], and b_z is a tile [LANES, WIDTH] of the row. WIDTH
+logits, 16 bytes, belong to one thread. Each lane has a maximum m_i and a sum of exponentials l_i, reduced at the end.
+"""
 
 from __future__ import annotations
 

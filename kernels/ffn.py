@@ -3,11 +3,10 @@
 Two implementations of each pass. "fused" is a Triton matmul with the activation in its epilogue, "unfused" is cuBLAS
 and a kernel for the activation. A Triton matmul is slower than cuBLAS's; fusion saves a pass over the hidden layer.
 Both save the pre-activation, so the forward and the backward choose independently.
-"""
 
-# Notation: x [M, C], w_up [F, C], w_down [C, F], z = x @ w_up.T + b_up and h = activation(z), [M, F].
-# A program computes a tile [BM, BN] of z or dh in steps of BK; b_z, b_h, b_dz are tiles in float32.
-# x, w, dy, z, h, dz are pointers, or tensor descriptors with DESCRIPTORS. The epilogue runs on PARTS of a tile.
+Tiles: b_z, b_h, b_dh and b_dz are [BM, BN] tiles of z = x @ w_up.T + b_up, h = activation(z) and their gradients, all
+[M, F] and computed in float32 in steps of BK. x, w, dy, z, h and dz are pointers, or descriptors with DESCRIPTORS.
+"""
 
 from __future__ import annotations
 
@@ -98,20 +97,11 @@ def _up_tile(
         x, w, row, col, n_rows, n_hidden, width, stride_x_row, stride_x_col, stride_w_col, stride_w_row,
         DESCRIPTORS, True, BM, BN, BK, PRECISION,
     )  # [BM, BN]  # fmt: skip
-    if PARTS == 2:
-        left, right = tile.halves(b_z, BM, BN)  # [BM, BN / 2] each
+    parts = tile.halves(b_z, BM, BN) if PARTS == 2 else (b_z,)  # [BM, BN / PARTS] each
+    for part in tl.static_range(PARTS):
         _store_up(
-            left, row, col, bias_ptr, h, z, n_rows, n_hidden,
-            ACTIVATION, HAS_BIAS, SAVE_Z, DESCRIPTORS, BM, BN // 2,
-        )  # fmt: skip
-        _store_up(
-            right, row, col + BN // 2, bias_ptr, h, z, n_rows, n_hidden,
-            ACTIVATION, HAS_BIAS, SAVE_Z, DESCRIPTORS, BM, BN // 2,
-        )  # fmt: skip
-    else:
-        _store_up(
-            b_z, row, col, bias_ptr, h, z, n_rows, n_hidden,
-            ACTIVATION, HAS_BIAS, SAVE_Z, DESCRIPTORS, BM, BN,
+            parts[part], row, col + part * (BN // PARTS), bias_ptr, h, z, n_rows, n_hidden,
+            ACTIVATION, HAS_BIAS, SAVE_Z, DESCRIPTORS, BM, BN // PARTS,
         )  # fmt: skip
 
 
@@ -178,20 +168,11 @@ def _down_backward_tile(
         dy, w, row, col, n_rows, n_hidden, width, stride_dy_row, stride_dy_col, stride_w_row, stride_w_col,
         DESCRIPTORS, False, BM, BN, BK, PRECISION,
     )  # [BM, BN]  # fmt: skip
-    if PARTS == 2:
-        left, right = tile.halves(b_dh, BM, BN)  # [BM, BN / 2] each
+    parts = tile.halves(b_dh, BM, BN) if PARTS == 2 else (b_dh,)  # [BM, BN / PARTS] each
+    for part in tl.static_range(PARTS):
         _store_down_backward(
-            left, row, col, z, dz, h, sums_ptr, n_rows, n_hidden,
-            ACTIVATION, STORE_H, BIAS_GRADIENT, DESCRIPTORS, BM, BN // 2,
-        )  # fmt: skip
-        _store_down_backward(
-            right, row, col + BN // 2, z, dz, h, sums_ptr, n_rows, n_hidden,
-            ACTIVATION, STORE_H, BIAS_GRADIENT, DESCRIPTORS, BM, BN // 2,
-        )  # fmt: skip
-    else:
-        _store_down_backward(
-            b_dh, row, col, z, dz, h, sums_ptr, n_rows, n_hidden,
-            ACTIVATION, STORE_H, BIAS_GRADIENT, DESCRIPTORS, BM, BN,
+            parts[part], row, col + part * (BN // PARTS), z, dz, h, sums_ptr, n_rows, n_hidden,
+            ACTIVATION, STORE_H, BIAS_GRADIENT, DESCRIPTORS, BM, BN // PARTS,
         )  # fmt: skip
 
 

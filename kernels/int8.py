@@ -9,11 +9,10 @@ The matrices of a GPT-2 layer have 0.6 to 2.4 MB, so nearly all of a matrix must
 give each processor a program and then make tiles large: 8 KB of weights each, without a loop up to a width of 4096
 ("sums"), or with the next two tiles prefetched ("tiles"). Of the largest matrix, [50257, 768], a processor runs 7
 programs of "sums" at once with 42 KB in flight, or 6 of "tiles" with 96 KB.
-"""
 
-# Notation: x [M, K], weight [N, K] int8, y [M, N]. A program computes BN outputs of one row ("sums") or of up to BM
-# rows ("tiles") in steps of BK. Integers are converted in registers; b_acc sums products in float32, and the scale of
-# an output multiplies its sum once.
+Tiles: b_x is [BM, BK] of x [M, K] ("tiles") or [BK] of its row ("sums"), b_weight [BK, BN] of weight [N, K]. b_acc sums
+products in float32, and the scale of an output multiplies its sum once.
+"""
 
 from __future__ import annotations
 
