@@ -65,7 +65,7 @@ def matrix(rows: int = 16, cols: int = 32, offset: int = 0, stride: int | None =
     return torch.zeros(offset + rows * stride + 64, dtype=torch.float16).as_strided((rows, cols), (stride, 1), offset)
 
 
-def test_supports_tma_tells_aligned_tensors():
+def test_supports_tma_accepts_aligned_tensors_only():
     assert supports_tma(matrix(), matrix(stride=40))
     assert not supports_tma(matrix(), matrix(offset=1))
     assert not supports_tma(matrix(), matrix(stride=33))

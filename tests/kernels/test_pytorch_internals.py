@@ -99,7 +99,7 @@ def test_foreach_div_divides_in_place_by_a_tensor():
     assert [t.flatten()[0].item() for t in tensors] == [2.0, 3.0]
 
 
-def test_supports_grad_scale_tells_optimizers_that_divide_gradients():
+def test_supports_grad_scale_is_true_for_optimizers_that_divide_gradients():
     for fused in (True, False):
         p = nn.Parameter(torch.ones(1))
         p.grad = torch.full((1,), 4.0)

@@ -232,7 +232,7 @@ register(Operator(
                 ((16_384,), 8, 24, {}),
             )
         ),
-        # rows that descriptors can tell, and more tiles than programs
+        # rows aligned for TMA, and more tiles than programs
         gelu_ffn(300, width=72, hidden=520, implementation="fused"),
         gelu_ffn(129, width=136, hidden=264, activation="gelu", biases=False, implementation="fused"),
         gelu_ffn(130, width=2056, hidden=264, activation="relu", implementation="fused"),
