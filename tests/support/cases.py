@@ -135,6 +135,8 @@ class Operator:
     draws: dict[str, Draw] = field(default_factory=dict)  # arguments that are not drawn as `_normal`
     dropout: Dropout | None = None
     differentiable: bool = True
+    # size of terms that cancel in gradients, of arguments and upstream gradients
+    cancelling: Callable[[dict[str, Any], dict[str, Tensor]], float] = lambda inputs, upstream: 0.0
 
     @property
     def uses(self) -> list[tuple[str, ...]]:

@@ -308,6 +308,15 @@ def _attention_mask(case: Case) -> Tensor:
     return kernels.causal_attention(q, k, identity, **options) != 0
 
 
+def _attention_cancelling(inputs: dict[str, Any], upstream: dict[str, Tensor]) -> float:
+    """Bound on |dp k| where a query sees one key: its probability is 1, and dp - delta cancels to a gradient of 0."""
+    q, k, v = (inputs[name].abs().double() for name in "qkv")
+    if k.shape[2] != 1 or not upstream:
+        return 0.0
+    dp = (upstream["result"].abs().double() * v).sum(-1).max()
+    return float(dp * torch.maximum(q.max(), k.max())) * q.shape[-1] ** -0.5
+
+
 def _attention_candidates(case: Case) -> Tensor:
     batch, heads, queries, _ = case.shapes["q"]
     keys = case.shapes["k"][2]
@@ -362,6 +371,7 @@ register(Operator(
         candidates=_attention_candidates,
         reference=lambda scale=None, **arguments: reference.attention_with_mask(scale=scale, **arguments),
     ),
+    cancelling=_attention_cancelling,
 ))  # fmt: skip
 
 
