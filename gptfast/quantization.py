@@ -25,12 +25,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, activation: str | None) -> None:
         super().__init__()
-        self._dtype, self._activation = _compute_dtype(linear.weight), activation
-        self._weight = onednn.pack(linear.weight.detach().to(self._dtype))
-        self._bias = None if linear.bias is None else linear.bias.detach().to(self._dtype)
+        self.dtype, self._activation = _compute_dtype(linear.weight), activation
+        self.weight = onednn.pack(linear.weight.detach().to(self.dtype))
+        self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return onednn.packed_linear(x.to(self._dtype), self._weight, self._bias, self._activation)
+        return onednn.packed_linear(x.to(self.dtype), self.weight, self.bias, self._activation)
 
 
 class Int8Linear(BackendModule):

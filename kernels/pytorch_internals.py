@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.utils._python_dispatch
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 
 
 def _bind(path: str) -> Any:
@@ -61,6 +62,14 @@ update_grad_scale_ = _bind("_amp_update_scale_")
 
 foreach_div_ = _bind("_foreach_div_")
 """`(tensors, divisor)`: divide many tensors in place by a scalar tensor, in few launches."""
+
+
+def tensor_version(tensor: torch.Tensor) -> int | None:
+    """Return a count of the writes to a tensor's memory; None for tensors of `torch.inference_mode`.
+
+    NOTE: writes through `tensor.data` and those of fused optimizers do not count.
+    """
+    return None if tensor.is_inference() else tensor._version
 
 
 @functools.cache

@@ -1,33 +1,36 @@
-"""Objects that generation derives from a model and keeps between calls: today the packed copy for decoding on CPUs."""
+"""Packed copies of models for decoding on CPUs, kept between calls until their model changes."""
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import weakref
-from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gptfast.quantization import pack
+from gptfast.quantization import PackedLinear, pack
 from kernels import runtime
+from kernels.pytorch_internals import StorageWeakRef, tensor_version
 
 Model = TypeVar("Model")  # an `nn.Module`; unbounded, because callers know it by a Protocol
 
+_ATTRIBUTE = "_packed_copy"  # of the model, so that both are freed together where they refer to each other
 _MIN_NEW_TOKENS = 32  # packing takes as long as it saves in about 27
 
 
 def for_decoding(model: Model, new_tokens: int = _MIN_NEW_TOKENS) -> Model:
     """Return the model with its linear layers packed by oneDNN, or the model itself where packing does not pay.
 
-    The packed copy is for evaluation without gradients. It is kept on the model, and shares embeddings, norms and
-    float32 weights with it.
+    The packed copy is for evaluation without gradients. It lives until the model is freed or changed, and shares
+    embeddings, norms and float32 weights with it.
 
-    NOTE: writes through `parameter.data` bypass PyTorch's version counter and leave a stale bfloat16 copy.
+    NOTE: a write through `parameter.data` that changes less than a row or column of a weight may be missed. Write to
+    the parameter under `torch.no_grad()` instead.
 
     Args:
         model: a `GPT` in evaluation mode; packed only if its backend runs "ffn" by "cpu". Modules with forward hooks
@@ -42,91 +45,82 @@ def for_decoding(model: Model, new_tokens: int = _MIN_NEW_TOKENS) -> Model:
         (autocast or p.dtype) != torch.float32 for p in module.parameters() if p.dim() == 2
     ):
         return model
-    packed = ModelCache.of(module).get(("packed", autocast), lambda: _packed_copy(module))
-    return model if packed is None else cast(Model, packed)
-
-
-def _packed_copy(model: nn.Module) -> nn.Module | None:
-    packed = pack(model)
-    if packed is not None:
-        delattr(packed, ModelCache.ATTRIBUTE)  # copied from the model: the cache would hold itself
-    return packed
-
-
-class ModelCache:
-    """Objects derived from a model, kept on it until its weights, modules or attributes change.
-
-    The cache is freed with the model. A copy or a pickle of the model starts with an empty one.
-
-    NOTE: fused optimizers change weights without a new version, so a step of any optimizer clears all caches.
-    """
-
-    ATTRIBUTE = "_model_cache"
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self._state: _State | None = None
-        self._entries: dict[Hashable, Any] = {}
-        _caches.add(self)
-        _clear_after_optimizer_steps()
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelCache:
-        """Return the model's cache."""
-        cache = vars(model).get(cls.ATTRIBUTE)
-        if cache is None or cache._model() is not model:  # a shallow copy has the original's
-            cache = cls(model)
-            setattr(model, cls.ATTRIBUTE, cache)
-        return cache
-
-    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """Return the object of a key; build it if it is missing or the model has changed."""
-        model = self._model()
-        assert model is not None
-        state = _State(model)
-        if self._state is None or not self._state.matches(state):
-            self.clear()
-            self._state = state
-        if key not in self._entries:
-            self._entries[key] = build()
-        return self._entries[key]
-
-    def clear(self) -> None:
-        """Drop all objects."""
-        self._state = None
-        self._entries.clear()
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
-_caches: weakref.WeakSet[ModelCache] = weakref.WeakSet()
-
-
-@functools.cache
-def _clear_after_optimizer_steps() -> None:
-    def clear(*_: object) -> None:
-        for cache in _caches:
-            cache.clear()
-
-    register_optimizer_step_post_hook(clear)
+    state, cached = _State(module, autocast), vars(module).get(_ATTRIBUTE)
+    if cached is None or not cached.is_current(state):
+        vars(module).pop(_ATTRIBUTE, None)  # else the new copy would hold the old one among its attributes
+        cached = _Packed(module, state)
+        setattr(module, _ATTRIBUTE, cached)
+    return model if cached.copy is None else cast(Model, cached.copy)
 
 
 class _State:
-    """All that a derived object depends on: attributes and hooks of modules, memory and versions of tensors."""
+    """All but values that a packed copy depends on: attributes and hooks of modules, memory and versions of tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None) -> None:
         modules = list(model.modules())
         self._attributes = [v for m in modules for name, v in vars(m).items() if not name.startswith("_")]
-        self._modules = [(type(m), bool(m._forward_hooks or m._forward_pre_hooks)) for m in modules]
-        # a weak reference to memory, because an address is used again after it was freed
-        self._tensors = [
-            (StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride(), t._version)
-            for t in (*model.parameters(), *model.buffers())
+        self._others = [
+            autocast,
+            *((type(m), bool(m._forward_hooks or m._forward_pre_hooks)) for m in modules),
+            # a weak reference to memory, because an address is used again after it was freed
+            *(
+                (StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride(), tensor_version(t))
+                for t in (*model.parameters(), *model.buffers())
+            ),
         ]
 
     def matches(self, other: _State) -> bool:
         """True if nothing has changed."""
         same = len(self._attributes) == len(other._attributes)
-        same = same and all(map(operator.is_, self._attributes, other._attributes))
-        return same and self._modules == other._modules and self._tensors == other._tensors
+        return same and all(map(operator.is_, self._attributes, other._attributes)) and self._others == other._others
+
+
+class _Packed:
+    """A packed copy of a model, with samples of the weights that it holds in other memory.
+
+    NOTE: fused optimizers change weights without a new version, so a step of any optimizer drops all copies.
+    """
+
+    def __init__(self, model: nn.Module, state: _State) -> None:
+        self.copy = pack(model)
+        self._state: _State | None = state
+        layers = [] if self.copy is None else [m for m in self.copy.modules() if isinstance(m, PackedLinear)]
+        shared = {t.data_ptr() for m in layers for t in (m.weight, m.bias) if t is not None and not t.is_mkldnn}
+        sources = [m for m in model.modules() if layers and isinstance(m, nn.Linear)]
+        views = [_sample(p.detach()) for m in sources for p in m.parameters() if p.data_ptr() not in shared]
+        self._samples = [(view, view.clone()) for view in views]
+        _instances.add(self)
+        _drop_after_optimizer_steps()
+
+    def is_current(self, state: _State) -> bool:
+        """True if the model has not changed since."""
+        same = self._state is not None and self._state.matches(state)
+        return same and all(torch.equal(view, values) for view, values in self._samples)
+
+    def drop(self) -> None:
+        """Free the memory."""
+        self.copy, self._state, self._samples = None, None, []
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copies and pickles of a model begin without a packed copy
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """View at least one element of each row and column of a contiguous weight [N, K]; all of another tensor."""
+    if weight.dim() != 2 or not weight.is_contiguous():
+        return weight
+    rows, columns = weight.shape
+    # at most a row, and no common factor with it: the column drifts
+    return weight.flatten()[:: next(n for n in range(min(rows, columns), 0, -1) if math.gcd(n, columns) == 1)]
+
+
+_instances: weakref.WeakSet[_Packed] = weakref.WeakSet()
+
+
+@functools.cache
+def _drop_after_optimizer_steps() -> None:
+    def drop(*_: object) -> None:
+        for packed in _instances:
+            packed.drop()
+
+    register_optimizer_step_post_hook(drop)

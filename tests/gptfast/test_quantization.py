@@ -82,7 +82,7 @@ def test_packed_linear_is_as_exact_as_its_dtype(dtype, rows, activation, bias):
 def test_float32_weights_are_shared():
     model = build()
     found = pack(model)
-    assert found.lm_head._weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert found.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert found.transformer.wte.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
     assert isinstance(found.transformer.h[0].mlp, nn.Sequential)
 

@@ -70,6 +70,26 @@ def test_has_int8pack_mm_is_false_for_a_changed_function(product, monkeypatch):
     assert not internals.has_int8pack_mm.__wrapped__()
 
 
+def test_tensor_version_counts_writes_to_the_memory_of_a_tensor():
+    x = torch.zeros(3)
+    before = internals.tensor_version(x)
+    x.sum()
+    assert internals.tensor_version(x) == before
+    x[1:].add_(1.0)
+    assert internals.tensor_version(x) > before
+    with torch.inference_mode():
+        assert internals.tensor_version(torch.zeros(3)) is None
+
+
+def test_storage_weak_refs_are_equal_while_they_are_of_the_same_memory():
+    x = torch.zeros(3)
+    before = internals.StorageWeakRef(x.untyped_storage())
+    assert internals.StorageWeakRef(x[1:].untyped_storage()) == before
+    del x  # its address is free again, also for the next tensor
+    assert before.expired()
+    assert internals.StorageWeakRef(torch.zeros(3).untyped_storage()) != before
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 @pytest.mark.parametrize(("op", "algorithm"), [("none", ""), ("relu", ""), ("gelu", "none"), ("gelu", "tanh")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,4 @@
-"""The packed copy of a model is kept on the model, and follows its changes."""
+"""The packed copy of a model is made once, follows changes of the model and is freed with it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
 from gptfast import GPT, lora, quantize
 from gptfast.generation.model_cache import for_decoding
-from gptfast.quantization import PackedLinear
+from gptfast.quantization import PackedLinear, pack
 from tests.support.generation import gpt
 
 
@@ -65,6 +66,7 @@ def test_generate_uses_the_packed_copy(monkeypatch):
 
 def test_packed_copy_is_made_once_and_freed_with_its_model():
     model = build(torch.bfloat16)
+    model.itself = [model]  # an attribute that refers back
     packed = for_decoding(model)
     assert for_decoding(model) is packed
     assert for_decoding(build(torch.bfloat16)) is not packed
@@ -124,13 +126,37 @@ def test_packed_copy_follows_changes_of_its_model(dtype, change):
     assert for_decoding(model) is after
 
 
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"]
+)
+@pytest.mark.parametrize("index", [np.s_[:], np.s_[4], np.s_[:, 6]], ids=["all", "a row", "a column"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_packed_copy_follows_writes_through_data(autocast, index, name):
+    model, idx = build(torch.float32 if autocast else torch.bfloat16), tokens()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = for_decoding(model)
+        model.get_parameter(name).data[index] *= -2.0
+        after = for_decoding(model)
+        assert not torch.equal(logits(after, idx), logits(before, idx))
+        assert torch.equal(logits(after, idx), logits(pack(model), idx))
+        assert for_decoding(model) is after
+
+
+def test_weights_made_in_inference_mode_are_packed():
+    with torch.inference_mode():
+        model, idx = build(torch.bfloat16), tokens()
+        packed = for_decoding(model)
+        assert for_decoding(model) is packed
+        torch.testing.assert_close(logits(packed, idx), logits(model, idx), rtol=0.05, atol=0.1)
+
+
 def test_packed_copy_follows_moves_of_its_model():
     model = build()
     kinds = [{p.dtype for p in for_decoding(model.to(dtype)).parameters()} for dtype in (torch.bfloat16, torch.float32)]
     assert kinds == [{torch.bfloat16}, {torch.float32}]
     with torch.autocast("cpu", torch.bfloat16):
-        assert for_decoding(model).lm_head._dtype == torch.bfloat16
-    assert for_decoding(model).lm_head._dtype == torch.float32
+        assert for_decoding(model).lm_head.dtype == torch.bfloat16
+    assert for_decoding(model).lm_head.dtype == torch.float32
 
 
 def test_copies_of_a_model_have_packed_copies_of_their_own():
