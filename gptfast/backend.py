@@ -1,13 +1,12 @@
-"""The switch between Triton kernels, PyTorch's CPU and plain PyTorch, one choice per operator."""
+"""Choice between Triton kernels, faster PyTorch on CPUs and plain PyTorch, for each operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from kernels import reference, reference_cpu, runtime
@@ -22,8 +21,8 @@ OPERATORS = {
     "attention": ("causal_attention", "causal_attention_qkvpacked", "decode_attention"),
     "loss": ("linear_cross_entropy",),
 }
-# operators with a function that `kernels.reference_cpu` makes faster than plain PyTorch
-FASTER_ON_CPU = {
+# operators with a faster form in `kernels.reference_cpu`
+_FASTER_ON_CPU = {
     operator
     for operator, names in OPERATORS.items()
     if any(getattr(reference_cpu, name) is not getattr(reference, name) for name in names)
@@ -75,7 +74,7 @@ class Backend(Mapping[str, Choice]):
     def loss(
         self, x: Tensor, head: nn.Module, targets: Tensor, vocab_size: int, need_logits: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Output head and mean cross-entropy.
+        """Apply the output head and compute the mean cross-entropy.
 
         Args:
             x: [..., C] final hidden states.
@@ -90,22 +89,27 @@ class Backend(Mapping[str, Choice]):
         if self["loss"] == "triton":
             # NOTE: reads the head's weight; its forward hooks run only for logits
             loss = self.linear_cross_entropy(x, head.weight, targets, IGNORE_INDEX, vocab_size=vocab_size)
-            return (logits(head, x, vocab_size) if need_logits else None), loss
-        y = logits(head, x, vocab_size)  # [..., V]
+            return (self.logits(x, head, vocab_size) if need_logits else None), loss
+        y = self.logits(x, head, vocab_size)  # [..., V]
         return y, reference.cross_entropy(y, targets, IGNORE_INDEX)
 
     def token_losses(self, x: Tensor, head: nn.Module, targets: Tensor, vocab_size: int) -> Tensor:
-        """Cross-entropy of each row, [N] float32, of x [N, C] and targets [N]. Holds few logits at a time."""
+        """Compute the cross-entropy of each row of x [N, C], [N] float32. Holds few logits at a time."""
         if self["loss"] == "triton":
             return self.linear_cross_entropy(
                 x, head.weight, targets, IGNORE_INDEX, reduction="none", vocab_size=vocab_size
             )
-        chunks = zip(x.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
         losses = [
-            reference.cross_entropy(logits(head, rows, vocab_size), wanted, IGNORE_INDEX, reduction="none")
-            for rows, wanted in chunks
+            reference.cross_entropy(self.logits(rows, head, vocab_size), wanted, IGNORE_INDEX, reduction="none")
+            for rows, wanted in zip(x.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
         ]
         return torch.cat(losses)
+
+    @staticmethod
+    def logits(x: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
+        """Apply the output head, [..., C] -> [..., V], and drop the logits of vocabulary padding."""
+        y = head(x)
+        return y if y.shape[-1] == vocab_size else y[..., :vocab_size]
 
     def require_device(self, device: torch.device) -> None:
         """Raise ValueError if a Triton kernel would have to run on `device` and cannot."""
@@ -118,12 +122,6 @@ class BackendModule(nn.Module):
     """Base of modules that call operators through `self.backend`, which their model sets."""
 
     backend: Backend
-
-
-def logits(head: nn.Module, x: Tensor, vocab_size: int) -> Tensor:
-    """Apply the output head, [..., C] -> [..., V], and drop the logits of vocabulary padding."""
-    y = head(x)
-    return y if y.shape[-1] == vocab_size else y[..., :vocab_size]
 
 
 def parse_backend(spec: BackendSpec) -> dict[str, str]:
@@ -155,8 +153,8 @@ def parse_backend(spec: BackendSpec) -> dict[str, str]:
 def resolve_backend(requested: Mapping[str, str], device: torch.device, dtype: torch.dtype, head_size: int) -> Backend:
     """Choose an implementation for each operator.
 
-    "auto" never fails: it takes Triton on GPUs where it can run, PyTorch's faster forms on CPUs, else plain PyTorch.
-    "cpu" is "eager" for operators without a faster form on CPUs.
+    "auto" never fails: it takes "triton" on GPUs where it can run, "cpu" on CPUs, else "eager". For operators without a
+    faster form on CPUs "cpu" gives "eager".
 
     Args:
         requested: result of `parse_backend`.
@@ -167,26 +165,21 @@ def resolve_backend(requested: Mapping[str, str], device: torch.device, dtype: t
     Raises:
         ValueError: "triton" or "cpu" was requested where it cannot run; the message has the reason and the way out.
     """
-    choices: dict[str, Choice] = {}
+    choices: dict[str, Any] = {}
     for operator, word in requested.items():
         if word == "auto":
-            choices[operator] = _auto(operator, device, dtype, head_size)
-            continue
+            word = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "eager")
+            if _unavailable(word, operator, device, dtype, head_size) is not None:
+                word = "eager"
         reason = _unavailable(word, operator, device, dtype, head_size)
         if reason is not None:
             raise ValueError(f"backend {word!r} cannot run {operator}: {reason}; use backend='auto' or 'eager'")
-        choices[operator] = "eager" if word == "cpu" and operator not in FASTER_ON_CPU else word  # type: ignore[assignment]
+        choices[operator] = "eager" if word == "cpu" and operator not in _FASTER_ON_CPU else word
     return Backend(**choices)
 
 
-def _auto(operator: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Choice:
-    if device.type == "cuda" and _unavailable("triton", operator, device, dtype, head_size) is None:
-        return "triton"
-    return "cpu" if device.type == "cpu" and operator in FASTER_ON_CPU else "eager"
-
-
 def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
-    """Explain for each operator why "auto" does not choose Triton, None where it does. Arguments: `resolve_backend`."""
+    """Explain for each operator why "auto" does not choose Triton, None where it does. Arguments as above."""
     if device.type != "cuda":
         reason = runtime.unsupported_reason(device) or "Triton's interpreter runs only on request"
         return dict.fromkeys(OPERATORS, reason)
@@ -194,7 +187,7 @@ def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[st
 
 
 def _unavailable(word: str, operator: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Reason why an implementation cannot run an operator in this process, or None."""
+    """Return the reason why an implementation cannot run an operator in this process, or None."""
     if word == "cpu":
         # operators have shapes on the meta device, whatever runs them later
         return None if device.type in ("cpu", "meta") else f"the model is on {device.type!r}, 'cpu' is accepted"

@@ -87,13 +87,9 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 < self.init_std < math.inf:
             raise ValueError(f"init_std must be above 0 and finite, got {self.init_std}")
-        for name, accepted in (
-            ("activation", get_args(Activation)),
-            ("norm_position", get_args(NormPosition)),
-            ("position", get_args(Position)),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        for name, kind in {"activation": Activation, "norm_position": NormPosition, "position": Position}.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.position == "sinusoidal" and self.n_embd % 2 != 0:
             raise ValueError(f"sinusoidal positions need an even n_embd, got {self.n_embd}")
 

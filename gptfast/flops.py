@@ -23,19 +23,14 @@ def forward_flops_per_token(config: GPTConfig, length: int | None = None, causal
 
 
 def training_flops_per_token(config: GPTConfig, length: int | None = None, causal: bool = False) -> int:
-    """Count the FLOPs of forward and backward per token, three times the forward's. Arguments: see there."""
+    """Count the FLOPs of forward and backward per token: three times the forward's. Arguments as above."""
     return 3 * forward_flops_per_token(config, length, causal)
-
-
-def tokens_per_second(batch: float, length: int, seconds: float) -> float:
-    """Throughput of `batch` sequences of `length` tokens in `seconds`."""
-    return batch * length / seconds
 
 
 def roofline_tokens_per_second(
     config: GPTConfig, peak: float | None, length: int | None = None, causal: bool = False
 ) -> float | None:
-    """Highest training throughput that `peak` FLOP/s allow, None where the peak is not known.
+    """Compute the highest training throughput that `peak` FLOP/s allow, None where the peak is not known.
 
     `utilisation` of a throughput against it is the MFU. Other arguments as for `forward_flops_per_token`.
     """

@@ -1,4 +1,4 @@
-"""The one place that turns a name on the command line into a model and its tokenizer."""
+"""Models and their tokenizers by name: run folders, Hugging Face's layout and the hub."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def load(
         name: a run folder, a folder in Hugging Face's layout, a repository OWNER/MODEL on the hub, or gpt2,
             gpt2-medium, gpt2-large or gpt2-xl.
         device: for the model.
-        tokenizer: a tiktoken encoding or "byte", for a model without a tokenizer of its own. Runs, exported folders
-            and GPT-2 have one.
+        tokenizer: a tiktoken encoding or "byte", for a model without a tokenizer. Runs, exported folders and GPT-2
+            have one.
         vocabulary: folder with the files of that encoding, for machines without a network.
 
     Raises:
@@ -33,10 +33,8 @@ def load(
     model, own = with_tokenizer(name)
     if own is None:
         if tokenizer in ("char", "word"):
-            raise ValueError(
-                f"{name} has no tokenizer, and {tokenizer!r} needs its training text; accepted: byte, or a tiktoken "
-                "encoding"
-            )
+            problem = f"{name} has no tokenizer, and {tokenizer!r} needs its training text"
+            raise ValueError(f"{problem}; accepted: byte, or a tiktoken encoding")
         own = tokenizers.for_documents(tokenizer, [], vocabulary=vocabulary)
         require_same_vocabulary(str(name), model, own, f"tokenizer {tokenizer!r}")
     return model.to(device), own

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptfast import backend as backends
 from gptfast import flops, hardware, huggingface, lora, optim
-from gptfast.backend import IGNORE_INDEX, Backend, BackendModule, BackendSpec
+from gptfast.backend import IGNORE_INDEX, Backend, BackendModule, BackendSpec, parse_backend, resolve_backend
 from gptfast.checkpoint import nanogpt, vocab_padding
 from gptfast.checkpoint.atomic_files import require_fit
 from gptfast.config import GPTConfig
-from gptfast.generation import generate
+from gptfast.generation import generate as generation
 from gptfast.generation.kv_cache import KVCache
 from gptfast.tokenizers import Tokenizer
 from kernels import runtime
@@ -97,15 +95,11 @@ class MLP(BackendModule):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.gelu_ffn(
-            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation
-        )
+        up, down = self.c_fc, self.c_proj
+        return self.backend.gelu_ffn(x, up.weight, up.bias, down.weight, down.bias, self.activation)
 
     def with_products(self, product: Callable[[nn.Linear, str | None], nn.Module | None]) -> nn.Module | None:
-        """Return the MLP as the modules that `product` makes of each layer and the activation behind it, in sequence.
-
-        None if `product` returns None, which keeps a layer, for either one.
-        """
+        """Return the MLP as a sequence of `product(layer, activation after it)`, or None if either of these is None."""
         c_fc, c_proj = product(self.c_fc, self.activation), product(self.c_proj, None)
         if c_fc is None or c_proj is None:
             return None
@@ -134,10 +128,7 @@ class Block(nn.Module):
             x, _ = self.ln_1(self.attn(x, cache), x)
             x, _ = self.ln_2(self.mlp(x), x)
             return x, None
-        if pending is None:
-            y = self.ln_1(x)
-        else:
-            y, x = self.ln_1(pending, x)
+        y, x = (self.ln_1(x), x) if pending is None else self.ln_1(pending, x)
         y, x = self.ln_2(self.attn(y, cache), x)
         return x, self.mlp(y)
 
@@ -167,9 +158,7 @@ class Transformer(nn.Module):
         elif self.sinusoidal:
             # sqrt(C) brings the embedding to the size of the sinusoids: Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(x.shape[-1]) + sinusoids(positions, x.shape[-1], x.dtype)
-        x = self.drop(x)
-        if self.residual_dtype is not None:
-            x = x.to(self.residual_dtype)
+        x = self.drop(x).to(self.residual_dtype or x.dtype)
         pending = None
         for block in self.h:
             if self.checkpointing and cache is None and torch.is_grad_enabled():
@@ -201,9 +190,6 @@ class GPT(nn.Module):
             run, cpu on CPUs, else eager), or a mapping from operator (`layer_norm`, `ffn`, `attention`, `loss`) to one
             of these; operators that are not named get "auto".
 
-    Attributes:
-        requested_backend: the request for each operator, as `set_backend` got it.
-
     Raises:
         ValueError: an unknown backend, or "triton" or "cpu" where it cannot run.
     """
@@ -225,12 +211,12 @@ class GPT(nn.Module):
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=std)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
         with torch.no_grad():
             # padding stays zero: no token looks it up, and the loss sends it no gradient
             for weight in (self.transformer.wte.weight, self.lm_head.weight):
@@ -238,26 +224,22 @@ class GPT(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """Choice in force for each operator: "triton", "cpu" or "eager"."""
+        """Operators in use, and as a mapping the choice behind each: "triton", "cpu" or "eager"."""
         return self._backend
 
     def set_backend(self, backend: BackendSpec) -> None:
         """Change the implementation of the operators; weights are untouched. Arguments and errors as for `GPT`."""
-        requested = backends.parse_backend(backend)
-        self._install_backend(requested)
-        self.requested_backend = requested
-
-    def _install_backend(self, requested: Mapping[str, str]) -> None:
-        weight = self.transformer.wte.weight
-        self._backend = backends.resolve_backend(requested, weight.device, weight.dtype, self.config.head_size)
+        requested, weight = parse_backend(backend), self.transformer.wte.weight
+        self._backend = resolve_backend(requested, weight.device, weight.dtype, self.config.head_size)
+        self.requested_backend = requested  # "auto" is resolved again when the model moves
         for module in self.modules():
             if isinstance(module, BackendModule):
                 module.backend = self._backend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
-        """`to`, `cuda`, `half` and the like end here: resolve "auto" for the new device and dtype."""
+        """Move or cast the model, as `to` does, and resolve "auto" for the new device and dtype."""
         super()._apply(fn, recurse)
-        self._install_backend(self.requested_backend)
+        self.set_backend(self.requested_backend)
         return self
 
     def forward(
@@ -267,10 +249,8 @@ class GPT(nn.Module):
 
         Args:
             idx: [B, T] int64 token ids, T at most `block_size`.
-            targets: [B, T] int64, the token after each position; the loss leaves out negative ones (nanoGPT's -1,
-                PyTorch's -100).
-            cache: keys and values of the tokens before `idx`; those of `idx` are appended. At most `block_size` tokens
-                in total.
+            targets: [B, T] int64, the token after each position; the loss leaves out negative ones.
+            cache: keys and values of the tokens before `idx`, to which those of `idx` are appended.
 
         Returns:
             Without targets, logits [B, 1, V] of the last position, and None. With targets, logits [B, T, V] and the
@@ -289,7 +269,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Map hidden states [..., C] to logits [..., V]."""
-        return backends.logits(self.lm_head, x, self.config.vocab_size)
+        return self.backend.logits(x, self.lm_head, self.config.vocab_size)
 
     def _check_tokens(self, idx: Tensor, targets: Tensor | None, cached: int) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:
@@ -303,31 +283,18 @@ class GPT(nn.Module):
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             self.require_tokens(idx)
             if targets is not None:
-                self._check_range("target", targets.clamp(min=0))
+                self.require_tokens(targets.clamp(min=0), "target")
             self.backend.require_device(idx.device)
 
-    def require_tokens(self, idx: Tensor) -> None:
+    def require_tokens(self, idx: Tensor, name: str = "token id") -> None:
         """Raise ValueError for token ids out of range. On a GPU PyTorch's own kernels check them."""
-        if idx.device.type == "cpu":
-            self._check_range("token id", idx)
+        if idx.device.type == "cpu" and idx.numel() > 0:
+            low, high = (int(bound) for bound in idx.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong, last = low if low < 0 else high, self.config.vocab_size - 1
+                raise ValueError(f"{name} {wrong} is out of range; accepted: 0 to {last}")
 
-    def _check_range(self, name: str, values: Tensor) -> None:
-        low, high = (int(bound) for bound in values.aminmax()) if values.numel() else (0, 0)
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name} {wrong} is out of range; accepted: 0 to {self.config.vocab_size - 1}")
-
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        **settings: Any,
-    ) -> Tensor:
-        """Continue each row of `idx`; see `gptfast.generation.generate`, also for the other settings."""
-        return generate.generate(self, idx, max_new_tokens, temperature, top_k, generator, **settings)
+    generate = generation.generate
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -344,19 +311,14 @@ class GPT(nn.Module):
         return count
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
-        """Estimate model FLOPs utilisation: the fraction of the device's dense matmul peak, nan where it is not known.
+        """Estimate the MFU of training on `fwdbwd_per_iter` sequences of `block_size` tokens in `dt` seconds.
 
-        FLOPs follow PaLM's convention, see `gptfast.flops`. As in nanoGPT, a GPU's peak is that of bfloat16.
-
-        Args:
-            fwdbwd_per_iter: sequences of `block_size` tokens that went forward and backward.
-            dt: seconds they took.
+        It is a fraction of the device's matmul peak (a GPU's in bfloat16), nan where that is unknown; see `flops`.
         """
         weight = self.transformer.wte.weight
         peak = hardware.peak_flops(weight.device, torch.bfloat16 if weight.is_cuda else weight.dtype)
-        speed = flops.tokens_per_second(fwdbwd_per_iter, self.config.block_size, dt)
-        mfu = flops.utilisation(speed, flops.roofline_tokens_per_second(self.config, peak))
-        return math.nan if mfu is None else mfu
+        roofline = flops.roofline_tokens_per_second(self.config, peak)
+        return math.nan if roofline is None else fwdbwd_per_iter * self.config.block_size / dt / roofline
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to `block_size` tokens, dropping the positions beyond it.
@@ -378,8 +340,7 @@ class GPT(nn.Module):
     def set_residual_dtype(self, dtype: torch.dtype | None) -> None:
         """Keep the residual stream in `dtype`, from the embedding to the last norm; None keeps the embedding's dtype.
 
-        Under bfloat16 autocast a float32 model's stream is float32. A bfloat16 stream halves its memory and traffic, as
-        in llm.c, and rounds every addition.
+        A bfloat16 stream under autocast halves its memory and traffic, as in llm.c, and rounds every addition.
 
         Raises:
             ValueError: a post-norm model, whose norms produce the stream.

@@ -80,7 +80,7 @@ def require_fit(problem: str, tensors: Mapping[str, Tensor], expected: Mapping[s
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, replacing an older one. Raises OSError if the disk is full or not writable."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -94,7 +94,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         safetensors.torch.save_file(contiguous, partial, metadata)
         partial.chmod(mode)  # safetensors makes it private
 
-    _replace(path, write)
+    replace_file(path, write)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file beside `path`, flush it to the disk and rename it into place."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps OSError in SafetensorError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -107,14 +120,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def require_unused(path: Path) -> None:
-    """Raise ValueError unless `path` does not exist or is an empty folder."""
+    """Raise ValueError unless `path` is free: it does not exist or is an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; give a new folder")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which appears at `path` at the end of the block, or not at all after an error.
+    """Yield a folder to write into, which appears at `path` when the block ends without an error.
 
     Raises:
         ValueError: `path` is a file or a folder that is not empty.
@@ -137,23 +150,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk: after a power cut, a file may be there without its name otherwise."""
+    """Flush the names in a folder to the disk. Without it a power cut may lose the name of a flushed file."""
     if os.name == "posix":  # other systems cannot open folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, flush it to the disk and rename it into place."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps OSError in SafetensorError
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error

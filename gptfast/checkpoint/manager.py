@@ -98,7 +98,7 @@ class CheckpointManager:
             content = {"step": checkpoint.step, **checkpoint.state}
             write_json(partial / "state.json", {**content, "sha256": _checksum(content)})
             sync_folder(partial)
-            self._remove(path)  # a damaged one: the run resumed before it and has come to its step again
+            self._remove(path)  # a damaged one: the run resumed before it and repeats its step
             os.rename(partial, path)
             sync_folder(self._folder)
         except BaseException as error:

@@ -1,8 +1,9 @@
 """nanoGPT's checkpoints, and the activation that weights were trained with, which nanoGPT's settings do not name.
 
-nanoGPT's MLP computes GELU by erf, as `nn.GELU` does. Before it used that module it computed the tanh approximation, as
-GPT-2 and this package's default do. The metadata that PyTorch attaches to a `state_dict` tells the two apart: it has an
-entry for each module. A GPT of this package adds its activation there, which survives nanoGPT's train.py.
+nanoGPT's MLP computes GELU by erf, with `nn.GELU`. Older versions have no such module and compute the tanh
+approximation, as GPT-2 and this package's default do. The metadata that PyTorch attaches to a `state_dict` has an entry
+for each module and tells the two apart. A GPT of this package adds its activation there, which survives nanoGPT's
+train.py.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from gptfast.checkpoint.vocab_padding import EMBEDDING, HEAD
 from gptfast.config import Activation, GPTConfig
 from kernels.pytorch_internals import COMPILED_PREFIX, state_dict_metadata
 
 _METADATA_KEY = "gptfast.activation"
-# causal masks, buffers of nanoGPT where PyTorch has no attention kernel
-_MASKS = (".attn.bias", ".attn.masked_bias")
-_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+# causal masks: buffers of nanoGPT where PyTorch has no attention kernel, and of old files of transformers
+MASKS = (".attn.bias", ".attn.masked_bias")
 _REQUIRED_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _MODEL_ARGS = (*_REQUIRED_ARGS, "bias", "dropout")
 _OVERRIDES = ("dropout", "pad_vocab_size_to", "activation", "vocab_size")
@@ -35,9 +36,8 @@ def read(path: str | Path, override_args: Mapping[str, Any] | None = None) -> tu
 
     Args:
         path: the file, such as out/ckpt.pt.
-        override_args: values for "dropout", "pad_vocab_size_to", "activation", where the metadata does not have it, and
-            "vocab_size", which drops the last rows of the embedding: nanoGPT pads GPT-2's 50,257 tokens to 50,304, for
-            which there is no tokenizer.
+        override_args: values for "dropout", "pad_vocab_size_to", "activation", and "vocab_size", which drops the last
+            rows of the embedding: nanoGPT pads GPT-2's 50,257 tokens to 50,304.
 
     Returns:
         The model's shape and its weights under this package's names. Shapes are not checked.
@@ -50,8 +50,8 @@ def read(path: str | Path, override_args: Mapping[str, Any] | None = None) -> tu
         raise ValueError(f"override_args has {', '.join(overrides)}; accepted: {', '.join(_OVERRIDES)}")
     path = Path(path).expanduser()
     model_args, saved = _load(path)
-    weights = {n.removeprefix(COMPILED_PREFIX): tensor for n, tensor in saved.items() if not n.endswith(_MASKS)}
-    head, embedding = weights.get(_HEAD), weights.get(_EMBEDDING)
+    weights = {n.removeprefix(COMPILED_PREFIX): tensor for n, tensor in saved.items() if not n.endswith(MASKS)}
+    head, embedding = weights.get(HEAD), weights.get(EMBEDDING)
     tied = head is None or embedding is None or torch.equal(head, embedding)
     try:
         saved_config = GPTConfig(**model_args, activation=activation_of(saved) or "gelu", tie_weights=tied)
@@ -60,7 +60,7 @@ def read(path: str | Path, override_args: Mapping[str, Any] | None = None) -> tu
     config = dataclasses.replace(saved_config, **overrides)
     if config.vocab_size > saved_config.vocab_size:
         raise ValueError(f"vocab_size must be at most the {saved_config.vocab_size} of {path}, got {config.vocab_size}")
-    for name in {_HEAD, _EMBEDDING} & set(weights):
+    for name in {HEAD, EMBEDDING} & set(weights):
         if weights[name].shape[:1] == (saved_config.vocab_size,):
             weights[name] = weights[name][: config.vocab_size]
     return config, weights
@@ -74,10 +74,9 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are no checkpoints
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any type; some messages advise to run the file's code
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values; accepted: ckpt.pt"
-        ) from error
+    except Exception as error:  # PyTorch raises many types, and some messages advise to run the file's code
+        problem = f"{path} is damaged, or holds more than tensors and plain values"
+        raise ValueError(f"{problem}; accepted: ckpt.pt") from error
     model_args, weights = map(content.get, ("model_args", "model")) if isinstance(content, dict) else (None, None)
     if not isinstance(model_args, dict) or not isinstance(weights, dict):
         raise ValueError(f"{path} is no checkpoint of nanoGPT: it needs a dict with model and model_args")
@@ -107,8 +106,8 @@ def activation_of(state_dict: Mapping[str, Any]) -> Activation | None:
 def keep_activation_in_state_dict(model: nn.Module) -> None:
     """Make a GPT's `state_dict` carry its activation, and its `load_state_dict` adopt the one that weights carry.
 
-    Only a model of the default activation adopts another, with a warning: nanoGPT's scripts, whose settings do not name
-    it, then compute the logits that a checkpoint of nanoGPT had there.
+    Only a model of the default activation adopts another, with a warning. nanoGPT's scripts do not set it, and compute
+    the logits of a checkpoint of nanoGPT this way.
     """
     model.register_state_dict_post_hook(_write_activation)
     model.register_load_state_dict_pre_hook(_adopt_activation)

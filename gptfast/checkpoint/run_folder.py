@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptfast import tokenizers
 from gptfast.checkpoint import vocab_padding
-from gptfast.checkpoint.atomic_files import read_json, read_tensors, write_json, write_tensors
+from gptfast.checkpoint.atomic_files import read_json, read_tensors, replace_file, write_json, write_tensors
 from gptfast.config import GPTConfig
 from gptfast.tokenizers import Tokenizer
 
@@ -38,7 +38,7 @@ class RunFolder:
         resume: continue the run at `path`, if there is one.
 
     Raises:
-        ValueError: the path is not empty, another process trains there, or it cannot be written.
+        ValueError: the folder is not empty, another process trains there, or it cannot be written.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -88,10 +88,8 @@ class RunFolder:
         """Drop the log's entries of steps after `step`, which a resumed run takes again."""
         path = self.path / "log.jsonl"
         if path.exists():
-            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            os.replace(partial, path)
+            kept = "".join(json.dumps(entry) + "\n" for entry in read_log(self.path) if entry["step"] <= step)
+            replace_file(path, lambda partial: partial.write_text(kept, encoding="utf-8"))
 
 
 def _require_unused(path: Path, resume: bool) -> None:
@@ -170,6 +168,6 @@ def read_model(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     _, config = read_config(path)
     saved = read_tensors(path / "model.safetensors")
     weights = {name: vocab_padding.unpad(config, name, tensor) for name, tensor in saved.items()}
-    if config.tie_weights and "transformer.wte.weight" in weights:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if config.tie_weights and vocab_padding.EMBEDDING in weights:
+        weights[vocab_padding.HEAD] = weights[vocab_padding.EMBEDDING]
     return config, weights, tokenizer

@@ -1,4 +1,4 @@
-"""Padding of the vocabulary: rows of the token embedding and the head that are there for speed, and never in a file."""
+"""Vocabulary padding: rows of the token embedding and the head that exist in memory only, for speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
 
-_PADDED = ("transformer.wte.weight", "lm_head.weight")
+EMBEDDING, HEAD = _PADDED = ("transformer.wte.weight", "lm_head.weight")
 
 
 def hide_in_state_dict(model: nn.Module) -> None:

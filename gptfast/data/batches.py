@@ -35,8 +35,8 @@ class Split:
     ) -> tuple[Tensor, Tensor]:
         """Draw the batch of a step: token ids and their successors, each [B, T] int64.
 
-        An epoch visits every block of the split once, in a random order and from a random offset. The next epoch starts
-        where it ends, in the middle of a batch if need be. The batch does not depend on the number of ranks.
+        An epoch visits every block of the split once, in a random order and from a random offset. An epoch may end in
+        the middle of a batch. The batch does not depend on the number of ranks.
 
         Args:
             batch_size: sequences per step, summed over all ranks.
@@ -50,7 +50,7 @@ class Split:
         return self._cut(self._places(np.arange(first, first + share), seed))
 
     def _places(self, numbers: np.ndarray, seed: int) -> np.ndarray:
-        """Start offsets of sequences, which are numbered from the first step on."""
+        """Compute the start offsets of sequences, which are numbered from the first step on."""
         spare = len(self.tokens) - 1  # the last token is a target only
         blocks = max(1, spare // self.block_size - 1)  # one less than fits leaves room for the random offset
         epochs, order = np.divmod(numbers, blocks)
@@ -129,11 +129,10 @@ def open_prepared(folder: Path, block_size: int) -> tuple[Split, Split]:
         ValueError: a shard is missing or damaged, or a split is no longer than one block.
     """
     train, val = (Split(shards.open_split(folder, name), block_size) for name in shards.SPLITS)
-    for name, part in (("train", train), ("val", val)):
-        if len(part.tokens) <= block_size:
-            raise ValueError(
-                f"{folder} has {len(part.tokens)} tokens for {name}; give more than block_size={block_size}"
-            )
+    for name, split in zip(shards.SPLITS, (train, val), strict=True):
+        count = len(split.tokens)
+        if count <= block_size:
+            raise ValueError(f"{folder} has {count} tokens for {name}; give more than block_size={block_size}")
     return train, val
 
 
@@ -145,20 +144,15 @@ def split_tokens(tokens: np.ndarray, block_size: int, held_out: float) -> tuple[
     Raises:
         ValueError: a part is no longer than one block.
     """
+    boundary = int(len(tokens) * (1.0 - held_out)) if held_out else len(tokens)
+    train, val = (Split(Tokens([part]), block_size) for part in (tokens[:boundary], tokens[boundary:]))
     if held_out == 0.0:
-        if len(tokens) <= block_size:
-            raise ValueError(
-                f"the text is too short: {len(tokens)} tokens, more than block_size={block_size} are needed; give a "
-                "longer text or a smaller block size"
-            )
-        whole = Split(Tokens([tokens]), block_size)
-        return whole, whole
-    boundary = int(len(tokens) * (1.0 - held_out))
-    parts = tokens[:boundary], tokens[boundary:]
-    if min(len(part) for part in parts) <= block_size:
+        val = train
+    if min(len(train.tokens), len(val.tokens)) <= block_size:
+        others = f" and {len(tokens) - boundary} held out" if held_out else ""
+        advice = ", or hold out nothing with --held-out 0" if held_out else ""
         raise ValueError(
-            f"the text is too short: {len(tokens)} tokens make {len(parts[0])} to train on and {len(parts[1])} held "
-            f"out, each must be more than block_size={block_size}; give a longer text or a smaller block size, or hold "
-            "out nothing with --held-out 0"
+            f"the text is too short: {boundary} tokens to train on{others}, more than block_size={block_size} are "
+            f"needed; give a longer text or a smaller block size{advice}"
         )
-    return Split(Tokens([parts[0]]), block_size), Split(Tokens([parts[1]]), block_size)
+    return train, val

@@ -167,7 +167,7 @@ def _cut(blocks: Iterable[str], consumed: Callable[[], int]) -> Iterator[Piece]:
 
 
 def _last_cut(text: str) -> int:
-    """Find the last place where a cut changes no tokens: before a space between two words. 0 if there is none.
+    """Find the last place for a cut that changes no tokens: before a space between two words. 0 if there is none.
 
     Byte-pair encodings look ahead over white space and join punctuation and line ends, but start a piece at such a
     space.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptfast import tokenizers
-from gptfast.checkpoint.atomic_files import new_folder
+from gptfast.checkpoint.atomic_files import new_folder, write_json
 from gptfast.data import shards
 from gptfast.data.documents import Piece, Source
 from gptfast.tokenizers import Tokenizer
@@ -42,8 +41,8 @@ def prepare(
         source: the documents.
         tokenizer: an end-of-text token, if it has one, follows each document.
         out: the folder; it must not exist or be empty.
-        held_out: share held out for validation: the end of a single text, by default 0.1; of many documents random
-            ones, by default 0.005, and always the second.
+        held_out: share held out for validation: the end of a single text (default 0.1), or random documents and always
+            the second one (default 0.005).
         workers: processes that tokenize; 0 starts one per processor.
         shard_tokens: tokens per shard file.
         seed: seed of the choice of held-out documents.
@@ -60,7 +59,7 @@ def prepare(
         for split, written in splits.items():
             if written["tokens"] == 0:
                 raise ValueError(f"the text leaves no tokens for {split}; give more text, or another --held-out")
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
+        write_json(folder / "tokenizer.json", tokenizer.to_json())
         shards.write_index(folder, tokenizer.vocab_size, shards.dtype_for(tokenizer.vocab_size), splits)
         return shards.read_index(folder)
 
@@ -68,7 +67,7 @@ def prepare(
 def _write(
     parts: Iterable[Part], size: int, tokenizer: Tokenizer, folder: Path, workers: int, shard_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Tokenize `size` bytes of documents into shards; the splits as the index lists them."""
+    """Tokenize `size` bytes of documents into shards, and return the index's entry of each split."""
     dtype = shards.dtype_for(tokenizer.vocab_size)
     writers = {split: shards.SplitWriter(folder, split, dtype, shard_tokens) for split in shards.SPLITS}
     workers = min(workers or os.cpu_count() or 1, 1 + size // _BYTES_PER_WORKER)
@@ -126,13 +125,12 @@ def tokenized(parts: Iterable[Part], tokenizer: Tokenizer, workers: int) -> Iter
         for part in parts:
             yield part, tokenizer.encode(part.piece.text)
         return
-    batches = _batches(iter(parts))
     # a forked process would inherit PyTorch's locks without its threads
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tokenizer.to_json(),))
     try:
         waiting: deque[tuple[list[Part], Future[list[np.ndarray]]]] = deque()
-        for batch in batches:
+        for batch in _batches(parts):
             waiting.append((batch, pool.submit(_encode, [part.piece.text for part in batch])))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
@@ -143,7 +141,7 @@ def tokenized(parts: Iterable[Part], tokenizer: Tokenizer, workers: int) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Group parts into batches large enough to send to a worker."""
     batch: list[Part] = []
     size = 0

@@ -11,14 +11,13 @@ nanoGPT's folders, with a train.bin and a val.bin in uint16, can be read too.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptfast.checkpoint.atomic_files import read_json
+from gptfast.checkpoint.atomic_files import read_json, write_json
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -43,7 +42,7 @@ class Tokens:
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return sum(map(len, self._shards))
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Read `length` ids from each of `starts` [B], as int64 [B, length]. All windows must lie within the split."""
@@ -105,21 +104,14 @@ class SplitWriter:
     def close(self) -> dict[str, Any]:
         """Finish the last shard and return the split's entry of the index."""
         self._finish()
-        return {
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "text_bytes": self.text_bytes,
-            "shards": self._shards,
-        }
+        counts = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        return {**counts, "shards": self._shards}
 
 
 def write_index(folder: Path, vocab_size: int, dtype: str, splits: dict[str, dict[str, Any]]) -> None:
     """Write index.json, the last file of a folder."""
     content = {"format": FORMAT, "vocab_size": vocab_size, "dtype": dtype, "splits": splits}
-    with open(folder / "index.json", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / "index.json", content)
 
 
 def is_prepared(folder: Path) -> bool:

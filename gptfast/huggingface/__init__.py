@@ -3,7 +3,7 @@
     config, state_dict = huggingface.read("openai-community/gpt2")
     huggingface.save("folder", config, state_dict, tokenizer)
 
-Both work on data; `GPT.from_pretrained` and `GPT.save_pretrained` make models of it.
+`GPT.from_pretrained` and `GPT.save_pretrained` do the same for a model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from gptfast.checkpoint.atomic_files import new_folder, write_json, write_tensors
+from gptfast.checkpoint.vocab_padding import HEAD
 from gptfast.config import GPTConfig
 from gptfast.huggingface import config as configs
 from gptfast.huggingface import hub, tokenizer, weights
@@ -75,7 +76,7 @@ def save(
         end_of_text = tokens.end_of_text
     else:
         end_of_text = _GPT2_END_OF_TEXT if config.vocab_size == _GPT2_VOCAB_SIZE else None
-    content = {"config.json": configs.to_json(config, state_dict[weights.HEAD].dtype, end_of_text)}
+    content = {"config.json": configs.to_json(config, state_dict[HEAD].dtype, end_of_text)}
     if tokens is not None:
         content |= tokenizer.to_files(tokens, config.block_size)
     with new_folder(Path(folder).expanduser()) as path:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from gptfast.checkpoint.atomic_files import read_json, read_tensors
+from gptfast.checkpoint.nanogpt import MASKS
+from gptfast.checkpoint.vocab_padding import EMBEDDING, HEAD
 from gptfast.config import GPTConfig
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # transformers keeps these matrices as [in, out], in its Conv1D
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# causal masks, buffers in old files
-_MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -39,7 +38,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         pickles = [name for name in _PICKLES if (folder / name).is_file()]
         only = f", only the pickle {pickles[0]}, which can run any code and is not read" if pickles else ""
         raise ValueError(f"{folder} has no {FILE}{only}; save the weights as safetensors")
-    return {_full_name(name): tensor for name, tensor in tensors if not name.endswith(_MASKS)}
+    # files of the bare transformer lack the prefix
+    prefixes = ("transformer.", "lm_head.")
+    full = ((name if name.startswith(prefixes) else f"transformer.{name}", tensor) for name, tensor in tensors)
+    return {name: tensor for name, tensor in full if not name.endswith(MASKS)}
 
 
 def from_hugging_face(
@@ -47,7 +49,7 @@ def from_hugging_face(
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Convert tensors to this package's layout, and drop biases that the model lacks and the file has as zeros.
 
-    Biases that `transformers` has trained since, and so are no longer zeros, stay: the returned config has them.
+    If `transformers` has trained any of these since, the returned config has all biases.
 
     Args:
         config: the model's shape.
@@ -57,7 +59,8 @@ def from_hugging_face(
     Raises:
         ValueError: a head and an embedding that differ where the config ties them.
     """
-    absent = {name for name in theirs if name.endswith(".bias") and not _has_bias(config, name)}
+    biases = {name: name.endswith("attn.c_attn.bias") for name in theirs if name.endswith(".bias")}
+    absent = {name for name, is_qkv in biases.items() if not (config.has_qkv_bias if is_qkv else config.bias)}
     if any(theirs[name].any() for name in absent):
         config, absent = dataclasses.replace(config, bias=True, qkv_bias=True), set()
     weights = {
@@ -90,15 +93,6 @@ def to_hugging_face(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict
             if bias not in state_dict:
                 theirs[bias] = tensor.new_zeros(tensor.shape[0])
     return theirs
-
-
-def _has_bias(config: GPTConfig, name: str) -> bool:
-    return config.has_qkv_bias if name.endswith("attn.c_attn.bias") else config.bias
-
-
-def _full_name(name: str) -> str:
-    """Add the prefix that files of the bare transformer lack."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def _read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
