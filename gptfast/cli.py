@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,18 +25,18 @@ from gptfast.commands import eval as evaluate
 from gptfast.training import recipes
 from gptfast.training.config import TrainConfig
 
-USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize texts once, if that takes too long at every start
+USAGE = f"""usage: gptfast prepare SOURCE [options]    tokenize a large text once, for any number of runs
        gptfast train PRESET [options]      train a GPT and write a run folder
-       gptfast train RUN [options]         continue a run from its last checkpoint
+       gptfast train RUN [options]         resume a run from its last checkpoint
        gptfast generate MODEL [options]    continue prompts with a trained model
        gptfast eval MODEL [options]        measure perplexity on a text, or accuracy on multiple-choice questions
-       gptfast export RUN FOLDER           write a run's model and tokenizer for Hugging Face's transformers
+       gptfast export RUN FOLDER           write a run's model and tokenizer in the layout of Hugging Face transformers
        gptfast doctor                      show what is installed, which kernels run where, and what is broken
 
 presets: {", ".join(recipes.names())}
 `gptfast train PRESET --help` and `gptfast COMMAND --help` list the options."""
 
-# `train` is missing: its defaults depend on its first argument
+# without `train`, whose defaults depend on its first argument
 COMMANDS: dict[str, tuple[type, Any]] = {
     "prepare": (prepare.PrepareConfig, prepare.run),
     "generate": (generate.GenerateConfig, generate.write),
@@ -45,11 +45,11 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "doctor": (doctor.DoctorConfig, doctor.run),
 }
 Config = TypeVar("Config")
-_RANK_0_SECONDS = 20.0  # that other ranks give rank 0 to report the same error
+_RANK_0_SECONDS = 20.0  # head start of rank 0 in reporting an error of all ranks
 
 
 def program() -> NoReturn:
-    """Run the command line and end the process."""
+    """Run the command line and exit the process."""
     status: Any = 0
     try:
         main()
@@ -59,26 +59,18 @@ def program() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. Errors end it in one line, with status 2 if the arguments are wrong and 1 otherwise."""
+    """Run a command. An error prints one line and exits with status 2 if the arguments are wrong, else 1."""
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    with exit_on_error():
+    try:
         if command in ("-h", "--help") or (command == "train" and options[:1] in ([], ["-h"], ["--help"])):
             print(USAGE)
         elif command == "train":
             _train(options[0], options[1:])
         elif command in COMMANDS:
             config, run = COMMANDS[command]
-            run(parse(config, options, f"gptfast {command}"))
+            run(_parse(config, options, f"gptfast {command}"))
         else:
-            accepted = "prepare, train, generate, eval, export, doctor"
-            raise ValueError(f"unknown command {command!r}; accepted: {accepted}")
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn errors into a line on standard error and an exit status."""
-    try:
-        yield
+            raise ValueError(f"unknown command {command!r}; accepted: train, {', '.join(COMMANDS)}")
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     except ValueError as error:
@@ -94,32 +86,29 @@ def exit_on_error() -> Iterator[None]:
 
 def _exit(status: int, message: str) -> NoReturn:
     if status == 2 and os.environ.get("RANK", "0") != "0":
-        # every rank finds wrong arguments; torchrun ends the others as soon as rank 0 has reported them
+        # every rank rejects wrong arguments; torchrun ends the others as soon as rank 0 exits
         time.sleep(_RANK_0_SECONDS)
     print("gptfast:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
 def _train(name: str, options: list[str]) -> None:
-    if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
-        raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
+    file = _last_value(options, "--config", "")
+    settings = _as_options(_read_settings(Path(file))) if file else []
     if run_folder.is_run(Path(name)):
         preset = TrainConfig()
-        options = [*as_options(read_settings(Path(name, "config.json"))), "--out", name, "--resume", *options]
+        settings = [*_as_options(read_json(Path(name, "config.json"))), *settings, "--out", name, "--resume"]
     else:
-        preset = recipes.recipe(name, devices.resolve(_last_value(options, "--device", "auto")))
-    if file := _last_value(options, "--config", ""):
-        options = [*as_options(read_settings(Path(file))), *options]
+        preset = recipes.recipe(name, devices.resolve(_last_value([*settings, *options], "--device", "auto")))
+    options = [*settings, *options]
+    if any(option.split("=")[0] in ("--vocab-size", "--vocab_size") for option in options):
+        raise ValueError("--vocab-size cannot be set: the tokenizer determines it")
     default = train.TrainOptions(**vars(preset))
-    train.run(parse(train.TrainOptions, options, f"gptfast train {name}", default), name, preset)
+    train.run(_parse(train.TrainOptions, options, f"gptfast train {name}", default), name, preset)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a settings file: TOML if its name ends so, else JSON.
-
-    Raises:
-        ValueError: the file is missing or cannot be parsed.
-    """
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read a settings file: TOML if its name ends in .toml, else JSON."""
     if not path.is_file():
         raise ValueError(f"no such file with settings: {path}")
     if path.suffix != ".toml":
@@ -130,14 +119,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def as_options(settings: dict[str, Any]) -> list[str]:
-    """Turn settings into options, so that one parser checks both."""
+def _as_options(settings: dict[str, Any]) -> list[str]:
+    """Convert settings to options, so that one parser checks both."""
     options: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, dict):
-            # the tokenizer determines the vocabulary size again
-            options += as_options({key: v for key, v in value.items() if (name, key) != ("model", "vocab_size")})
+            # the size of a run's vocabulary follows from its tokenizer
+            options += _as_options({key: v for key, v in value.items() if (name, key) != ("model", "vocab_size")})
         elif isinstance(value, bool):
             options.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
@@ -148,7 +137,7 @@ def as_options(settings: dict[str, Any]) -> list[str]:
 
 
 def _last_value(options: list[str], flag: str, default: str) -> str:
-    """Value of an option that is needed before parsing: the last one given, as tyro takes it."""
+    """Return the value of an option that is needed before parsing. The last one given counts, as for tyro."""
     value = default
     for option, following in itertools.pairwise([*options, default]):
         if option == flag:
@@ -158,8 +147,8 @@ def _last_value(options: list[str], flag: str, default: str) -> str:
     return value
 
 
-def parse(config: type[Config], options: list[str], program: str, default: Config | None = None) -> Config:
-    """Parse options into a config; raise ValueError with one line where tyro would print a box of text."""
+def _parse(config: type[Config], options: list[str], program: str, default: Config | None = None) -> Config:
+    """Parse options into a config. Raise ValueError with one line where tyro prints a box."""
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
@@ -171,6 +160,4 @@ def parse(config: type[Config], options: list[str], program: str, default: Confi
         # rules separate title, message and hints: dashes, or box-drawing characters around the title
         parts = re.split(r"^(?:╭.*|[\s│]*[-─]{5,}[\s│]*)$", printed.getvalue(), flags=re.MULTILINE)
         message = " ".join((parts[1] if len(parts) > 1 else parts[0]).replace("│", " ").split())
-        raise ValueError(
-            re.sub(r"^Error parsing \w+: ", "", message) or f"unknown options; see {program} --help"
-        ) from None
+        raise ValueError(re.sub(r"^Error parsing \w+: ", "", message)) from None

@@ -11,10 +11,10 @@ import transformers
 
 from gptfast import GPT
 from tests.support.documents import run
+from tests.support.tiny_runs import TEXT
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "16", "--device", "cpu"]
-TEXT = "To be, or not to be, that is the question:\n" * 40
 
 
 def test_example_learns_and_writes_a_model_for_transformers(tmp_path):
@@ -37,12 +37,12 @@ def test_example_learns_and_writes_a_model_for_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "none.txt"], "no such text file: none.txt"),
-        (["--out", "text.txt"], "text.txt exists already; give a new folder with --out"),
-        (["--block_size", "400"], "the text is too short: 1720 bytes, a tenth of which must be above 400"),
-        (["--accumulation", "5"], "--batch_size must be a multiple of --accumulation 5, got 12"),
-        (["--accumulation", "0"], "--batch_size must be a multiple of --accumulation 0, got 12"),
-        (["--steps", "few"], "argument --steps: invalid int value: 'few'"),
+        (["--data", "none.txt"], r"none\.txt"),
+        (["--out", "text.txt"], r"text\.txt exists .*--out"),
+        (["--block_size", "400"], "1720 bytes .* 400"),
+        (["--accumulation", "5"], "--batch_size .*--accumulation 5, got 12"),
+        (["--accumulation", "0"], "--batch_size .*--accumulation 0, got 12"),
+        (["--steps", "few"], "--steps.*'few'"),
     ],
 )
 def test_example_rejects_bad_options(tmp_path, monkeypatch, capsys, options, message):
@@ -52,4 +52,4 @@ def test_example_rejects_bad_options(tmp_path, monkeypatch, capsys, options, mes
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: error: {message}"
+    assert re.search(f"train.py: error: .*{message}", capsys.readouterr().err.splitlines()[-1])

@@ -14,40 +14,31 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
+OUTPUTS = ["the quick brown fox jumps over the lazy", "loss 4.", "{'layer_norm': "]
+
+
 def command(start: str) -> list[str]:
-    """The one that begins like this."""
     (found,) = [line for line in COMMANDS if line.startswith(start)]
     return words(found)
 
 
-def test_training_script_runs(tmp_path):
-    written = run([sys.executable, "-c", PYTHON[0]], tmp_path)
-    assert written.startswith("the quick brown fox jumps over the lazy")
+@pytest.mark.parametrize(("code", "output"), zip(PYTHON, OUTPUTS, strict=True), ids=["train", "step", "switch"])
+def test_code_runs(tmp_path, code, output):
+    assert run([sys.executable, "-c", code], tmp_path).startswith(output)
 
 
-def test_step_runs(tmp_path):
-    assert run([sys.executable, "-c", PYTHON[1]], tmp_path).startswith("loss 4.")
+def test_no_command_is_left_out():
+    assert len(COMMANDS) == 6
 
 
-def test_backend_switch_runs(tmp_path):
-    assert run([sys.executable, "-c", PYTHON[2]], tmp_path).startswith("{'layer_norm': ")
-
-
-def test_no_example_is_left_out():
-    assert (len(PYTHON), len(COMMANDS)) == (3, 6)
-
-
-def test_roofline_command_runs():
+def test_benchmark_commands_run():
     assert "tokens/s" in run(command("python -m benchmarks.roofline"), ROOT)
-
-
-def test_benchmark_command_runs():
     assert " passed" in run(command("pytest benchmarks"), ROOT)
 
 
 @pytest.mark.slow
 def test_training_and_generation_commands_run(tmp_path):
-    """Trains for a minute and generates, word for word."""
+    """Trains for a minute, then generates."""
     assert "validation loss" in run(command("gptfast train shakespeare-char --data stdlib"), tmp_path)
     written = run(command("gptfast generate"), tmp_path)
     assert written.startswith("def ")

@@ -24,7 +24,7 @@ from kernels.pytorch_internals import inductor_cache_dir
 
 _PACKAGES = ("transformers", "liger-kernel", "flash-attn", "huggingface-hub", "tiktoken", "safetensors", "numpy")
 _DRIVER, _DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
-_HEAD_SIZE = 64  # of every GPT-2
+_HEAD_SIZE = 64  # every GPT-2's
 
 
 @dataclass
@@ -81,42 +81,36 @@ def diagnose() -> list[Section]:
 def available_devices() -> list[torch.device]:
     """List all GPUs, then the CPU."""
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.device("cuda", index) for index in range(n_gpus)]
-    mps = [torch.device("mps")] if torch.backends.mps.is_available() else []
-    return [*gpus, *mps, torch.device("cpu")]
+    gpus = [f"cuda:{index}" for index in range(n_gpus)] + (["mps"] if torch.backends.mps.is_available() else [])
+    return [torch.device(name) for name in (*gpus, "cpu")]
 
 
 def check_versions() -> Section:
-    """Check that PyTorch can use the GPU, and that installed versions are those that gptfast requires."""
-    section = Section("versions")
-    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "CPU only"
-    accelerator = f"ROCm {torch.version.hip}" if torch.version.hip is not None else accelerator
+    """Check that PyTorch can use the GPU, and that gptfast supports the installed versions."""
+    accelerators = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    accelerator = next((f"{name} {version}" for name, version in accelerators.items() if version), "CPU only")
     driver = _nvidia_driver()
-    section.add("gptfast", f"{gptfast.__version__}, in {Path(gptfast.__file__).parent}")
-    section.add("Python", f"{platform.python_version()}, {sys.executable}")
-    section.add("system", platform.platform())
-    section.add("PyTorch", f"{torch.__version__}, {accelerator}")
-    section.add("NVIDIA driver", driver or "none")
-    section.add("Triton", _version("triton") or "not installed")
-    for name in _PACKAGES:
-        section.add(name, _version(name) or "not installed")
-    section.problems += _driver_problems(driver)
-    section.problems += _unmet_requirements()
-    return section
+    rows = [
+        ("gptfast", f"{gptfast.__version__}, in {Path(gptfast.__file__).parent}"),
+        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("system", platform.platform()),
+        ("PyTorch", f"{torch.__version__}, {accelerator}"),
+        ("NVIDIA driver", driver or "none"),
+        *((name, _version(name.lower()) or "not installed") for name in ("Triton", *_PACKAGES)),
+    ]
+    return Section("versions", rows, [*_driver_problems(driver), *_unmet_requirements()])
 
 
 def _driver_problems(driver: str | None) -> Iterator[str]:
-    """Yield a problem if PyTorch cannot use an NVIDIA GPU that the system has and the environment does not hide."""
+    """Yield a problem if PyTorch cannot use an NVIDIA GPU of the system that the environment does not hide."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or torch.cuda.is_available() or not any(_DEVICES.glob("nvidia[0-9]*")):
         return
     if torch.version.cuda is None:
         yield f"PyTorch {torch.__version__} is built without CUDA; install a build for this GPU (see pytorch.org)"
     else:
-        yield (
-            f"PyTorch with CUDA {torch.version.cuda} cannot use the GPU; update the driver ({driver or 'none'}), or "
-            "install a build with an older CUDA"
-        )
+        way_out = f"update the driver ({driver or 'none'}), or install a build with an older CUDA"
+        yield f"PyTorch with CUDA {torch.version.cuda} cannot use the GPU; {way_out}"
 
 
 def _nvidia_driver() -> str | None:
@@ -150,10 +144,8 @@ def _unmet_requirements() -> Iterator[str]:
 
 def _satisfies(version: str, specifiers: str) -> bool:
     """Compare releases only: 2.12.0a0 satisfies >=2.12, unlike for pip."""
-    for operator, bound in re.findall(r"(>=|<)\s*([\d.]+)", specifiers):
-        if (_release(version) >= _release(bound)) != (operator == ">="):
-            return False
-    return True
+    bounds = re.findall(r"(>=|<)\s*([\d.]+)", specifiers)
+    return all((_release(version) >= _release(bound)) == (operator == ">=") for operator, bound in bounds)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -161,23 +153,24 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def check_peaks(available: list[torch.device]) -> Section:
-    """Check that the peaks of the devices are known."""
+    """Check that each device has a known peak."""
     section = Section("devices")
     for device in available:
         try:
             peaks = hardware.describe(device)
-        except ValueError as error:  # an environment variable that is not a number
+        except ValueError as error:  # an environment variable is not a number
             peaks = "no peak"
             section.problems.append(str(error))
-        section.add(str(device), f"{torch.cuda.get_device_name(device)}, {peaks}" if device.type == "cuda" else peaks)
+        name = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+        section.add(str(device), name + peaks)
     return section
 
 
 def check_operators(available: list[torch.device]) -> Section:
-    """Check which implementation the backend "auto" chooses for each operator, and why not Triton."""
+    """Show which implementation the backend "auto" chooses for each operator, and why not Triton."""
     section = Section("operators, with the backend auto")
     for device in available:
-        dtypes: dict[tuple[str, ...], list[str]] = {}  # by their choices
+        dtypes: dict[tuple[str, ...], list[str]] = {}  # grouped by choices
         for dtype in devices.DTYPES:
             dtypes.setdefault(_choices(device, getattr(torch, dtype)), []).append(dtype)
         for choices, names in dtypes.items():
@@ -192,7 +185,7 @@ def check_operators(available: list[torch.device]) -> Section:
 
 
 def _choices(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return a line for each implementation: its operators and the reason."""
+    """Return one line per implementation: its operators and the reason."""
     backend = resolve_backend(parse_backend("auto"), device, dtype, _HEAD_SIZE)
     operators: dict[str, list[str]] = {}
     for operator, reason in reasons(device, dtype, _HEAD_SIZE).items():
@@ -202,7 +195,7 @@ def _choices(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def check_tuning(available: list[torch.device]) -> Section:
-    """Check for tuned launch configurations of the kernels on each GPU."""
+    """Count the tuned launch configurations of the kernels for each GPU."""
     section = Section("launch configurations")
     gpus = [device for device in available if device.type == "cuda"]
     if not gpus or runtime.missing_triton_reason() is not None:
@@ -253,7 +246,7 @@ def check_folders() -> Section:
 
 
 def _is_writable(path: Path) -> bool:
-    """Try to write to a folder, or where it would be made: permission bits are not decisive on every file system."""
+    """Try to write to a folder, or to the parent in which it would be created. Permission bits do not always decide."""
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     try:
@@ -264,7 +257,7 @@ def _is_writable(path: Path) -> bool:
 
 
 def check_packages_named_kernels() -> Section:
-    """Check which of several packages named `kernels` Python imports."""
+    """Show which of several packages named `kernels` Python imports."""
     section = Section("packages named kernels")
     ours = Path(kernels.__file__).parent
     known = [ours]
@@ -282,5 +275,5 @@ def check_packages_named_kernels() -> Section:
     for entry in dict.fromkeys(sys.path):
         other = Path(entry or ".", "kernels")
         if (other / "__init__.py").is_file() and not any(other.samefile(folder) for folder in known):
-            section.add("another", f"{other.absolute()}, behind gptfast's and never imported")
+            section.add("another", f"{other.absolute()}, behind gptfast's, never imported")
     return section

@@ -1,4 +1,4 @@
-"""`gptfast generate`: continue prompts from the command line, a file, standard input or a terminal."""
+"""The command `gptfast generate`: continue prompts from an option, a file, standard input or a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -26,7 +28,7 @@ from gptfast.quantization import quantize
 from gptfast.tokenizers import Tokenizer
 
 _DEFAULT_SAMPLING = Sampling(temperature=0.8)
-_BATCH = 64  # continuations
+_BATCH = 64  # continuations per batch
 
 
 @dataclass
@@ -34,47 +36,46 @@ class GenerateConfig:
     """Continue prompts with a trained model."""
 
     model: tyro.conf.Positional[str]
-    """Run folder, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+    """Run folder, Hugging Face folder, hub repository OWNER/MODEL, or gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     prompt: str = "\n"
     """Text to continue."""
     prompt_file: str | None = None
-    """File with a prompt on each line, used instead of --prompt; - is standard input."""
+    """File with one prompt per line, used instead of --prompt; - is standard input."""
     interactive: bool = False
-    """Ask for prompts at the terminal; the arrow keys recall earlier ones."""
+    """Read prompts from the terminal; the arrow keys recall earlier ones."""
     stream: bool = False
-    """Print each piece of text as soon as it is certain."""
+    """Print text as it is generated."""
     json: bool = False
-    """Print a JSON object for each continuation, with its tokens and their log-probabilities."""
+    """Print one JSON object per continuation, with its tokens and their log-probabilities."""
     max_new_tokens: int = 500
-    """Tokens to add."""
+    """Maximum number of tokens to add."""
     num_samples: int = 1
     """Continuations of each prompt."""
     stop: tuple[str, ...] = ()
-    """Strings before which a continuation ends."""
+    """Stop strings: a continuation ends before the first of them."""
     num_beams: int = 1
-    """Beams of a beam search; above 1, the likeliest continuations are searched and none is drawn."""
+    """Beams of a beam search for the likeliest continuations; 1 samples instead."""
     length_penalty: float = 1.0
     """Length penalty of the beam search: above 0 favours long continuations, below 0 short ones."""
     draft: str | None = None
-    """Smaller model of the same tokenizer for speculative decoding: it proposes tokens, which the model verifies."""
+    """Draft model for speculative decoding: a smaller model with the same tokenizer."""
     draft_tokens: int = 4
     """Tokens that the draft proposes at a time."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: _DEFAULT_SAMPLING)
     seed: int = 1337
     """Seed of the sampling."""
     tokenizer: str = "gpt2"
-    """Tokenizer of a model in Hugging Face's layout that brings none, unlike GPT-2 and exported models: byte, or an
-    encoding of tiktoken."""
+    """Tokenizer of a model that has none: byte, or a tiktoken encoding. Runs, exported models and GPT-2 have one."""
     vocabulary: str | None = None
-    """Folder with the files of that encoding, for machines without a network."""
+    """Folder with the files of a tiktoken encoding, for machines without a network."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     backend: str = "auto"
     """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
-    dtype: str = "auto"
-    """Type of the weights: auto (bfloat16 where the device multiplies in it), float32, float16, bfloat16 or int8."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Dtype of the weights; auto is bfloat16 where the device has instructions for it."""
     compile: bool = False
-    """Compile each step with torch.compile, which takes a minute at the start."""
+    """Compile each decoding step with torch.compile, which takes about a minute at the start."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -84,17 +85,15 @@ class GenerateConfig:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
         if self.interactive and (self.prompt_file is not None or self.json):
-            raise ValueError("--interactive asks for prompts and writes text; it excludes --prompt-file and --json")
+            raise ValueError("--interactive reads prompts and prints text; it excludes --prompt-file and --json")
         if self.json and self.stream:
-            raise ValueError("--json writes whole continuations; it excludes --stream")
-        if self.dtype not in (accepted := ("auto", *devices.DTYPES, "int8")):
-            raise ValueError(f"unknown dtype {self.dtype!r}; accepted: {', '.join(accepted)}")
+            raise ValueError("--json prints whole continuations; it excludes --stream")
         if self.num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
         if self.num_beams > 1:
             self._check_beams()
         if self.draft is not None and self.compile:
-            raise ValueError("--draft reads several tokens at a time; it excludes --compile")
+            raise ValueError("--draft decodes several tokens at a time; it excludes --compile")
         if not self.prompt and self.prompt_file is None and not self.interactive:
             raise ValueError("the prompt is empty; give at least one character")
 
@@ -110,11 +109,7 @@ class GenerateConfig:
 
 
 def write(config: GenerateConfig) -> None:
-    """Run the command: text goes to standard output, speed to standard error if that is a terminal.
-
-    Raises:
-        ValueError: a setting, model or prompt that cannot be used.
-    """
+    """Run the command: text goes to standard output, speed to standard error if that is a terminal."""
     device = devices.resolve(config.device)
     model, tokenizer = load(config, config.model, device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -126,23 +121,23 @@ def write(config: GenerateConfig) -> None:
             writer.write(batch)
             continue
         repeated = [prompt for prompt in batch for _ in range(config.num_samples)]
-        # one by one where pieces of several texts would mix
-        for group in [[prompt] for prompt in repeated] if writer.in_pieces else [repeated]:
+        # pieces of several texts would interleave
+        for group in [[prompt] for prompt in repeated] if writer.prints_pieces else [repeated]:
             writer.write(group)
 
 
 def load(config: GenerateConfig, name: str, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Load a model, in the dtype of the settings, and its tokenizer.
+    """Load a model in the dtype of the config, and its tokenizer.
 
     Raises:
-        ValueError: there is no such model, it is damaged, or its tokenizer has another vocabulary.
+        ValueError: no such model, a damaged one, or a tokenizer with another vocabulary.
     """
-    dtype = None if config.dtype == "int8" else devices.resolve_dtype(config.dtype, device)
+    int8 = config.dtype == "int8"
     model, tokenizer = load_model.load(name, device, config.tokenizer, config.vocabulary)
-    model.to(device, dtype or devices.resolve_dtype("auto", device)).set_backend(config.backend)
-    if dtype is None:
+    model.to(dtype=devices.resolve_dtype("auto" if int8 else config.dtype, device)).set_backend(config.backend)
+    if int8:
         return quantize(model), tokenizer
-    # packed for few new tokens too, because prompts may be many; the compiler packs weights itself
+    # packed even for few new tokens, because prompts may be many; the compiler packs weights itself
     return model if config.compile else for_decoding(model.eval()), tokenizer
 
 
@@ -158,26 +153,21 @@ def _load_draft(config: GenerateConfig, tokenizer: Tokenizer, device: torch.devi
 def _read_prompts(config: GenerateConfig) -> Iterator[str]:
     if config.prompt_file is None:
         yield config.prompt
-    elif config.prompt_file == "-":
-        yield from _lines(sys.stdin)
-    else:
-        path = Path(config.prompt_file)
-        if not path.is_file():
-            raise ValueError(f"no such file with prompts: {path}")
-        with open(path, encoding="utf-8") as file:
-            yield from _lines(file)
-
-
-def _lines(file: Iterable[str]) -> Iterator[str]:
-    return (line.rstrip("\n") for line in file)
+        return
+    path, is_stdin = Path(config.prompt_file), config.prompt_file == "-"
+    if not is_stdin and not path.is_file():
+        raise ValueError(f"no such file with prompts: {path}")
+    with nullcontext(sys.stdin) if is_stdin else open(path, encoding="utf-8") as file:
+        for line in file:
+            yield line.rstrip("\n")
 
 
 def _ask() -> Iterator[str]:
-    """Prompts that are typed at the terminal, until the end of input, with a history across calls."""
+    """Read prompts from the terminal until the end of input, with a history across calls."""
     history = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptfast", "prompts")
     try:
         import readline
-    except ImportError:  # Windows edits lines itself
+    except ImportError:  # Windows has its own line editor
         readline = None  # type: ignore[assignment]
     if readline is not None and history.is_file():
         readline.read_history_file(history)
@@ -208,21 +198,22 @@ class _Writer:
     generator: torch.Generator
 
     @property
-    def in_pieces(self) -> bool:
-        """True if text is printed piece by piece."""
+    def prints_pieces(self) -> bool:
         return self.config.stream or self.config.interactive
 
     def write(self, prompts: list[str]) -> None:
-        """Continue prompts together; one prompt if `in_pieces`."""
-        started = time.perf_counter()
-        if self.config.num_beams > 1:
-            found, first = self._search(prompts), None
+        """Continue prompts together; one prompt if `prints_pieces`."""
+        config, started, first = self.config, time.perf_counter(), None
+        if config.num_beams > 1:
+            beams = BeamSearch(config.num_beams, config.length_penalty, num_return_sequences=config.num_samples)
+            found = texts.search(self.model, self.tokenizer, prompts, config.max_new_tokens, beams, config.sampling)
         else:
-            found, first = self._stream(prompts)
-        if self.config.json:
+            found = [Text(prompt) for prompt in prompts]
+            first = self._stream(found)
+        if config.json:
             for text in found:
                 print(json.dumps(vars(text), ensure_ascii=False), flush=True)
-        elif not self.in_pieces:
+        elif not self.prints_pieces:
             for text in found:
                 print(text.prompt + text.text, flush=True)
         if sys.stderr.isatty():
@@ -234,17 +225,11 @@ class _Writer:
                 facts.append(f"{self.draft.acceptance_rate:.0%} of the draft's tokens accepted")
             print(", ".join(facts), file=sys.stderr)
 
-    def _search(self, prompts: list[str]) -> list[Text]:
-        config = self.config
-        beams = BeamSearch(config.num_beams, config.length_penalty, num_return_sequences=config.num_samples)
-        return texts.search(self.model, self.tokenizer, prompts, config.max_new_tokens, beams, config.sampling)
-
-    def _stream(self, prompts: list[str]) -> tuple[list[Text], float | None]:
-        """Return the texts, and the time at which their first piece was there."""
+    def _stream(self, found: list[Text]) -> float | None:
+        """Fill in the continuations. Return the time of the first piece, None if there is none."""
         config, first = self.config, None
-        found = [Text(prompt) for prompt in prompts]
-        if self.in_pieces:
-            print(prompts[0], end="", flush=True)
+        if self.prints_pieces:
+            print(found[0].prompt, end="", flush=True)
         for _, piece in texts.stream(
             self.model,
             self.tokenizer,
@@ -257,8 +242,8 @@ class _Writer:
             config.compile,
         ):
             first = first or time.perf_counter()
-            if self.in_pieces:
+            if self.prints_pieces:
                 print(piece, end="", flush=True)
-        if self.in_pieces:
+        if self.prints_pieces:
             print(flush=True)
-        return found, first
+        return first

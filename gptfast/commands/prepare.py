@@ -1,4 +1,4 @@
-"""The command `gptfast prepare`: tokenize texts into a folder of token shards."""
+"""The command `gptfast prepare`: tokenize text into a folder of token shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gptfast.data import prepare as engine
 
 @dataclass
 class PrepareConfig:
-    """Tokenize texts into a folder of token shards, which `gptfast train --data` reads."""
+    """Tokenize text into a folder of token shards, which `gptfast train --data` reads."""
 
     source: tyro.conf.Positional[str]
-    """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is unpacked), a folder of such
-    files, or a glob pattern."""
+    """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is decompressed), a folder of
+    such files, or a glob pattern."""
     out: str
     """Folder to write; it must not exist or be empty."""
     tokenizer: str = "gpt2"
@@ -28,16 +28,16 @@ class PrepareConfig:
     vocabulary: str | None = None
     """Folder with the files of a tiktoken encoding, for machines without a network."""
     field: str = "text"
-    """Field of a JSON line that holds the document's text."""
+    """Field with the text of a document in a JSON line."""
     held_out: float | None = None
-    """Share held out for validation. Of a single text the end is held out, by default 0.1. Of many documents random
-    ones are held out, by default 0.005, and always the second."""
+    """Share held out for validation. A single text holds out its end, by default 0.1. Many documents hold out random
+    ones, by default 0.005, and always the second."""
     workers: int = 0
-    """Processes that tokenize; 0 starts one per processor."""
+    """Tokenizer processes; 0 starts one per CPU."""
     shard_tokens: int = shards.SHARD_TOKENS
     """Tokens per shard file."""
     seed: int = 1337
-    """Seed of the choice of held-out documents."""
+    """Seed for the choice of held-out documents."""
 
     def __post_init__(self) -> None:
         if self.held_out is not None and not 0.0 < self.held_out < 1.0:
@@ -49,16 +49,16 @@ class PrepareConfig:
 
 
 def run(config: PrepareConfig) -> None:
-    """Prepare the data, then print a summary and the command that trains on it."""
+    """Prepare the data, then print a summary and the next command."""
     print(describe(prepare(config), config.out))
     print(f"gptfast train PRESET --data {config.out}")
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Write the folder and return its index, see `gptfast.data.shards`.
+    """Write the folder and return its index; see `gptfast.data.shards`.
 
     Raises:
-        ValueError: a source, tokenizer or output folder that cannot be used.
+        ValueError: an unusable source, tokenizer or output folder.
         OSError: the folder cannot be written.
     """
     out = Path(config.out)

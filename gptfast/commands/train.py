@@ -1,4 +1,4 @@
-"""The command `gptfast train`: run the trainer and print what it did and what to do next."""
+"""The command `gptfast train`: run the trainer, then print a summary and the next command."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ class TrainOptions(TrainConfig):
 
     @property
     def settings(self) -> TrainConfig:
-        """The settings of the run, without the options that only the command has."""
+        """Settings of the run, without the options of the command."""
         return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
 
 
 def run(options: TrainOptions, name: str, preset: TrainConfig) -> None:
-    """Train, or print the settings.
-
-    Exits with status 130 if a signal interrupted the run.
+    """Train, or print the settings. Exit with status 130 if a signal interrupted the run.
 
     Args:
-        options: the settings of the run.
-        name: the preset or the run folder on the command line.
-        preset: the settings to compare with in the first line of output.
+        options: settings of the run.
+        name: preset or run folder on the command line.
+        preset: settings that the first line of output compares with.
     """
     config = options.settings
     if options.print_config:
@@ -52,8 +50,8 @@ def run(options: TrainOptions, name: str, preset: TrainConfig) -> None:
     if World.from_environment().is_main:
         print(describe(summary))
         prompt = f" --prompt {shlex.quote(config.sample_prompt)}" if config.sample_prompt else ""
-        interrupted = f"interrupted; to continue: gptfast train {summary['run']}"
-        print(interrupted if summary["interrupted"] else f"gptfast generate {summary['run']}{prompt}")
+        resume = f"interrupted; to continue: gptfast train {summary['run']}"
+        print(resume if summary["interrupted"] else f"gptfast generate {summary['run']}{prompt}")
     if summary["interrupted"]:
         sys.exit(130)
 

@@ -1,1 +1,1 @@
-"""Evaluation of trained models: perplexity of texts and multiple-choice accuracy."""
+"""Evaluation of trained models: perplexity of a text and multiple-choice accuracy."""

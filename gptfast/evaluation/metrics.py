@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-_NORMAL_QUANTILE = 1.959963984540054  # of a two-sided 95 % interval
+_Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Estimate:
     """A mean over a sample.
 
     Args:
-        value: the mean.
-        stderr: standard error, None for a sample of one.
+        value: sample mean.
+        stderr: standard error; None for a sample of one.
     """
 
     value: float
@@ -26,14 +26,18 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the population's mean."""
+        """95 % confidence interval of the population mean."""
         if self.stderr is None:
             return None
-        return self.value - _NORMAL_QUANTILE * self.stderr, self.value + _NORMAL_QUANTILE * self.stderr
+        return self.value - _Z_95 * self.stderr, self.value + _Z_95 * self.stderr
+
+    def scaled(self, factor: float) -> Estimate:
+        """Return the estimate in another unit."""
+        return Estimate(self.value * factor, None if self.stderr is None else self.stderr * factor)
 
 
 def fields(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    """Return value, standard error and interval as JSON fields; all None without an estimate."""
+    """Return value, standard error and interval as JSON fields, all None without an estimate."""
     parts = (None, None, None) if estimate is None else (estimate.value, estimate.stderr, estimate.interval)
     return dict(zip((name, f"{name}_stderr", f"{name}_interval"), parts, strict=True))
 
@@ -41,18 +45,19 @@ def fields(name: str, estimate: Estimate | None) -> dict[str, Any]:
 def mean(sums: Sequence[float], counts: Sequence[int] | None = None) -> Estimate:
     """Estimate the mean per item from a sample of clusters of items.
 
-    For clusters of one size the standard error is the sample standard deviation over the root of their number; else
-    that of a ratio estimate (Cochran 1977, Sampling Techniques, chapter 6).
+    The standard error is that of a ratio estimate (Cochran 1977, Sampling Techniques, chapter 6). For clusters of equal
+    size it is the sample standard deviation of their means over the square root of their number.
 
     Args:
         sums: [K] sum over each cluster, K at least 1.
         counts: [K] items in each cluster, at least 1; None for one item each.
     """
-    clusters, items = len(sums), len(sums) if counts is None else sum(counts)
+    counts = [1] * len(sums) if counts is None else counts
+    clusters, items = len(sums), sum(counts)
     value = math.fsum(sums) / items
     if clusters == 1:
         return Estimate(value, None)
-    residuals = np.asarray(sums, dtype=np.float64) - value * np.asarray(1 if counts is None else counts)  # [K]
+    residuals = np.asarray(sums, dtype=np.float64) - value * np.asarray(counts)  # [K]
     return Estimate(value, math.sqrt(clusters / (clusters - 1) * math.fsum(residuals * residuals)) / items)
 
 

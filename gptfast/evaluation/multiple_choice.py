@@ -1,8 +1,8 @@
-"""Multiple choice: the accuracy of a model that answers with the ending it finds most likely.
+"""Multiple choice: accuracy of a model that answers with its likeliest ending.
 
-HellaSwag (Zellers et al. 2019, arXiv:1905.07830) by the rules and metric names of EleutherAI's lm-evaluation-harness:
-`TemplateLM._encode_pair` and `loglikelihood` in lm_eval/api/model.py, `_loglikelihood_tokens` in
-lm_eval/models/huggingface.py and `process_results` in lm_eval/api/task.py.
+HellaSwag (Zellers et al. 2019, arXiv:1905.07830) with the rules and metric names of EleutherAI's
+lm-evaluation-harness: `TemplateLM._encode_pair` and `loglikelihood` in lm_eval/api/model.py, `_loglikelihood_tokens`
+in lm_eval/models/huggingface.py and `process_results` in lm_eval/api/task.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Question:
     """A context with several endings.
 
     Args:
-        context: the text.
+        context: text before the ending.
         endings: at least two.
-        label: index of the right one.
+        label: index of the right ending.
     """
 
     context: str
@@ -47,7 +47,7 @@ class EncodedEnding:
     """The tokens of a context and one ending.
 
     Args:
-        ids: of both.
+        ids: token ids of context and ending.
         n_targets: number of tokens at the end that belong to the ending.
     """
 
@@ -60,9 +60,9 @@ class ChoiceScore:
     """Shares of right answers.
 
     Args:
-        acc: the answer is the ending with the highest log-likelihood.
-        acc_norm: the highest log-likelihood per character.
-        acc_bytes: the highest log-likelihood per byte of UTF-8, nearly the same for English.
+        acc: the answer has the highest log-likelihood.
+        acc_norm: the answer has the highest log-likelihood per character.
+        acc_bytes: the answer has the highest log-likelihood per byte of UTF-8, nearly the same for English.
         questions: number of questions.
     """
 
@@ -73,10 +73,10 @@ class ChoiceScore:
 
     def fields(self) -> dict[str, Any]:
         """Return the score as JSON fields."""
-        found: dict[str, Any] = {"questions": self.questions}
+        result: dict[str, Any] = {"questions": self.questions}
         for name in ACCURACIES:
-            found |= metrics.fields(name, getattr(self, name))
-        return found
+            result |= metrics.fields(name, getattr(self, name))
+        return result
 
 
 def read(path: Path, limit: int | None = None) -> list[Question]:
@@ -84,8 +84,8 @@ def read(path: Path, limit: int | None = None) -> list[Question]:
 
     Args:
         path: file of objects with "context" (or "ctx"), "endings" and "label". Other fields and empty lines are
-            skipped.
-        limit: only the first questions; None for all.
+            ignored.
+        limit: number of questions; None for all.
 
     Raises:
         ValueError: no such file, no questions, or a malformed line; the message has its number.
@@ -116,15 +116,15 @@ def _question(line: bytes) -> Question:
         raise ValueError(f"a line must be a JSON object, got {type(entry).__name__}")
     context = entry.get("context", entry.get("ctx"))
     if not isinstance(context, str):
-        raise ValueError(f"'context' or 'ctx' must be a text; the line has: {', '.join(entry)}")
+        raise ValueError(f"'context' or 'ctx' must be a string; the line has: {', '.join(entry)}")
     endings = entry.get("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f"'endings' must be at least two texts that are not empty, got {_abbreviated(endings)}")
+        raise ValueError(f"'endings' must be at least two non-empty strings, got {_abbreviated(endings)}")
     label = entry.get("label")
-    # the hub's copy of HellaSwag has labels as text
+    # the hub's copy of HellaSwag has string labels
     number = int(label) if isinstance(label, str) and label.isdecimal() else label
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(endings):
-        raise ValueError(f"'label' must be a number from 0 to {len(endings) - 1}, got {_abbreviated(label)}")
+        raise ValueError(f"'label' must be an integer from 0 to {len(endings) - 1}, got {_abbreviated(label)}")
     return Question(context, tuple(endings), number)
 
 
@@ -134,21 +134,21 @@ def _abbreviated(value: Any) -> str:
 
 
 def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, delimiter: str = " ") -> EncodedEnding:
-    """Tokenize a context and an ending as one text, truncated on the left to the model's window.
+    """Tokenize a context and an ending as one text, truncated on the left to the model's context length.
 
-    The ending's tokens are those beyond the number that the context has alone. White space at the end of the context
-    moves to the ending, where byte-pair tokens have it. An empty context becomes the end-of-text token.
+    If the context alone has n tokens, all tokens after the first n belong to the ending. White space at the end of the
+    context moves to the ending, where byte-pair tokens have it. An empty context becomes the end-of-text token.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         context: text before the ending.
-        ending: one of a question's.
-        block_size: of the model. The last token is only a target, so `block_size` + 1 tokens fit.
-        delimiter: inserted between the two where neither has white space there.
+        ending: one ending of a question.
+        block_size: context length of the model. The last token is only a target, so `block_size` + 1 tokens fit.
+        delimiter: inserted between context and ending where neither has white space there.
 
     Raises:
         ValueError: the tokenizer lacks tokens for the text, the ending adds no token, or the context is empty and the
-            tokenizer has no end of text.
+            tokenizer has no end-of-text token.
     """
     kept = context.rstrip()
     space = context[len(kept) :] or ("" if ending[:1].isspace() else delimiter)
@@ -156,7 +156,7 @@ def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, del
         before = tokenizer.encode(kept).tolist()
         after = tokenizer.encode(kept + space + ending).tolist()[len(before) :]
     elif tokenizer.end_of_text is None:
-        raise ValueError("the context is empty, and the tokenizer has no end of text to replace it; give a context")
+        raise ValueError("the context is empty, and the tokenizer has no end-of-text token; give a context")
     else:
         before, after = [tokenizer.end_of_text], tokenizer.encode(space + ending).tolist()
     if not before or not after:
@@ -170,14 +170,14 @@ def log_likelihoods(
     """Compute the log-likelihood of each ending after its context, [N] float64 in nats.
 
     Args:
-        model: returns to its mode afterwards.
+        model: the GPT; its mode is restored.
         endings: at most `block_size` + 1 tokens each. Batches are sorted by length and padded on the right.
-        dtype: of matmuls.
+        dtype: dtype of matmuls.
         batch_size: endings per forward pass.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        ValueError: a token id out of range.
+        ValueError: a token id is out of range.
         RuntimeError: a log-likelihood is not finite.
     """
     order = sorted(range(len(endings)), key=lambda number: -len(endings[number].ids))
@@ -208,19 +208,19 @@ def score(
     delimiter: str = " ",
     progress: bool = False,
 ) -> ChoiceScore:
-    """Compute the accuracy of a model on questions. Of equal likelihoods the first ending is the answer.
+    """Compute the accuracy of a model on questions. The first of equally likely endings is the answer.
 
     Args:
-        model: returns to its mode afterwards.
-        tokenizer: of the model.
+        model: the GPT; its mode is restored.
+        tokenizer: the model's.
         questions: at least one.
-        dtype: of matmuls.
+        dtype: dtype of matmuls.
         batch_size: endings per forward pass.
         delimiter: see `encode`.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        ValueError: a question that `encode` rejects; the message has its number.
+        ValueError: `encode` rejects a question; the message has its number.
         RuntimeError: a log-likelihood is not finite.
     """
     encoded: list[EncodedEnding] = []

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a text, by a sliding window."""
+"""Perplexity and bits per byte of a text, by sliding windows."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Windows:
 
     Each token but the first is predicted once, in the first window that has it as a target. Targets of the first
     window have a context of 1 to block_size tokens, all others of at least block_size - stride + 1. A smaller stride
-    gives more context and takes block_size / stride as long.
+    gives more context and takes block_size / stride times as long.
 
     Args:
-        tokens: at least 2.
-        block_size: of the model.
-        stride: from 1 to block_size, with which windows do not overlap.
+        tokens: token ids of the text, at least 2.
+        block_size: context length of the model.
+        stride: from 1 to block_size; windows of stride block_size do not overlap.
 
     Raises:
         ValueError: too few tokens, or a stride out of range.
@@ -57,11 +57,11 @@ class Windows:
         return 1 + -(-after_first // self.stride)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield token ids and targets [B, T] int64; targets that an earlier window predicts are negative.
+        """Yield token ids and targets, each [B, T] int64. Targets that an earlier window predicts are negative.
 
         Args:
-            batch_size: windows per batch. The last window of a text may be shorter and is then a separate batch.
-            limit: only the first windows; None for all.
+            batch_size: windows per batch. A last window that is shorter is a batch by itself.
+            limit: number of windows; None for all.
         """
         count = len(self) if limit is None else min(len(self), limit)
         has_short = count == len(self) and (count - 1) * self.stride + self.block_size > len(self.tokens) - 1
@@ -83,10 +83,10 @@ class TextScore:
     """Perplexity of a text.
 
     Args:
-        loss: in nats per token; its standard error treats windows as independent samples.
-        bits_per_byte: per byte of UTF-8; None for a word tokenizer, which drops white space, or without bytes.
+        loss: nats per token; the standard error treats windows as independent samples.
+        bits_per_byte: per byte of UTF-8; None without bytes, and for a word tokenizer, which drops white space.
         tokens: number of predicted tokens.
-        bytes: UTF-8 bytes of those tokens, ends of documents not counted; None for a word tokenizer.
+        bytes: UTF-8 bytes of those tokens, without end-of-text tokens; None for a word tokenizer.
         windows: number of windows.
     """
 
@@ -98,7 +98,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss, infinity where it overflows a float."""
+        """Exponential of the loss; infinity where it overflows a float."""
         return metrics.perplexity(self.loss.value)
 
     def fields(self) -> dict[str, Any]:
@@ -125,16 +125,16 @@ def score(
     """Compute loss and bits per byte of a text, summed in float64.
 
     Args:
-        model: returns to its mode afterwards.
-        tokenizer: of the text's tokens.
-        windows: of the text.
-        dtype: of matmuls.
+        model: the GPT; its mode is restored.
+        tokenizer: the model's.
+        windows: windows over the text.
+        dtype: dtype of matmuls.
         batch_size: windows per forward pass.
-        limit: only the first windows; None for all.
-        progress: show a progress bar on a terminal.
+        limit: number of windows; None for all.
+        progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        ValueError: a token id that the model does not have.
+        ValueError: a token id is out of range.
         RuntimeError: a loss is not finite.
     """
     sums: list[float] = []
@@ -149,30 +149,25 @@ def score(
             n_bytes = None if n_bytes is None or part is None else n_bytes + part
             bar.update(len(idx))
     loss, tokens = metrics.mean(sums, counts), sum(counts)
-    bits_per_byte = _bits_per_byte(loss, n_bytes / tokens) if n_bytes else None
+    bits_per_byte = loss.scaled(metrics.bits_per_byte(1.0, n_bytes / tokens)) if n_bytes else None
     return TextScore(loss, bits_per_byte, tokens, n_bytes, len(sums))
-
-
-def _bits_per_byte(loss: Estimate, bytes_per_token: float) -> Estimate:
-    stderr = None if loss.stderr is None else metrics.bits_per_byte(loss.stderr, bytes_per_token)
-    return Estimate(metrics.bits_per_byte(loss.value, bytes_per_token), stderr)
 
 
 def load_tokens(source: str, split: str, tokenizer: Tokenizer) -> Tokens:
     """Load the token ids of a text, or of a split of prepared data.
 
     Args:
-        source: "stdlib", "shakespeare" or the like, a text file, a folder of text files, or a folder of token shards.
-        split: "val" or "train" of token shards; a text is taken whole.
-        tokenizer: of the model.
+        source: a folder of token shards, or a text as for `corpus.load_text`.
+        split: "val" or "train" of token shards; a text is loaded whole.
+        tokenizer: the model's.
 
     Raises:
-        ValueError: no data, or a tokenizer that is not the data's or lacks tokens for the text.
+        ValueError: no data, data of another tokenizer, or a text that the tokenizer lacks tokens for.
     """
     folder = Path(source).expanduser()
     if not (folder.is_dir() and shards.is_prepared(folder)):
         return Tokens([tokenizer.encode(corpus.load_text(source))])
-    saved = folder / "tokenizer.json"  # absent from nanoGPT's folders
+    saved = folder / "tokenizer.json"  # nanoGPT writes none
     if saved.is_file() and tokenizers.from_json(read_json(saved)).to_json() != tokenizer.to_json():
-        raise ValueError(f"{folder} was prepared with another tokenizer than the model's; prepare the text with it")
+        raise ValueError(f"{folder} was prepared with another tokenizer than the model's; prepare it with the model's")
     return shards.open_split(folder, split)

@@ -15,16 +15,16 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -
     """Compute the cross-entropy of each target in nats, in evaluation mode.
 
     Args:
-        model: returns to its mode afterwards.
+        model: the GPT; its mode is restored.
         idx: [B, T] int64 token ids on the CPU, T at most `block_size`.
         targets: [B, T] int64, the token after each position; negative targets are skipped.
-        dtype: of matmuls.
+        dtype: dtype of matmuls.
 
     Returns:
         [B, T] float64 on the CPU, 0 at skipped targets.
 
     Raises:
-        ValueError: a token id out of range.
+        ValueError: a token id is out of range.
         RuntimeError: a loss is not finite.
     """
     highest = int(torch.maximum(idx.max(), targets.max()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 
 from gptfast import cli, load_model
 from gptfast.checkpoint.atomic_files import read_tensors, write_tensors
-from gptfast.commands.eval import EvalConfig
 from gptfast.commands.prepare import PrepareConfig, prepare
 from gptfast.data import corpus
 from gptfast.data.shards import Tokens
 from gptfast.evaluation import multiple_choice, perplexity
 from gptfast.evaluation.perplexity import Windows
 from gptfast.training import trainer
+from tests.support.command_line import error
 from tests.support.tiny_runs import TEXT, tiny_run
 
 QUESTIONS = [
@@ -30,20 +30,11 @@ QUESTIONS = [
 BOTH = ("--data", "text.txt", "--choices", "choices.jsonl")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> str:
-    config = tiny_run(tmp_path_factory.mktemp("eval"))
-    trainer.train(config)
-    return config.out
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a text and questions."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def data(here) -> None:
+    """A text and questions in the current folder."""
     Path("text.txt").write_text(TEXT[:300])
     Path("choices.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    return tmp_path
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -61,15 +52,10 @@ def measured(capsys, *arguments: str) -> dict:
 
 
 def fails(capsys, *arguments: str, status: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", *arguments])
-    found = capsys.readouterr()
-    assert (ended.value.code, found.out, found.err.count("\n")) == (status, "", 1), found
-    return found.err.removeprefix("gptfast: ").rstrip()
+    return error(capsys, "eval", *arguments, status=status)
 
 
-def test_json_has_the_scores_of_the_library(trained, here, capsys):
+def test_json_has_the_scores_of_the_library(trained, capsys):
     found = measured(capsys, trained, *BOTH, "--stride", "5")
     model, tokenizer = load_model.load_run(Path(trained))
     windows = Windows(Tokens([tokenizer.encode(TEXT[:300])]), 16, 5)
@@ -101,7 +87,7 @@ def test_json_has_the_scores_of_the_library(trained, here, capsys):
     assert found["choices"] == expected
 
 
-def test_table_has_the_numbers_of_the_json(trained, here, capsys):
+def test_table_has_the_numbers_of_the_json(trained, capsys):
     found = measured(capsys, trained, *BOTH)
     rows = dict(line.split("  ", 1) for line in printed(capsys, trained, *BOTH, "--dtype", "float32").splitlines())
     data, choices = found["data"], found["choices"]
@@ -118,12 +104,12 @@ def test_table_has_the_numbers_of_the_json(trained, here, capsys):
         assert all(value in rows[row] for value in values), rows[row]
 
 
-def test_data_or_choices_alone(trained, here, capsys):
+def test_data_or_choices_alone(trained, capsys):
     assert "choices" not in measured(capsys, trained, "--data", "text.txt")
     assert "data" not in measured(capsys, trained, "--choices", "choices.jsonl")
 
 
-def test_limit_leaves_estimates_without_errors(trained, here, capsys):
+def test_limit_leaves_estimates_without_errors(trained, capsys):
     found = measured(capsys, trained, *BOTH, "--limit", "1")
     assert (found["data"]["windows"], found["data"]["tokens"], found["choices"]["questions"]) == (1, 16, 1)
     assert found["data"]["loss_stderr"] is found["data"]["loss_interval"] is found["choices"]["acc_stderr"] is None
@@ -132,7 +118,7 @@ def test_limit_leaves_estimates_without_errors(trained, here, capsys):
     assert "95 %" not in out
 
 
-def test_dtype_and_backend_change_the_loss_a_little(trained, here, capsys):
+def test_dtype_and_backend_change_the_loss_a_little(trained, capsys):
     exact = measured(capsys, trained, "--data", "text.txt")["data"]["loss"]
     for options in (["--dtype", "bfloat16"], ["--dtype", "int8"], ["--backend", "loss=triton"]):
         found = json.loads(printed(capsys, trained, "--data", "text.txt", "--json", *options))
@@ -150,7 +136,7 @@ def prepared(source: str, out: str, tokenizer: str = "char") -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_split_of_prepared_data(trained, here, capsys, split: str):
+def test_split_of_prepared_data(trained, capsys, split: str):
     Path("whole.txt").write_text(TEXT)
     prepared("whole.txt", "folder")
     cut = int(len(TEXT) * 0.6)
@@ -160,12 +146,12 @@ def test_split_of_prepared_data(trained, here, capsys, split: str):
     assert measured(capsys, trained, "--data", "folder", *options)["data"] == expected | {"source": "folder"}
 
 
-def test_data_of_another_tokenizer_is_rejected(trained, here, capsys):
+def test_data_of_another_tokenizer_is_rejected(trained, capsys):
     prepared("text.txt", "folder", "byte")
     assert fails(capsys, trained, "--data", "folder").startswith("folder was prepared with another tokenizer")
 
 
-def test_data_of_nanogpt_has_the_tokens_of_the_model(trained, here, capsys):
+def test_data_of_nanogpt_has_the_tokens_of_the_model(trained, capsys):
     _, tokenizer = load_model.load_run(Path(trained))
     ids = tokenizer.encode(TEXT[:300]).astype(np.uint16)
     Path("nano").mkdir()
@@ -191,10 +177,9 @@ def test_line_ends_are_kept(here, capsys):
     assert found["tokens"] == found["bytes"] == len(lines) - 1
 
 
-@pytest.mark.parametrize(("name", "function"), [("stdlib", "standard_library"), ("shakespeare", "shakespeare")])
-def test_named_data(trained, here, capsys, monkeypatch, name: str, function: str):
-    monkeypatch.setattr(corpus, function, lambda: TEXT[:100])
-    assert measured(capsys, trained, "--data", name)["data"]["tokens"] == 99
+def test_named_data(trained, capsys, monkeypatch):
+    monkeypatch.setattr(corpus, "shakespeare", lambda: TEXT[:100])
+    assert measured(capsys, trained, "--data", "shakespeare")["data"]["tokens"] == 99
 
 
 def test_words_have_no_bits_per_byte(here, capsys):
@@ -239,7 +224,7 @@ GOOD = {"ctx": "To", "endings": ["be", "not"], "label": 0}
         (["--data", "text.txt", "--batch-size", "-1"], "", "batch_size must be at least 1, got -1"),
         (["--data", "text.txt", "--split", "test"], "", "'test' for argument '--split'"),
         (["--data", "text.txt", "--device", "tpu"], "", "'tpu'"),
-        (["--data", "text.txt", "--dtype", "int4"], "", "dtype 'int4'"),
+        (["--data", "text.txt", "--dtype", "int4"], "", "'int4' for argument '--dtype'"),
         (["--data", "text.txt", "--backend", "cuda"], "", "backend 'cuda'"),
         (["--choices", "missing.jsonl"], "", "missing.jsonl"),
         (["--choices", "bad"], "", "bad has no questions"),
@@ -250,7 +235,7 @@ GOOD = {"ctx": "To", "endings": ["be", "not"], "label": 0}
         (["--choices", "bad"], json.dumps(GOOD | {"ctx": ""}), "question 1: the context is empty"),
     ],
 )
-def test_bad_input_ends_in_a_line(trained, here, capsys, options: list[str], content: str | bytes, message: str):
+def test_bad_input_ends_in_a_line(trained, capsys, options: list[str], content: str | bytes, message: str):
     Path("bad").write_bytes(content.encode() if isinstance(content, str) else content)
     assert message in fails(capsys, trained, *options)
 
@@ -260,28 +245,17 @@ def test_missing_models_end_in_a_line(here, capsys):
     assert "config.json" in fails(capsys, str(here), "--data", "text.txt")
 
 
-@pytest.mark.parametrize("data", [BOTH[:2], BOTH[2:]], ids=["data", "choices"])
-def test_weights_that_are_not_finite_end_in_a_line(trained, here, capsys, data: tuple[str, ...]):
-    weights = read_tensors(Path(trained, "model.safetensors"))
+@pytest.mark.parametrize("source", [BOTH[:2], BOTH[2:]], ids=["data", "choices"])
+def test_weights_that_are_not_finite_end_in_a_line(trained, capsys, source: tuple[str, ...]):
+    shutil.copytree(trained, "broken")
+    weights = read_tensors(Path("broken/model.safetensors"))
     weights["transformer.ln_f.weight"].fill_(math.nan)
-    Path("broken").mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        Path("broken", name).write_bytes(Path(trained, name).read_bytes())
     write_tensors(Path("broken/model.safetensors"), weights)
-    error = fails(capsys, "broken", *data, "--device", "cpu", "--dtype", "float32", status=1)
-    assert "a loss of nan" in error
+    assert "a loss of nan" in fails(capsys, "broken", *source, "--device", "cpu", "--dtype", "float32", status=1)
 
 
-def test_progress_bars_on_a_terminal(trained, here, capsys, monkeypatch):
+def test_progress_bars_on_a_terminal(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     cli.main(["eval", trained, *BOTH, "--device", "cpu"])
     bars = capsys.readouterr().err
     assert all(text in bars for text in ("/19 [", "/5 [", "window", "ending"))
-
-
-def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", "--help"])
-    assert ended.value.code == 0
-    out = capsys.readouterr().out
-    assert all(f"--{option.name.replace('_', '-')}" in out for option in fields(EvalConfig) if option.name != "model")

@@ -1,18 +1,20 @@
+"""`gptfast export`: transformers and gptfast load the exported folder and write the same text."""
+
 import json
-import re
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 import transformers
 
-from gptfast import GPT, GPTConfig, cli
+from gptfast import GPT, GPTConfig
 from gptfast.checkpoint import run_folder
-from gptfast.tokenizers import ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, WordTokenizer
+from gptfast.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
+from tests.support.command_line import error
+from tests.support.command_line import output as printed
+from tests.support.small_tokenizers import small_tiktoken
 
 TEXT = "To be, or not to be, that is the question"
-CPU = torch.device("cpu")
 
 
 def write_run(path: Path, tokens: Tokenizer | None = None, **settings) -> GPT:
@@ -27,40 +29,20 @@ def write_run(path: Path, tokens: Tokenizer | None = None, **settings) -> GPT:
     return model
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def printed(capsys, *arguments: str) -> str:
-    capsys.readouterr()
-    cli.main(arguments)
-    return capsys.readouterr().out
-
-
 def refused(capsys, *arguments: str) -> str:
     """The error line of a command that writes nothing."""
-    capsys.readouterr()
     before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
-    assert re.fullmatch(r"gptfast: [^\n]+\n", err)
+    line = error(capsys, *arguments)
     assert sorted(Path().rglob("*")) == before
-    return err.removeprefix("gptfast: ").rstrip()
+    return line
 
 
 def test_transformers_writes_the_same_text(here, capsys):
-    """From text to text: the run's model and tokenizer beside those of the exported folder."""
+    """From text to text, with the tokenizer of the exported folder."""
     model = write_run(here / "run", pad_vocab_size_to=64)
     line = printed(capsys, "export", "run", "folder/out")
     parameters = model.get_num_params(non_embedding=False)
-    assert (
-        line
-        == f"a model of {parameters:,} parameters and its tokenizer in folder/out, for transformers' from_pretrained\n"
-    )
+    assert line.startswith(f"a model of {parameters:,} parameters and its tokenizer in folder/out, ")
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained("folder/out")
     tokenizer = transformers.AutoTokenizer.from_pretrained("folder/out")
@@ -71,7 +53,7 @@ def test_transformers_writes_the_same_text(here, capsys):
     assert tokenizer.decode(found[0]) + "\n" == printed(capsys, "generate", "run", *options)
 
 
-def test_the_model_comes_back(here, capsys):
+def test_an_exported_model_loads_again(here, capsys):
     model = write_run(here / "run")
     printed(capsys, "export", "run", "out")
     for name, tensor in GPT.from_pretrained("out").state_dict().items():
@@ -86,20 +68,13 @@ TOKENIZERS = {
     "char with an end": CharTokenizer.of_documents([TEXT], end_of_text=True),
     "byte": ByteTokenizer(),
     "word": WordTokenizer.of_documents([TEXT]),
-    "tiktoken": TiktokenTokenizer(
-        tiktoken.Encoding(
-            "gpt2",
-            pat_str=r" ?\S+|\s+",
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)} | {b" t": 256, b"or": 257},
-            special_tokens={"<|endoftext|>": 258},
-        )
-    ),
+    "tiktoken": small_tiktoken(b" t", b"or"),
 }
 
 
 @pytest.mark.parametrize("tokens", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_an_exported_folder_is_used_as_it_is(here, capsys, tokens):
-    """By all that takes a model, without being told its tokenizer."""
+def test_commands_accept_an_exported_folder(here, capsys, tokens):
+    """Commands that load a model find its tokenizer."""
     write_run(here / "run", tokens)
     printed(capsys, "export", "run", "out")
     Path("text.txt").write_text(TEXT * 20)
@@ -108,27 +83,12 @@ def test_an_exported_folder_is_used_as_it_is(here, capsys, tokens):
     evaluate = ["--data", "text.txt", "--limit", "3", "--device", "cpu", "--dtype", "float32", "--json"]
     found, expected = (json.loads(printed(capsys, "eval", name, *evaluate)) for name in ("out", "run"))
     assert found["data"] == expected["data"]
-    tiny = [
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--accumulation",
-        "1",
-        "--eval-batches",
-        "1",
-        "--block-size",
-        "8",
-        "--sample-tokens",
-        "0",
-    ]
-    printed(
-        capsys, "train", "gpt2", "--init-from", "out", "--data", "text.txt", "--device", "cpu", *tiny, "--out", "on"
-    )
+    train = "train gpt2 --init-from out --data text.txt --device cpu --out on --steps 1 --batch-size 2 --accumulation 1"
+    printed(capsys, *train.split(), "--eval-batches", "1", "--block-size", "8", "--sample-tokens", "0")
     assert json.loads(Path("on/tokenizer.json").read_text()) == tokens.to_json()
 
 
-def test_a_tokenizer_that_does_not_fit(here, capsys):
+def test_a_tokenizer_that_does_not_fit_is_rejected(here, capsys):
     write_run(here / "run")
     printed(capsys, "export", "run", "out")
     path = Path("out/gptfast_tokenizer.json")
@@ -141,10 +101,10 @@ def test_a_tokenizer_that_does_not_fit(here, capsys):
         path.write_text(json.dumps(content))
         for arguments in (["generate", "out"], ["train", "gpt2", "--init-from", "out", "--out", "on"]):
             assert refused(capsys, *arguments).startswith(message)
-    GPT.from_pretrained("out")  # which has no use for it
+    GPT.from_pretrained("out")  # needs no tokenizer
 
 
-def test_who_may_read_one_file_may_read_all(here, capsys):
+def test_all_files_have_the_same_permissions(here, capsys):
     write_run(here / "run")
     printed(capsys, "export", "run", "out")
     usual = (here / "run/config.json").stat().st_mode
@@ -157,15 +117,6 @@ def test_the_end_of_text_is_that_of_the_tokenizer(here, capsys):
     printed(capsys, "export", "run", "out")
     config = transformers.AutoConfig.from_pretrained("out")
     assert config.eos_token_id == tokens.end_of_text == transformers.AutoTokenizer.from_pretrained("out").eos_token_id
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["export", "--help"])
-    assert ended.value.code == 0
-    assert "--no-tokenizer" in capsys.readouterr().out
-    cli.main([])
-    assert "gptfast export RUN FOLDER" in capsys.readouterr().out
 
 
 def test_without_the_tokenizer(here, capsys):
@@ -182,7 +133,7 @@ def test_without_biases(here, capsys):
     assert not GPT.from_pretrained("out").config.bias
 
 
-def test_folders_that_do_not_do(here, capsys):
+def test_bad_folders_are_rejected(here, capsys):
     write_run(here / "run")
     assert refused(capsys, "export", "none", "out") == "none is not a run folder with weights: it has no config.json"
     assert refused(capsys, "export", "run", "run") == "run is not empty; give a new folder"

@@ -1,8 +1,10 @@
-"""`gptfast generate` by beam search, with a draft, compiled and in all dtypes."""
+"""`gptfast generate`: sources of prompts, sampling, beam search, drafts, dtypes and errors."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,102 +17,136 @@ from gptfast.generation import text as texts
 from gptfast.generation.beam_search import BeamSearch
 from gptfast.quantization import Int8Linear, PackedLinear
 from gptfast.training import trainer
+from tests.support.command_line import error, output
 from tests.support.tiny_runs import tiny_run
 
 COMPILE = torch.compile
+GREEDY = ("--prompt", "To", "--temperature", "0", "--dtype", "float32")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> str:
-    config = tiny_run(tmp_path_factory.mktemp("writing"))
-    trainer.train(config)
-    return config.out
+def generated(capsys, *arguments: str) -> str:
+    return output(capsys, "generate", "--max-new-tokens", "12", *arguments, "--device", "cpu")
 
 
-def written(capsys, *arguments: str) -> str:
-    capsys.readouterr()
-    cli.main(["generate", *arguments, "--device", "cpu", "--max-new-tokens", "12"])
-    return capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "Zürich"], "'Zcü'"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt-file", "none.txt"], r"none\.txt"),
+        (["--temperature", "-1"], r"temperature .*got -1\.0"),
+        (["--top-k", "0"], "top_k .*got 0"),
+        (["--top-p", "1.5"], r"top_p .*got 1\.5"),
+        (["--max-new-tokens", "-5"], "max_new_tokens .*got -5"),
+        (["--num-samples", "0"], "num_samples .*got 0"),
+        (["--seed", "-1"], "seed .*got -1"),
+        (["--seed", "18446744073709551616"], "seed .*got 18446744073709551616"),
+        (["--device", "tpu"], "'tpu'.*auto, "),
+        (["--backend", "cuda"], "backend 'cuda'.*auto, triton, "),
+        (["--dtype", "int4"], "'int4' .*'--dtype'"),
+        (["--json", "--stream"], "--json .*--stream"),
+        (["--interactive", "--json"], "--interactive .*--json"),
+        (["--num-beams", "0"], "num_beams .*got 0"),
+        (["--num-beams", "2", "--stream", "--stop", "x"], "--num-beams .*--stream, --stop"),
+        (["--num-beams", "2", "--num-samples", "3"], "num_samples .*num_beams=2, got 3"),
+        (["--num-beams", "2", "--top-k", "3"], "num_beams=2 .*top_k"),
+        (["--draft", "x", "--compile"], "--draft .*--compile"),
+        (["--draft-tokens", "0", "--draft", "RUN"], "tokens .*got 0"),
+    ],
+)
+def test_generate_rejects_bad_options(trained, here, capsys, options, message):
+    options = [trained if option == "RUN" else option for option in options]
+    assert re.search(message, error(capsys, "generate", trained, *options))
 
 
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["generate", *arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
+def test_generate_needs_a_model(here, capsys):
+    assert error(capsys, "generate").startswith("Missing from gptfast generate: STR Run folder")
+    assert error(capsys, "generate", ".").endswith("is not a run folder with weights: it has no config.json")
+
+
+def test_generate_streams_the_same_text(trained, capsys):
+    options = [trained, "--prompt", "To"]
+    assert generated(capsys, *options, "--stream") == generated(capsys, *options)
+
+
+def test_generate_reads_prompts_from_a_file_and_standard_input(trained, here, capsys, monkeypatch):
+    Path("prompts.txt").write_text("To\nbe or\n")
+    options = [trained, "--temperature", "0", "--json", "--prompt-file"]
+    lines = generated(capsys, *options, "prompts.txt").splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["prompt"] for entry in entries] == ["To", "be or"]
+    assert all(len(entry["tokens"]) == len(entry["log_probs"]) == len(entry["text"]) == 12 for entry in entries)
+    monkeypatch.setattr("sys.stdin", io.StringIO("To\nbe or\n"))
+    assert generated(capsys, *options, "-").splitlines() == lines
+
+
+def test_generate_asks_for_prompts(trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    typed = iter(["To", "", "be"])
+
+    def answer(question: str) -> str:
+        assert question == "> "
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    written = generated(capsys, trained, "--interactive")
+    assert written.startswith("To")
+    assert "\nbe" in written
+    assert (tmp_path / "cache/gptfast/prompts").is_file()
+
+
+def test_generate_ends_before_a_stop_string(trained, capsys):
+    free = generated(capsys, trained, "--prompt", "To")
+    stop = free[10]
+    assert generated(capsys, trained, "--prompt", "To", "--stop", stop) == free[: free.index(stop, 2)] + "\n"
 
 
 def test_beams_equal_the_library(trained, capsys):
     model, tokenizer = load_model.load_run(Path(trained))
     expected = texts.search(model, tokenizer, ["To be"], 12, BeamSearch(3, 0.5, num_return_sequences=2))
     options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-samples", "2", "--dtype", "float32"]
-    found = [
-        json.loads(line) for line in written(capsys, trained, "--prompt", "To be", "--json", *options).splitlines()
-    ]
+    arguments = [trained, "--prompt", "To be", *options]
+    found = [json.loads(line) for line in generated(capsys, *arguments, "--json").splitlines()]
     assert [text["text"] for text in found] == [text.text for text in expected]
     assert [text["score"] for text in found] == pytest.approx([text.score for text in expected], abs=1e-4)
-    plain = written(capsys, trained, "--prompt", "To be", *options)
-    assert plain == "".join(f"To be{text.text}\n" for text in expected)
+    assert generated(capsys, *arguments) == "".join(f"To be{text.text}\n" for text in expected)
 
 
 def test_a_draft_changes_no_greedy_text(trained, capsys, monkeypatch):
-    options = [trained, "--prompt", "To", "--temperature", "0", "--dtype", "float32"]
-    alone = written(capsys, *options)
+    alone = generated(capsys, trained, *GREEDY)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert written(capsys, *options, "--draft", trained, "--draft-tokens", "3") == alone
-    cli.main(["generate", *options, "--draft", trained, "--device", "cpu", "--max-new-tokens", "9"])
-    assert "9 tokens" in (said := capsys.readouterr().err)
-    assert "tokens/s, the first text after" in said
-    assert "100% of the draft's tokens accepted" in said
+    options = [*GREEDY, "--draft", trained, "--draft-tokens", "3", "--device", "cpu", "--max-new-tokens", "12"]
+    cli.main(["generate", trained, *options])
+    out, err = capsys.readouterr()
+    assert out == alone
+    assert re.fullmatch(r"12 tokens, [\d,]+ tokens/s, the first text after .* s, 100% of the draft's tokens .*\n", err)
 
 
-def test_a_draft_with_another_tokenizer_is_refused(trained, tmp_path, capsys):
+def test_a_draft_with_another_tokenizer_is_rejected(trained, tmp_path, capsys):
     config = tiny_run(tmp_path)
     Path(config.data).write_text("Other letters make another tokenizer. " * 50)
     trainer.train(config)
-    error = refused(capsys, trained, "--draft", config.out, "--device", "cpu")
-    assert f"--draft {config.out} has another tokenizer than {trained}; accepted: the same" in error
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--num-beams", "0"], "num_beams must be at least 1, got 0"),
-        (
-            ["--num-beams", "2", "--stream", "--stop", "x"],
-            "--num-beams searches for whole continuations; it excludes --stream, --stop",
-        ),
-        (["--num-beams", "2", "--num-samples", "3"], "num_samples must be at most num_beams=2, got 3"),
-        (["--num-beams", "2", "--top-k", "3"], "num_beams=2 searches and draws nothing; it excludes top_k"),
-        (["--draft", "x", "--compile"], "--draft reads several tokens at a time; it excludes --compile"),
-        (["--dtype", "int4"], "unknown dtype 'int4'; accepted: auto, float32, bfloat16, float16, int8"),
-        (["--draft-tokens", "0", "--draft", "RUN"], "tokens must be"),
-    ],
-)
-def test_options_that_exclude_each_other_are_refused(trained, capsys, options, message):
-    options = [trained if option == "RUN" else option for option in options]
-    assert message in refused(capsys, trained, "--device", "cpu", *options)
+    message = error(capsys, "generate", trained, "--draft", config.out, "--device", "cpu")
+    assert f"--draft {config.out} has another tokenizer than {trained}" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_weights_load_in_every_dtype(trained, capsys, dtype, monkeypatch):
-    kinds = set()
-    loaded = generate.load
-    monkeypatch.setattr(
-        generate,
-        "load",
-        lambda *arguments: (kinds.update(map(type, (found := loaded(*arguments))[0].modules())), found)[1],
-    )
+def test_weights_load_in_every_dtype(trained, monkeypatch, dtype):
     monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
-    assert written(capsys, trained, "--prompt", "To be", "--dtype", dtype).startswith("To be")
+    model, _ = generate.load(generate.GenerateConfig(trained, dtype=dtype), trained, torch.device("cpu"))
+    kinds = set(map(type, model.modules()))
     assert ({PackedLinear, Int8Linear} & kinds) == {Int8Linear if dtype == "int8" else PackedLinear}
+    if dtype != "int8":
+        assert str(next(model.parameters()).dtype) == f"torch.{dtype}"
 
 
 def test_compile_changes_no_greedy_text(trained, capsys, monkeypatch):
     """As traced, without generated code."""
-    options = [trained, "--prompt", "To", "--temperature", "0", "--dtype", "float32"]
-    alone = written(capsys, *options)
+    alone = generated(capsys, trained, *GREEDY)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(1) or COMPILE(f, backend="eager", **how))
-    assert written(capsys, *options, "--compile") == alone
+    assert generated(capsys, trained, *GREEDY, "--compile") == alone
     assert compiled == [1]

@@ -115,7 +115,7 @@ def test_encode(tokenizer: Tokenizer, context: str, ending: str, delimiter: str,
 @pytest.mark.parametrize(
     ("tokenizer", "context", "ending", "message"),
     [
-        (CharTokenizer(" xy"), "", "y", "context is empty.* end of text"),
+        (CharTokenizer(" xy"), "", "y", "context is empty.* end-of-text"),
         (WordTokenizer(["a", "word"]), "a word", " ", "ending ' ' .* 'a word'"),
         (PAIRS, "xa", "b", "ending 'b' .* 'xa'"),  # it becomes a part of the context
     ],
