@@ -26,10 +26,10 @@ def capture(
     """Record the kernels that functions launch, without running them.
 
     The graphs share one memory pool, so replay them in the order of `functions`. Each replay draws new numbers from
-    `generator`; PyTorch's default generator needs no mention. Other threads may pin memory during the capture.
+    `generator` and from PyTorch's default one. Other threads may pin memory during the capture.
 
     Returns:
-        A function per graph that launches it.
+        For each graph a function that launches it.
     """
     pool, replays = torch.cuda.graph_pool_handle(), []
     for function in functions:
@@ -57,7 +57,7 @@ def on_capture_stream(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all captures on a GPU: cuBLAS never frees the workspace that it keeps per stream."""
+    """Return a GPU's single stream for captures: cuBLAS never frees the workspace that it keeps per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -67,8 +67,8 @@ class CUDAGraphCallable(Generic[Result]):
     The tensor keeps its shape until `reset`. All other tensors that the function reads or writes keep their addresses.
 
     Args:
-        function: launches work on the device only.
-        generator: generator that the function draws from, besides PyTorch's default one.
+        function: a function that only launches work on the device.
+        generator: generator of the function's random numbers, besides PyTorch's default one.
     """
 
     def __init__(self, function: Callable[[Tensor], Result], generator: torch.Generator | None = None) -> None:

@@ -59,7 +59,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def seed(device: torch.device, value: int) -> None:
-    """Seed the default generators of a device and of the host. `torch.manual_seed` seeds all devices, which is slow."""
+    """Seed the default generators of a device and the host. `torch.manual_seed` seeds all devices, which is slow."""
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -74,16 +74,14 @@ def keep_freed_memory() -> None:
     By default it returns large blocks to the system, which zeroes each page at its next use. Training on a CPU then
     takes thousands of page faults a step, and copies for a checkpoint stall a GPU. No effect without glibc.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             mallopt(threshold, 2**30)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return peak bytes: of tensors on a GPU, of this process for the CPU, None for devices without a counter."""
+    """Return peak bytes: of tensors on a GPU, of the process on the CPU, None on devices without a counter."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":

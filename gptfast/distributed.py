@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. Use as a context manager around training; a single process has nothing to set up.
+    """The processes of a run. Use it as a context manager around training.
 
     Args:
         rank: of this process.
@@ -95,7 +95,7 @@ class World:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # after an error other processes may wait in a collective; only the end of this process releases them
+        # after an error other processes may wait in a collective, until this process ends
         if not self.is_single and dist.is_initialized() and error is None:
             dist.destroy_process_group()
 
@@ -121,8 +121,8 @@ class World:
         return content["result"]
 
     def any(self, flag: bool) -> bool:
-        """Return True if the flag is set in any process. Collective: every rank must call it."""
-        return flag if self.is_single else bool(self.sum(torch.tensor(float(flag))) > 0)
+        """Return True if the flag is set on any rank. Collective: every rank must call it."""
+        return flag if self.is_single else bool(self.sum(torch.tensor(int(flag))))
 
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce a tensor on the host, in place. Collective: every rank must call it."""
@@ -133,16 +133,12 @@ class World:
 
     @contextlib.contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """Turn a communication error into one line that says another process has ended.
-
-        Raises:
-            RuntimeError: another process has ended.
-        """
+        """Replace a communication error by a RuntimeError of one line: another process has ended."""
         try:
             yield
         except RuntimeError as error:
             text = " ".join(str(error).split())
-            # a backward pass runs collectives, and may also fail for other reasons
+            # a backward runs collectives, but may also fail for other reasons
             if self.is_single or not any(name in text.lower() for name in ("gloo", "nccl")):
                 raise
             raise RuntimeError(
@@ -153,7 +149,7 @@ class World:
         """Wrap a model for training by several processes.
 
         Args:
-            model: a single process gets it back as it is.
+            model: returned unchanged in a single process.
             blocks: the model's transformer blocks, which FSDP shards and compiles one by one.
             parallel: "ddp" replicates the model; "fsdp" shards it in place, and its parameters become `DTensor`s.
             compiled: compile the whole model ("ddp") or each block ("fsdp", which gathers parameters between blocks).
@@ -175,7 +171,7 @@ class World:
 
 
 def _compile_training(block: nn.Module) -> None:
-    """Compile a block's forward without its hooks, in training only: evaluation has sequences of many lengths."""
+    """Compile a block's forward without its hooks. Evaluation stays eager: its sequences have many lengths."""
     eager = block.forward
     compiled = torch.compile(eager, fullgraph=True)
 
@@ -186,7 +182,7 @@ def _compile_training(block: nn.Module) -> None:
 
 
 def exit_process(status: int | str | None) -> NoReturn:
-    """End this process: as `sys.exit` does, but without interpreter shutdown where torchrun started it.
+    """End this process as `sys.exit` does, but without interpreter shutdown under torchrun.
 
     A Gloo thread may hold the last reference to a tensor, and freeing it during shutdown aborts the process
     (https://github.com/pytorch/pytorch/issues/190489). FSDP's caches keep those threads alive.
@@ -204,12 +200,12 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def to_local(tensor: Any) -> Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """Gather a DTensor, and return any other tensor as it is. Collective: every rank must call it."""
+    """Gather a DTensor, and return any other tensor unchanged. Collective: every rank must call it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,23 +98,13 @@ _TABLE: tuple[tuple, ...] = (
 # fmt: on
 
 
-def _row(name: str, *row) -> GPU:
+def _gpu_of_row(name: str, *row) -> GPU:
     tflops, (gb_per_second, names, source) = row[:5], row[5:]
     flops = {key: float(f"{value}e12") for key, value in zip(_FORMATS, tflops, strict=True) if value is not None}
     return GPU(name, tuple(names.split("|")), flops, gb_per_second * 1e9, source)
 
 
-GPUS = tuple(_row(*row) for row in _TABLE)
-
-_KEYS = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-    torch.float8_e4m3fn: "float8",
-    torch.float8_e5m2: "float8",
-    torch.float8_e4m3fnuz: "float8",
-    torch.float8_e5m2fnuz: "float8",
-}
+GPUS = tuple(_gpu_of_row(*row) for row in _TABLE)
 
 
 def _words(name: str) -> frozenset[str]:
@@ -145,18 +135,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     Raises:
         ValueError: GPTFAST_PEAK_FLOPS is not a positive finite number.
     """
-    override = _override(FLOPS_VARIABLE, "FLOP/s such as 989e12")
-    if override is not None:
+    if (override := _override(FLOPS_VARIABLE, "FLOP/s such as 989e12")) is not None:
         return override
     if device.type == "cpu":
         return _measured_cpu_flops(dtype)
     gpu = _gpu(device)
-    if gpu is None or dtype not in _KEYS:
+    if gpu is None:
         return None
     # the older getter, `allow_tf32`, raises once a program has used `fp32_precision`
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and "tf32" in gpu.flops:
         return gpu.flops["tf32"]
-    return gpu.flops.get(_KEYS[dtype])
+    return gpu.flops.get(str(dtype).removeprefix("torch.").partition("_")[0])  # "float8_e5m2" is "float8"
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
@@ -168,8 +157,7 @@ def peak_bandwidth(device: torch.device) -> float | None:
     Raises:
         ValueError: GPTFAST_PEAK_BANDWIDTH is not a positive finite number.
     """
-    override = _override(BANDWIDTH_VARIABLE, "bytes/s such as 4.8e12")
-    if override is not None:
+    if (override := _override(BANDWIDTH_VARIABLE, "bytes/s such as 4.8e12")) is not None:
         return override
     if device.type == "cpu":
         return _measured_cpu_bandwidth()
@@ -184,10 +172,10 @@ def describe(device: torch.device) -> str:
         ValueError: GPTFAST_PEAK_FLOPS or GPTFAST_PEAK_BANDWIDTH is not a positive finite number.
     """
     gpu = _gpu(device)
-    dtype, source = torch.float32, "measured"
+    dtype, label, source = torch.float32, " fp32", "measured"
     if gpu is not None:
         name, source = gpu.name, gpu.source
-        dtype = torch.bfloat16 if "bfloat16" in gpu.flops else torch.float16
+        dtype, label = (torch.bfloat16, " bf16") if "bfloat16" in gpu.flops else (torch.float16, " fp16")
     elif device.type == "cpu":
         name = "CPU"
     elif device.type == "cuda":
@@ -197,7 +185,6 @@ def describe(device: torch.device) -> str:
     flops, bandwidth = peak_flops(device, dtype), peak_bandwidth(device)
     if flops is None and bandwidth is None:
         return f"{name}: no peak, set {FLOPS_VARIABLE} and {BANDWIDTH_VARIABLE}"
-    label = {torch.bfloat16: " bf16", torch.float16: " fp16", torch.float32: " fp32"}[dtype]
     compute, compute_source = _figure(flops, "FLOP/s", label, "peak", FLOPS_VARIABLE, source)
     memory, memory_source = _figure(bandwidth, "B/s", "", "bandwidth", BANDWIDTH_VARIABLE, source)
     if compute_source == memory_source:
@@ -206,11 +193,11 @@ def describe(device: torch.device) -> str:
 
 
 def _figure(value: float | None, unit: str, label: str, what: str, variable: str, source: str) -> tuple[str, str]:
-    """Return the text of one peak and its source."""
+    """Format one peak; return the text and its source."""
     if value is None:
         return f"no {what}", f"set {variable}"
     if variable in os.environ:
-        return _with_prefix(value, unit), variable  # for the dtype that its user has in mind
+        return _with_prefix(value, unit), variable  # the variable names no dtype
     return _with_prefix(value, unit) + label, source
 
 
@@ -244,14 +231,7 @@ def _override(variable: str, accepted: str) -> float | None:
 def _measured_cpu_flops(dtype: torch.dtype, size: int = 1024) -> float:
     # a separate generator: training draws from the global one
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    best, begun = float("inf"), time.perf_counter()
-    for _ in range(31):  # cores raise their clock during the first ones
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-        if start - begun > 1.0:  # a dtype without instructions takes seconds per matmul
-            break
-    return 2 * size**3 / best
+    return 2 * size**3 / _fastest(lambda: a @ b, calls=31)  # cores raise their clock during the first calls
 
 
 @functools.cache
@@ -260,9 +240,16 @@ def _measured_cpu_bandwidth(size: int = 2**27) -> float:
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)  # takes the page faults
-    best = float("inf")
-    for _ in range(10):
+    return 2 * size / _fastest(lambda: target.copy_(source), calls=10)
+
+
+def _fastest(function: Callable[[], object], calls: int) -> float:
+    """Return the seconds of the fastest call, of those within a second: a dtype without instructions is slow."""
+    best, begun = math.inf, time.perf_counter()
+    for _ in range(calls):
         start = time.perf_counter()
-        target.copy_(source)
+        function()
         best = min(best, time.perf_counter() - start)
-    return 2 * size / best
+        if start - begun > 1.0:
+            break
+    return best

@@ -27,8 +27,6 @@ from torch.nn.utils import parametrize
 
 from kernels import runtime
 
-_EXAMPLES = 4  # accepted names in an error message
-
 
 class _Adapter(nn.Module):
     """Parametrization of a weight [out, in] as weight + scale * B @ A, with A [rank, in] and B [out, rank]."""
@@ -75,18 +73,19 @@ def apply(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> 
     if is_applied(model):
         raise ValueError(f"model has adapters already, such as on {next(iter(_adapted(model)))}; merge them first")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = match_names(targets, linear, "linear layer")
+    names = _match_names(targets, linear, "linear layer")
     if not names:
         raise ValueError("targets must have at least one pattern, got none; accepted: patterns such as '*.attn.*'")
-    if "lm_head" in names and _config(model).tie_weights:
+    config: Any = model.config
+    if "lm_head" in names and config.tie_weights:
         raise ValueError(
             f"targets {list(targets)} match lm_head, which is the token embedding (tie_weights=True); accepted: "
             "layers in transformer.*"
         )
     model.requires_grad_(False)
     for name in names:
-        # NOTE: a wrapper around the layer would never run: the feed-forward operator reads the weights of c_fc and
-        # c_proj without calling the layers, and the fused loss reads lm_head.weight
+        # NOTE: a wrapper around the layer would never run: the operators of feed-forward and loss read the layers'
+        # weights without calling them
         parametrize.register_parametrization(linear[name], "weight", _Adapter(linear[name].weight, rank, alpha))
     return names
 
@@ -101,8 +100,8 @@ def merge(model: nn.Module) -> None:
     """Fold the adapters into the weights, W + (alpha / rank) * B @ A, and restore the plain layers.
 
     Parameter objects, names, their order and layer types are those from before `apply`; logits equal the adapted
-    model's to rounding. Every parameter gets `requires_grad=True`, also those frozen before `apply`. Generation is
-    faster afterwards: an adapted layer computes its weight at each use.
+    model's up to rounding. Every parameter gets `requires_grad=True`, even if it was frozen before `apply`. Generation
+    becomes faster: an adapted layer computes its weight at each use.
 
     Raises:
         ValueError: the model has no adapters.
@@ -113,8 +112,8 @@ def merge(model: nn.Module) -> None:
     for layer in layers.values():
         weight, bias = layer.parametrizations.weight.original, layer.bias
         weight.copy_(layer.weight)
-        # `remove_parametrizations` would delete the weight from a class that copies of the model share, and would
-        # register it behind the bias, which changes the parameter order that an optimizer's saved state relies on
+        # `remove_parametrizations` would delete the weight from a class that copies of the model share, and register
+        # it behind the bias; an optimizer's saved state relies on the order of parameters
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations, layer.bias
         layer.register_parameter("weight", weight)
@@ -124,10 +123,10 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict that the model would have after `merge`, and leave the model as it is.
+    """Return the state dict that the model would have after `merge`, without changing the model.
 
     Names, order and shapes are those of a plain GPT, without padded vocabulary rows. Weights of adapted layers are new
-    tensors, the others the model's own. Without adapters it equals `model.state_dict()`.
+    tensors; all others share the model's memory. Without adapters it equals `model.state_dict()`.
     """
     weights = {name: _without_padding(model, name, layer.weight) for name, layer in _adapted(model).items()}
     merged = {}
@@ -142,11 +141,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapters' matrices, for a file that must store `alpha` beside them.
+    """Return the adapters' matrices. A file of them must also store `alpha`.
 
     Returns:
         Detached parameters by name: "transformer.h.0.attn.c_attn.lora_a" [rank, in], "...lora_b" [out, rank] and so
-        on, those of `lm_head` without padded vocabulary rows. Empty without adapters.
+        on. The matrix of `lm_head` has no padded vocabulary rows. Empty without adapters.
     """
     tensors = {}
     for name, layer in _adapted(model).items():
@@ -165,8 +164,7 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensors: see `adapters`; any device and floating dtype.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the first one is named. The model is unchanged
-            then.
+        ValueError: a tensor is missing, unknown or of another shape. The model is unchanged then.
     """
     own = adapters(model)
     for name, parameter in own.items():
@@ -200,7 +198,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ValueError: a pattern that matches no parameter, or no parameter is left to train. The model is unchanged then.
     """
     all_names = dict(model.named_parameters(remove_duplicate=False))
-    matched = {id(all_names[name]) for name in match_names(patterns, all_names, "parameter")}
+    matched = {id(all_names[name]) for name in _match_names(patterns, all_names, "parameter")}
     frozen = {name: p for name, p in model.named_parameters() if id(p) in matched}
     if not any(p.requires_grad and id(p) not in matched for p in model.parameters()):
         quoted = ", ".join(map(repr, patterns))
@@ -210,28 +208,19 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return list(frozen)
 
 
-def match_names(patterns: Sequence[str], names: Iterable[str], kind: str) -> list[str]:
-    """Return the names that match at least one shell-style pattern, in the order of `names`.
-
-    Args:
-        patterns: see `freeze`.
-        names: the accepted names.
-        kind: what is named, for error messages.
-
-    Raises:
-        ValueError: a pattern that matches no name, or a string instead of a sequence.
-    """
+def _match_names(patterns: Sequence[str], names: Iterable[str], kind: str) -> list[str]:
+    """Return the names that match a pattern, in the order of `names`; each pattern must match one."""
     if isinstance(patterns, str):  # "*" among its letters would match everything
         raise ValueError(f"patterns must be a sequence of strings, got {patterns!r}; accepted: [{patterns!r}]")
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no {kind} matches {pattern!r}; accepted: names such as {', '.join(names[:_EXAMPLES])}")
+            raise ValueError(f"no {kind} matches {pattern!r}; accepted: names such as {', '.join(names[:4])}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    """Return the layers that have an adapter, by name. `Any`: types do not know what parametrize adds to a layer."""
+    """Return the layers with an adapter by name. `Any`, because parametrize adds attributes to them."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -239,10 +228,7 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
 def _without_padding(model: nn.Module, layer: str, tensor: Tensor) -> Tensor:
     """Drop the padded vocabulary rows of a tensor [out, ...] of `lm_head`, as `vocab_padding` does in state dicts."""
-    return tensor[: _config(model).vocab_size] if layer == "lm_head" else tensor
+    config: Any = model.config
+    return tensor[: config.vocab_size] if layer == "lm_head" else tensor

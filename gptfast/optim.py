@@ -73,7 +73,7 @@ def state_dict(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tenso
     """Return the optimizers' state tensors under "parameter/key".
 
     Args:
-        optimizers: of one model.
+        optimizers: optimizers of one model.
         names: name of each parameter.
     """
     return {
@@ -88,7 +88,7 @@ def state_dict(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tenso
 def load_state_dict(
     optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str], saved: Mapping[str, Any]
 ) -> None:
-    """Load what `state_dict` returned, from any device. Hyperparameters stay those of `optimizers`.
+    """Load the result of `state_dict`, from any device. Hyperparameters stay those of `optimizers`.
 
     Raises:
         ValueError: the state of a parameter is missing or belongs to another optimizer.
@@ -100,7 +100,7 @@ def load_state_dict(
     for optimizer in optimizers:
         content = optimizer.state_dict()
         own = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        # an optimizer whose float16 gradients overflowed in every step so far has no state
+        # an optimizer has no state if its float16 gradients have overflowed in every step
         if any(name in by_parameter for name in own):
             for name in own:
                 if by_parameter.get(name, {}).keys() != _STATE_KEYS[type(optimizer)]:

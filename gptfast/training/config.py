@@ -1,4 +1,4 @@
-"""Config of a training run: defaults, command-line help and checks."""
+"""Config of a training run: defaults, help texts and checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gptfast import optim
 from gptfast.config import GPTConfig
 
-# settings that a resumed run cannot change, beside its model
+# settings that a resumed run cannot change, besides its model
 FIXED = ("tokenizer", "held_out", "freeze", "lora_rank", "lora_alpha", "lora_targets", "batch_size",
          "optimizer", "seed")  # fmt: skip
 _CHOICES = {
@@ -25,7 +25,7 @@ _RANGES = (
      lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     (("beta1", "beta2", "held_out"), lambda value: 0 <= value < 1, "in [0, 1)"),
     (("decay_share",), lambda value: 0 <= value <= 1, "in [0, 1]"),
-    (("batch_size",), lambda value: value < 2**31, "below 2**31"),  # NumPy's errors beyond name no setting
+    (("batch_size",), lambda value: value < 2**31, "below 2**31"),  # NumPy's error names no setting
     (("seed",), lambda value: 0 <= value < 2**64, "in [0, 2**64)"),
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ class TrainConfig:
     held_out: float = 0.1
     """Share of the text, at its end, held out for validation; with 0 validation uses the training text."""
     out: str | None = None
-    """Run folder to write; it must not exist or be empty. The default is a new folder below runs/."""
+    """Run folder to write, empty or new. The default is a new folder below runs/."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint; start it if there is none."""
     init_from: str | None = None
@@ -64,7 +64,7 @@ class TrainConfig:
     parallel: str = "ddp"
     """Data parallelism under torchrun: ddp (replicated parameters) or fsdp (sharded parameters)."""
     dtype: str = "auto"
-    """Dtype of matrix products: float32, bfloat16, float16, or auto, which is bfloat16 where the hardware has it."""
+    """Dtype of matmuls: float32, bfloat16, float16, or auto, which is bfloat16 where the hardware has it."""
     backend: str = "auto"
     """auto, triton, cpu, eager (plain PyTorch), or choices by operator such as attention=triton,ffn=eager."""
     compile: bool = False

@@ -35,7 +35,7 @@ class Dataset:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each split, by which a resumed run recognises its data."""
+        """Fingerprint of each split; a resumed run compares them."""
         return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
 
@@ -44,7 +44,7 @@ def load(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
 
     Args:
         config: the settings.
-        tokenizer: tokenizer of a model that exists already; without it `config.tokenizer` names one.
+        tokenizer: tokenizer of a pretrained model; without it `config.tokenizer` names one.
 
     Raises:
         ValueError: the data is missing, too short, or does not fit the tokenizer.
@@ -68,7 +68,7 @@ def load(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
 
 
 def _shard_tokenizer(folder: Path, config: TrainConfig, tokenizer: Tokenizer | None) -> Tokenizer:
-    """Tokenizer of a folder of shards; folders in nanoGPT's format have none."""
+    """Return the tokenizer of a folder of shards; nanoGPT's folders have none."""
     saved = folder / "tokenizer.json"
     if saved.is_file():
         own = tokenizers.from_json(read_json(saved))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from gptfast import load_model, lora
 from gptfast.config import GPTConfig
@@ -12,42 +11,28 @@ from gptfast.tokenizers import Tokenizer
 from gptfast.training.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class PretrainedInit:
-    """Pretrained model that a run starts from.
+def load_pretrained(source: str, wanted: GPTConfig) -> tuple[GPT, Tokenizer | None]:
+    """Load the model that a run starts from, on the CPU, and the tokenizer that comes with it, if any.
 
     Args:
         source: run folder, folder in Hugging Face's layout, or name on the hub.
-        model: the model, on the CPU.
-        tokenizer: its tokenizer, if one comes with it.
+        wanted: see `merge_config`.
+
+    Raises:
+        ValueError: no such model, a damaged one, or a context shorter than the block size.
     """
-
-    source: str
-    model: GPT
-    tokenizer: Tokenizer | None
-
-    @classmethod
-    def load(cls, source: str, wanted: GPTConfig) -> PretrainedInit:
-        """Load a model, with the block size, dropout and vocabulary padding of `wanted`.
-
-        Raises:
-            ValueError: no such model, a damaged one, or a context shorter than the block size.
-        """
-        pretrained, tokenizer = load_model.with_tokenizer(source)
-        longest = pretrained.config.block_size
-        if wanted.block_size > longest:
-            raise ValueError(
-                f"{source} has block_size={longest}, less than the {wanted.block_size} asked for; give "
-                f"--block-size {longest}"
-            )
-        pretrained.crop_block_size(wanted.block_size)
-        model = GPT(merge_config(pretrained.config, wanted), "eager")  # takes dropout and padding at construction only
-        model.load_state_dict(pretrained.state_dict())
-        return cls(source, model, tokenizer)
-
-    def require_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raise ValueError unless the tokenizer has as many tokens as the model."""
-        load_model.require_same_vocabulary(self.source, self.model, tokenizer)
+    pretrained, tokenizer = load_model.with_tokenizer(source)
+    longest = pretrained.config.block_size
+    if wanted.block_size > longest:
+        raise ValueError(
+            f"{source} has block_size={longest}, less than the {wanted.block_size} asked for; give --block-size "
+            f"{longest}"
+        )
+    pretrained.crop_block_size(wanted.block_size)
+    # dropout and padding take effect at construction only
+    model = GPT(merge_config(pretrained.config, wanted), "eager")
+    model.load_state_dict(pretrained.state_dict())
+    return model, tokenizer
 
 
 def merge_config(pretrained: GPTConfig, wanted: GPTConfig) -> GPTConfig:

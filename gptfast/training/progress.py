@@ -1,4 +1,4 @@
-"""What a run shows and logs: progress bar, log, TensorBoard and a plot of the losses."""
+"""Progress of a run: bar, log, TensorBoard and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Progress:
     Args:
         folder: the run folder; None on ranks other than 0, which show and log nothing.
         steps: steps of the whole run.
-        first: steps done before.
+        first: steps already done.
         tensorboard: also write TensorBoard files into the folder's `tensorboard`.
     """
 
@@ -29,7 +29,7 @@ class Progress:
             initial=self._done,
             unit="step",
             dynamic_ncols=True,
-            disable=None if self._folder else True,
+            disable=None if self._folder else True,  # None shows it on a terminal only
             smoothing=0.05,
         )
         self._board: Any = None

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from gptfast.config import GPTConfig
 from gptfast.training.config import TrainConfig
 
-# the character models of nanoGPT's README
-_CHAR_GPU = TrainConfig(
-    model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, activation="gelu"),
-    data="shakespeare",
-    steps=5000,
-    batch_size=64,
-)
-_CHAR_CPU = TrainConfig(
-    model=GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False, activation="gelu"),
-    data="shakespeare",
-    steps=2000,
-    batch_size=12,
-)
-
-# Adam (Kingma and Ba 2014, arXiv:1412.6980), which is AdamW without decay; a few sentences leave none to hold out
+# Adam (Kingma and Ba 2014, arXiv:1412.6980) is AdamW without decay; the texts are too short to hold a part out
 _ADAM_ON_SENTENCES = TrainConfig(
     held_out=0.0,
     learning_rate=1e-3,
@@ -38,19 +25,18 @@ _ADAM_ON_SENTENCES = TrainConfig(
     checkpoint_interval=0,
 )
 
+_POST_NORM: dict[str, Any] = {
+    "n_layer": 2,
+    "n_embd": 128,
+    "activation": "relu",
+    "norm_position": "post",
+    "tie_weights": False,
+}
+
 # two sentences, 33 tokens of GPT-2: one window of 32 tokens and their successors, so a step is an epoch
 _SIMPLE_GPT = dataclasses.replace(
     _ADAM_ON_SENTENCES,
-    model=GPTConfig(
-        block_size=32,
-        n_layer=2,
-        n_head=4,
-        n_embd=128,
-        activation="relu",
-        norm_position="post",
-        tie_weights=False,
-        pad_vocab_size_to=128,
-    ),
+    model=GPTConfig(block_size=32, n_head=4, pad_vocab_size_to=128, **_POST_NORM),
     data="chatbot",
     tokenizer="gpt2",
     batch_size=1,
@@ -60,17 +46,7 @@ _SIMPLE_GPT = dataclasses.replace(
 # three sentences, 33 words and marks: 23 windows of 10 words and their successors, so a step is an epoch
 _WORD_GPT = dataclasses.replace(
     _ADAM_ON_SENTENCES,
-    model=GPTConfig(
-        block_size=10,
-        n_layer=2,
-        n_head=8,
-        n_embd=128,
-        dropout=0.1,
-        activation="relu",
-        norm_position="post",
-        position="sinusoidal",
-        tie_weights=False,
-    ),
+    model=GPTConfig(block_size=10, n_head=8, dropout=0.1, position="sinusoidal", **_POST_NORM),
     data="sentences",
     tokenizer="word",
     batch_size=23,
@@ -89,10 +65,16 @@ GPT_CONFIG_124M = {
 }
 
 
+def _character_model(steps: int, batch_size: int, **shape: Any) -> TrainConfig:
+    """Configure a character model of nanoGPT's README."""
+    model = GPTConfig(bias=False, activation="gelu", **shape)
+    return TrainConfig(model=model, data="shakespeare", steps=steps, batch_size=batch_size)
+
+
 def _gpt2(model: GPTConfig, learning_rate: float, accumulation: int) -> TrainConfig:
-    """Pretraining as nanoGPT's for GPT-2, with the learning rates of GPT-3 (Brown et al. 2020, table 2.1)."""
+    """Configure pretraining as nanoGPT does, with the learning rates of GPT-3 (Brown et al. 2020, table 2.1)."""
     return TrainConfig(
-        model=model,
+        model=dataclasses.replace(model, pad_vocab_size_to=128),
         tokenizer="gpt2",
         steps=600_000,
         batch_size=480,
@@ -106,20 +88,16 @@ def _gpt2(model: GPTConfig, learning_rate: float, accumulation: int) -> TrainCon
     )
 
 
-def _preset(name: str) -> GPTConfig:
-    return GPTConfig.preset(name, pad_vocab_size_to=128)
-
-
 RECIPES = {
-    "shakespeare-char-gpu": _CHAR_GPU,
-    "shakespeare-char-cpu": _CHAR_CPU,
+    "shakespeare-char-gpu": _character_model(5000, 64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+    "shakespeare-char-cpu": _character_model(2000, 12, block_size=64, n_layer=4, n_head=4, n_embd=128),
     "simple-gpt": _SIMPLE_GPT,
     "word-gpt": _WORD_GPT,
-    "gpt2-124m": _gpt2(GPTConfig.from_dict(GPT_CONFIG_124M, pad_vocab_size_to=128), 6e-4, accumulation=40),
-    "gpt2": _gpt2(_preset("gpt2"), 6e-4, accumulation=40),
-    "gpt2-medium": _gpt2(_preset("gpt2-medium"), 3e-4, accumulation=80),
-    "gpt2-large": _gpt2(_preset("gpt2-large"), 2.5e-4, accumulation=120),
-    "gpt2-xl": _gpt2(_preset("gpt2-xl"), 2e-4, accumulation=160),
+    "gpt2-124m": _gpt2(GPTConfig.from_dict(GPT_CONFIG_124M), 6e-4, accumulation=40),
+    "gpt2": _gpt2(GPTConfig.preset("gpt2"), 6e-4, accumulation=40),
+    "gpt2-medium": _gpt2(GPTConfig.preset("gpt2-medium"), 3e-4, accumulation=80),
+    "gpt2-large": _gpt2(GPTConfig.preset("gpt2-large"), 2.5e-4, accumulation=120),
+    "gpt2-xl": _gpt2(GPTConfig.preset("gpt2-xl"), 2e-4, accumulation=160),
 }
 
 

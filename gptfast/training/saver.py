@@ -1,4 +1,4 @@
-"""What a run saves: best weights, checkpoints, the batch of a failed step and the summary."""
+"""Saving of a run: best weights, checkpoints, the batch of a failed step and the summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptfast.training.train_state import TrainState
 class Saver:
     """Saves a run. A thread writes the files while training continues.
 
-    With FSDP saving gathers parameters, and is collective: every rank must call it. Ranks other than 0 have no `folder`
+    With FSDP saving gathers parameters and is collective: every rank must call it. Ranks other than 0 have no `folder`
     and write nothing.
 
     Attributes:
@@ -41,7 +41,7 @@ class Saver:
         self._takes_part = folder is not None or state.is_sharded
 
     def save_if_best(self, metrics: dict[str, Any]) -> None:
-        """Save the weights if no earlier evaluation had a validation loss as low."""
+        """Save the weights if the validation loss is the lowest so far."""
         if self.best["val_loss"] is not None and metrics["val_loss"] >= self.best["val_loss"]:
             return
         self.best = metrics
@@ -65,7 +65,7 @@ class Saver:
         self.seconds += time.perf_counter() - started
 
     def save_failure(self, failure: dict[str, Any], batch: dict[str, Tensor]) -> str:
-        """Save a step with a loss or gradient that is not finite; returns where, for the error message."""
+        """Save a step whose loss or gradient is not finite; return the end of the error message."""
         if self._folder is None:
             return ""
         self._folder.write_tensors("failed-batch.safetensors", batch)
@@ -81,9 +81,5 @@ class Saver:
             self._folder.write_json("summary.json", summary)
 
     def close(self) -> None:
-        """Wait until everything is on disk, and stop the thread.
-
-        Raises:
-            OSError: something could not be written.
-        """
+        """Wait until everything is on disk, and stop the thread; raise OSError if a write failed."""
         self._checkpoints.close()

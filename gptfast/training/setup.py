@@ -1,4 +1,4 @@
-"""Builds a run from its config: processes, text, model, training step, run folder."""
+"""Set-up of a run from its config: processes, data, model, training step and run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast import devices, flops, hardware, optim, tokenizers
+from gptfast import devices, flops, hardware, load_model, optim, tokenizers
 from gptfast.backend import parse_backend
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.atomic_files import read_json
@@ -22,7 +22,6 @@ from gptfast.tokenizers import Tokenizer
 from gptfast.training import dataset, finetuning, progress
 from gptfast.training.config import FIXED, TrainConfig
 from gptfast.training.dataset import Dataset
-from gptfast.training.finetuning import PretrainedInit
 from gptfast.training.progress import Progress
 from gptfast.training.saver import Saver
 from gptfast.training.throughput import Throughput
@@ -50,8 +49,8 @@ class Run:
 def setup(config: TrainConfig, name: str) -> Iterator[Run]:
     """Build a run, and release its folder and its processes at the end.
 
-    The folder is made after everything that can be wrong with settings or data has been checked. It is removed again
-    if the first step fails.
+    All settings and data are checked before the folder is created. A new folder is removed again if the first step
+    fails.
 
     Args:
         config: the settings.
@@ -86,10 +85,9 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
             _require_steps(first, config, path, world)
             state = _build_state(config, model, dtype, world, saved)
             evaluator = Evaluator(config, data, dtype, world)
-            best = {"val_loss": None, "train_loss": None}
             if saved is not None:
                 _require_same_data(saved, data, config, path)
-                best = saved.state["best"]
+            best = saved.state["best"] if saved is not None else {"val_loss": None, "train_loss": None}
             if folder is not None:
                 for problem in damaged:
                     print(f"continuing from an older checkpoint: {problem}", flush=True)
@@ -97,7 +95,7 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
                 folder.truncate_log(first)
                 folder.write_json("config.json", dataclasses.asdict(config))
                 folder.write_json("tokenizer.json", data.tokenizer.to_json())
-            del saved  # the run needs its memory
+            del saved  # frees its memory for the run
             saver = Saver(state, path, folder, checkpoints, best, data.fingerprints)
             throughput = Throughput(config.batch_size * config.model.block_size, roofline)
             bar = Progress(folder, config.steps, first, config.tensorboard)
@@ -105,20 +103,21 @@ def setup(config: TrainConfig, name: str) -> Iterator[Run]:
 
 
 def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Dataset, GPT]:
-    """Load text and first weights; also returns the config with the model's final shape."""
+    """Load data and first weights; return the config with the model's final shape."""
     backend = parse_backend(config.backend)
     resumed = Path(config.out) if config.resume and config.out and run_folder.is_run(Path(config.out)) else None
-    # a run with checkpoints no longer needs the weights that it started with
-    starts = resumed is None or not CheckpointManager(resumed / "checkpoints", 1).exist()
-    init = PretrainedInit.load(config.init_from, config.model) if config.init_from and starts else None
-    tokenizer = init.tokenizer if init else None
+    # a run with checkpoints no longer needs the weights that it started from
+    has_checkpoints = resumed is not None and CheckpointManager(resumed / "checkpoints", 1).exist()
+    pretrained, tokenizer = None, None
+    if config.init_from and not has_checkpoints:
+        pretrained, tokenizer = finetuning.load_pretrained(config.init_from, config.model)
     if resumed is not None:
         tokenizer = tokenizers.from_json(read_json(resumed / "tokenizer.json"))
     data = dataset.load(config, tokenizer)
     _require_prompt(config, data.tokenizer)
-    if init is not None:
-        init.require_vocabulary(data.tokenizer)
-        shape = init.model.config
+    if pretrained is not None:
+        load_model.require_same_vocabulary(str(config.init_from), pretrained, data.tokenizer)
+        shape = pretrained.config
     elif config.init_from and resumed is not None:
         shape = finetuning.merge_config(run_folder.read_config(resumed)[1], config.model)
     else:
@@ -127,7 +126,7 @@ def _build_model(config: TrainConfig, device: torch.device) -> tuple[TrainConfig
     if resumed is not None:
         _require_same_settings(config, resumed)
     torch.manual_seed(config.seed)
-    model = GPT(shape, backend) if init is None else init.model
+    model = GPT(shape, backend) if pretrained is None else pretrained
     model.to(device).set_backend(backend)
     if config.residual_dtype != "auto":
         model.set_residual_dtype(getattr(torch, config.residual_dtype))
@@ -191,22 +190,21 @@ def _require_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def _require_same_settings(config: TrainConfig, path: Path) -> None:
-    """Raise ValueError if a setting differs from the run's that a resumed run cannot change."""
+    """Raise ValueError if the config changes the run's model, or another setting that a resumed run cannot change."""
     settings, model = run_folder.read_config(path)
-    # padding of the vocabulary may change: checkpoints leave it out
-    saved, ours = ({**one, "pad_vocab_size_to": None} for one in map(dataclasses.asdict, (model, config.model)))
-    saved |= {name: settings.get(name) for name in FIXED}
-    ours |= {name: getattr(config, name) for name in FIXED}
-    for name, given in ours.items():
-        given = list(given) if isinstance(given, tuple) else given  # as JSON has it
-        if given != saved[name]:
+    saved = {**settings, **dataclasses.asdict(model)}
+    # vocabulary padding may change: checkpoints leave it out
+    shape = {name: value for name, value in dataclasses.asdict(config.model).items() if name != "pad_vocab_size_to"}
+    for name, value in (shape | {name: getattr(config, name) for name in FIXED}).items():
+        value = list(value) if isinstance(value, tuple) else value  # JSON has lists
+        if value != saved.get(name):
             raise ValueError(
-                f"the run in {path} has {name}={saved[name]!r}, which cannot change to {given!r}; give a new --out"
+                f"the run in {path} has {name}={saved.get(name)!r}, which cannot change to {value!r}; give a new --out"
             )
 
 
 def _require_same_data(saved: Checkpoint, data: Dataset, config: TrainConfig, path: Path) -> None:
-    """Raise ValueError if the text is not the one that the run was trained on."""
+    """Raise ValueError if the run was trained on other data."""
     for split, fingerprint in data.fingerprints.items():
         if saved.state["data"][split] != fingerprint:
             raise ValueError(
@@ -216,8 +214,8 @@ def _require_same_data(saved: Checkpoint, data: Dataset, config: TrainConfig, pa
 
 
 def _require_steps(first: int, config: TrainConfig, path: Path, world: World) -> None:
-    """Raise ValueError unless steps are left, and every rank sees the same checkpoint."""
+    """Raise ValueError unless every rank sees the same checkpoint, and steps are left."""
     if int(world.sum(torch.tensor(first))) != first * world.size:
         raise ValueError(f"processes see different checkpoints in {path}; give an --out that all of them share")
     if first >= config.steps:
-        raise ValueError(f"the run in {path} has done {first} steps; give more than that with --steps to continue it")
+        raise ValueError(f"the run in {path} has done {first} steps; give a larger --steps to continue it")

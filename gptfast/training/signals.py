@@ -8,12 +8,12 @@ from types import FrameType
 
 
 class Interrupts:
-    """Context manager that records SIGINT (Ctrl-C) and SIGTERM instead of dying of them.
+    """Context manager that records SIGINT (Ctrl-C) and SIGTERM, which would end the process.
 
     A second SIGINT raises KeyboardInterrupt at once; SIGTERM, which process managers repeat, never does.
 
     Attributes:
-        requested: True once a signal has come.
+        requested: True once a signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Interrupts:
         self.requested = True
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self

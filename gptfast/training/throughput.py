@@ -1,4 +1,4 @@
-"""Speed of training steps."""
+"""Throughput of training steps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ class Throughput:
 
     def __init__(self, tokens_per_step: int, roofline: float | None) -> None:
         self._tokens_per_step, self.roofline = tokens_per_step, roofline
-        self._tokens, self._seconds = 0, 0.0
-        self._started = time.perf_counter()
+        self._tokens, self._seconds, self._started = 0, 0.0, 0.0
 
     def start(self) -> None:
         """Start an interval of training steps."""
         self._started = time.perf_counter()
 
     def stop(self, steps: int, warmup: bool = False) -> float:
-        """End an interval and return its tokens per second. The average leaves out an interval of warm-up."""
+        """End an interval and return its tokens per second. The average leaves out intervals of warm-up."""
         seconds, tokens = time.perf_counter() - self._started, steps * self._tokens_per_step
         if not warmup:
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds

@@ -1,4 +1,4 @@
-"""All tensors of a training run, to and from checkpoints, in full also where FSDP shards them."""
+"""All tensors of a training run, to and from checkpoints, as full tensors even where FSDP shards them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TrainState:
     def checkpoint(self, steps: int, state: dict) -> Checkpoint:
         """Copy all tensors to the host, without vocabulary padding."""
         weights = {name: _copy(self._full(name, parameter)) for parameter, name in self._names.items()}
-        moments = {
+        optimizer = {
             name: _copy(self._full(name.rpartition("/")[0], tensor))
             for name, tensor in optim.state_dict(self.step.optimizers, self._names).items()
         }
-        moments |= {_STEP + name: _copy(tensor) for name, tensor in self.step.state_dict().items()}
-        return Checkpoint(steps, weights, moments, state)
+        optimizer |= {_STEP + name: _copy(tensor) for name, tensor in self.step.state_dict().items()}
+        return Checkpoint(steps, weights, optimizer, state)
 
     def _full(self, name: str, tensor: Tensor) -> Tensor:
         return vocab_padding.unpad(self.model.config, name, full_tensor(tensor.detach()))
@@ -67,33 +67,33 @@ class TrainState:
             parameter.copy_(saved[name])
 
     def load_optimizers(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint's state of the optimizers and of the step.
+        """Load a checkpoint's state of the optimizers and the step.
 
         Raises:
             ValueError: the state does not fit the optimizers.
         """
         parameters = {name: parameter for parameter, name in self._names.items()}
-        moments, step = {}, {}
+        optimizer, step = {}, {}
         for name, tensor in checkpoint.optimizer.items():
             parameter = name.rpartition("/")[0]
             if name.startswith(_STEP):
                 step[name.removeprefix(_STEP)] = tensor
             elif parameter in parameters:
                 tensor = vocab_padding.pad(self.model.config, parameter, tensor)
-                moments[name] = distribute_like(tensor, parameters[parameter])
-        optim.load_state_dict(self.step.optimizers, self._names, moments)
+                optimizer[name] = distribute_like(tensor, parameters[parameter])
+        optim.load_state_dict(self.step.optimizers, self._names, optimizer)
         self.step.load_state_dict(step)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Copy the tensors of a run's files to the host: weights that any GPT loads, and adapters if there are some."""
-        if not lora.is_applied(self.model):
-            weights = {name: self._full(name, parameter) for parameter, name in self._names.items()}
-            files = {"model.safetensors": weights}
-        else:
+        """Copy the tensors of a run's files to the host: weights that any GPT loads, and adapters if there are any."""
+        if lora.is_applied(self.model):
             weights = lora.merged_state_dict(self.model)
             if self.model.config.tie_weights:
                 del weights["lm_head.weight"]
             files = {"model.safetensors": weights, "adapters.safetensors": lora.adapters(self.model)}
+        else:
+            weights = {name: self._full(name, parameter) for parameter, name in self._names.items()}
+            files = {"model.safetensors": weights}
         return {file: {name: _copy(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -39,22 +40,23 @@ class StepResult:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(values.device))
 
-    def _read(self, index: int) -> float:
+    @cached_property
+    def _read(self) -> list[float]:
         if self._copied is not None:
             self._copied.synchronize()
-        return float(self._values[index])
+        return self._values.tolist()
 
     @property
     def loss(self) -> float:
-        return self._read(0)
+        return self._read[0]
 
     @property
     def grad_norm(self) -> float:
-        return self._read(1)
+        return self._read[1]
 
     @property
     def loss_scale(self) -> float:
-        return self._read(2)
+        return self._read[2]
 
 
 class TrainStep:
@@ -70,8 +72,8 @@ class TrainStep:
     Matmuls run in `dtype` by `torch.autocast`; parameters, gradients, optimizer state and the residual stream keep the
     dtype of the parameters. On a GPU the first steps run eagerly. Then the step is captured in CUDA graphs, one set per
     batch shape, and replayed. Each replay draws new dropout masks. The learning rate may change between steps, by
-    `group["lr"] = rate` or a scheduler, and becomes a tensor. A change of other hyperparameters, or of the model's
-    mode, captures the step again.
+    `group["lr"] = rate` or a scheduler, and becomes a tensor. The step is captured again when other hyperparameters or
+    the model's mode change.
 
     With a fused optimizer of PyTorch (AdamW and Adam with `fused=True`, as in `GPT.configure_optimizers`) clipping is
     part of the optimizer's pass over the parameters, and a step with non-finite gradients changes nothing. In float16
@@ -85,7 +87,7 @@ class TrainStep:
         model: `model(idx, targets)` returns (anything, mean loss): a GPT, or a module that wraps one.
         optimizer: of the model's parameters, or several optimizers of disjoint parameters.
         accumulation: number of equal micro-batches that a batch is split into. Gradients and loss are those of the
-            whole batch, also where micro-batches have different numbers of targets that count.
+            whole batch, even if micro-batches differ in their numbers of targets that count.
         grad_clip: maximum norm of the gradients; 0 disables clipping.
         dtype: of matmuls: float32, bfloat16 or float16.
         compiled: compile the model with `torch.compile(fullgraph=True)`. Compile a model yourself before you wrap it.
@@ -150,12 +152,12 @@ class TrainStep:
         return self._loss_scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `state_dict` returned; the state of a step in another dtype is ignored."""
+        """Load the result of `state_dict`; a dtype other than float16 ignores it."""
         self._loss_scale.load_state_dict(state)
 
     @cached_property
     def _captured(self) -> _CapturedStep:
-        return _CapturedStep(self)  # made at the first call: the optimizers have loaded their state by then
+        return _CapturedStep(self)  # built at the first call, after the optimizers have loaded their state
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -171,9 +173,9 @@ class TrainStep:
         loss = torch.stack(losses).sum()
         if self._n_ranks > 1:
             torch.distributed.all_reduce(loss)
-        outcome = self._update(loss / self._n_ranks)
+        values = self._update(loss / self._n_ranks)
         self._zero_grad()
-        return outcome
+        return values
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -230,10 +232,10 @@ class TrainStep:
 
 
 class _LossScale:
-    """Dynamic loss scale on the device (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
+    """Dynamic loss scale of float16 (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
 
-    float16 flushes small gradients to zero, so the loss is scaled up. As in `torch.amp.GradScaler` the scale halves at
-    an overflow and doubles after 2000 steps without one; unlike there, the host does not read it.
+    The scale keeps small gradients from being flushed to zero. As in `torch.amp.GradScaler` it halves at an overflow
+    and doubles after 2000 steps without one. Unlike there, it stays on the device.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -264,7 +266,7 @@ class _CapturedStep:
         self._step = step
         self._calls: Counter[object] = Counter()
         self._graphs: dict[object, _StepGraphs] = {}
-        # in float16 the host decides whether an optimizer that is not fused skips the step, which no graph can hold
+        # in float16 the host decides whether to skip the step of an optimizer that is not fused; a graph cannot
         host_waits = step._loss_scale.enabled and not all(map(supports_grad_scale, step.optimizers))
         self._captures_update = not host_waits and all("capturable" in group for group in step._groups)
         self._rates = [torch.empty((), device=step.device) for _ in step._groups]
@@ -305,7 +307,7 @@ class _StepGraphs:
         self._step = step
         self._inputs = (idx[0].clone(), targets[0].clone(), step._weights(targets)[0].clone())
         self._loss = torch.zeros((), device=step.device)
-        self._outcome = torch.zeros(3, device=step.device)  # loss, norm and scale
+        self._values = torch.zeros(3, device=step.device)  # loss, norm and scale
 
         def first_backward() -> None:
             step._zero_grad()  # gradients are written, instead of added to zeros
@@ -315,7 +317,7 @@ class _StepGraphs:
             self._loss.add_(step._backward(*self._inputs))
 
         def update() -> None:
-            self._outcome.copy_(step._update(self._loss))
+            self._values.copy_(step._update(self._loss))
 
         functions = [first_backward, next_backward] if step.accumulation > 1 else [first_backward]
         graphs = cuda_graphs.capture([*functions, update] if captures_update else functions, step.device)
@@ -335,7 +337,7 @@ class _StepGraphs:
             backward()
         if self._update is not None:
             self._update()
-            return self._outcome
+            return self._values
         for parameter, gradient in self._gradients.items():  # graphs of other shapes have other gradients
             parameter.grad = gradient
         return self._step._update(self._loss)
@@ -356,13 +358,8 @@ def _is_distributed(model: nn.Module) -> bool:
     return isinstance(model, (nn.parallel.DistributedDataParallel, FSDPModule))
 
 
-@contextlib.contextmanager
-def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
+def _gradient_sync(model: Any, enabled: bool) -> AbstractContextManager:
     """Skip gradient synchronisation of DDP or FSDP2 unless `enabled`."""
-    if hasattr(model, "no_sync") and not enabled:
-        with model.no_sync():
-            yield
-    else:
-        if hasattr(model, "set_requires_gradient_sync"):
-            model.set_requires_gradient_sync(enabled)
-        yield
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(enabled)
+    return contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()

@@ -27,9 +27,9 @@ _MIN_LOSS_SCALE = 2.0**-6
 def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[str, Any]:
     """Train a GPT and write a run folder (see `gptfast.checkpoint.run_folder`).
 
-    Wrong settings and data raise before the folder is made, and a run that fails in its first step leaves none. SIGINT
-    (Ctrl-C) and SIGTERM end training after the current step, with a checkpoint from which `config.resume` continues bit
-    for bit. Under torchrun every process calls this function; rank 0 writes and prints.
+    Wrong settings and data raise before the folder is created, and a run that fails in its first step leaves none.
+    SIGINT (Ctrl-C) and SIGTERM end training after the current step, with a checkpoint from which `config.resume`
+    continues bit for bit. Under torchrun every process calls this function; rank 0 writes and prints.
 
     Args:
         config: the settings. The tokenizer determines the vocabulary size.
@@ -44,8 +44,7 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
         - `validation_text`: "held out", or "training" if nothing is
         - `tokens_per_second`, and `mfu`, a fraction of the peak of all devices, None if that is unknown
         - `params`, `steps`, `device`, `processes`, `backend` by operator, `interrupted`
-        - `seconds` of the whole run, of which `checkpoint_seconds` and `data_seconds` waited for checkpoints and
-          batches
+        - `seconds` of the whole run; `checkpoint_seconds` and `data_seconds`, the waits for checkpoints and batches
 
     Raises:
         ValueError: a setting, the data or an override of the device's peak is wrong.
@@ -69,9 +68,9 @@ def train(config: TrainConfig, name: str = "run", headline: str = "") -> dict[st
 
 
 def train_steps(run: Run, batches: Prefetcher, interrupts: Interrupts) -> int:
-    """Train to the last step or to an interrupt; returns the steps done, including earlier runs of the folder."""
+    """Train to the last step or to an interrupt; return the steps done, including those before a resume."""
     config = run.config
-    pending: list[StepResult] = []  # of steps that the host has not waited for
+    pending: list[StepResult] = []  # the host has not waited for these steps
     waited = 0.0
     run.throughput.start()
     for step in range(run.first, config.steps):
@@ -110,7 +109,7 @@ def load_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
 
 def take_step(run: Run, step: int, idx: Tensor, targets: Tensor) -> StepResult:
     """Train on a batch, asynchronously on a GPU."""
-    # dropout, like the batch, depends on seed, step and rank alone: it has no state to save
+    # dropout, like the batch, depends on seed, step and rank alone, so that it has no state to save
     seed = np.random.SeedSequence((run.config.seed, step, run.world.rank)).generate_state(1, np.uint64)
     devices.seed(run.state.step.device, int(seed[0]))
     for optimizer in run.state.step.optimizers:
@@ -163,7 +162,7 @@ def log_step(run: Run, step: int, result: StepResult, speed: float, waited: floa
 
 def evaluate(run: Run, done: int) -> None:
     """Measure, log and print the losses of both splits, and save the weights if they are the best so far."""
-    # the bare model: it is not compiled, and DDP would synchronise
+    # not the wrapper: DDP would synchronise
     metrics = run.evaluator.metrics(run.state.model)
     for name, value in (("validation", metrics["val_loss"]), ("train", metrics["train_loss"])):
         if not math.isfinite(value):
@@ -173,7 +172,7 @@ def evaluate(run: Run, done: int) -> None:
 
 
 def announce(run: Run, headline: str) -> None:
-    """Print what is trained on what and where."""
+    """Print the run's model, data, device and folder."""
     config, world, dataset, step = run.config, run.world, run.dataset, run.state.step
     shape, dtype = config.model, str(step.dtype).removeprefix("torch.")
     if headline:
@@ -195,7 +194,7 @@ def announce(run: Run, headline: str) -> None:
 
 
 def summarize(run: Run, steps: int) -> dict[str, Any]:
-    """Collect the outcome of a run, see `train`."""
+    """Collect the results of a run, see `train`."""
     device, speed = run.state.step.device, run.throughput.average
     return {
         **run.saver.best,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptfast import devices, tokenizers
 from gptfast.data.batches import Split
@@ -35,33 +35,31 @@ class EvalSet:
     batches: int
     batch_size: int
 
-    def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        return self.split.eval_batches(self.batches, self.batch_size)
-
     def bytes_per_token(self, tokenizer: Tokenizer) -> float | None:
-        """Average bytes of text per target; None if the tokenizer is lossy or the text is empty."""
-        targets = np.concatenate([targets.numpy().reshape(-1) for _, targets in self._batches()])
+        """Return the average bytes of text per target; None if the tokenizer is lossy or the text is empty."""
+        batches = self.split.eval_batches(self.batches, self.batch_size)
+        targets = np.concatenate([targets.numpy().reshape(-1) for _, targets in batches])
         size = tokenizers.text_bytes(tokenizer, targets)
         return size / len(targets) if size else None
 
     @torch.no_grad()
     def mean_loss(self, model: nn.Module, dtype: torch.dtype, world: World) -> float:
-        """Mean loss in nats per token. Collective: every rank must call it.
+        """Compute the mean loss in nats per token. Collective: every rank must call it.
 
         Args:
             model: `model(idx, targets)` returns (anything, mean loss). Its training mode is restored.
-            dtype: dtype of matrix products.
-            world: the processes, each of which takes every `world.size`-th row of a batch.
+            dtype: dtype of matmuls.
+            world: the processes; each takes every `world.size`-th row of a batch.
         """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of sequences
-        for idx, targets in self._batches():
-            mine = slice(world.rank, None, world.size)
-            # a rank without a row computes one all the same: FSDP's all-gathers need every rank
-            rows = len(idx[mine])
-            idx, targets = (idx[mine], targets[mine]) if rows else (idx[:1], targets[:1])
+        for idx, targets in self.split.eval_batches(self.batches, self.batch_size):
+            rows = len(idx[world.rank :: world.size])
+            # a rank without a row of its own computes one for FSDP's all-gathers, which need every rank
+            mine = slice(world.rank, None, world.size) if rows else slice(1)
+            idx, targets = idx[mine], targets[mine]
             with devices.autocast(device, dtype):
                 _, loss = model(idx.to(device), targets.to(device))
             total += torch.tensor([float(loss) * rows, rows], dtype=torch.float64)
@@ -71,7 +69,7 @@ class EvalSet:
 
 
 class Evaluator:
-    """Measures a model on both splits of a dataset, with matrix products in `dtype`."""
+    """Measures a model on both splits of a dataset, with matmuls in `dtype`."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset, dtype: torch.dtype, world: World) -> None:
         self._config, self._dataset, self._dtype, self._world = config, dataset, dtype, world
@@ -85,8 +83,7 @@ class Evaluator:
 
         Perplexity is None beyond float64's range, bits per byte is None with a lossy tokenizer.
         """
-        val_loss = self._val.mean_loss(model, self._dtype, self._world)
-        train_loss = val_loss
+        train_loss = val_loss = self._val.mean_loss(model, self._dtype, self._world)
         if self._dataset.has_held_out:
             train_loss = self._train.mean_loss(model, self._dtype, self._world)
         perplexity, ratio = metrics.perplexity(val_loss), self._bytes_per_token
@@ -112,12 +109,12 @@ class Evaluator:
         idx = torch.from_numpy(ids.astype(np.int64))[None].to(device)  # [1, T]
         with devices.autocast(device, self._dtype):
             tokens = model.generate(idx, config.sample_tokens, 0.8, None, generator)
-        stream = TextStream(tokenizer, after=int(ids[-1]) if prompt else None)  # after a word comes a space
+        stream = TextStream(tokenizer, after=int(ids[-1]) if prompt else None)  # a space may follow the prompt
         pieces = [stream.push(token) for token in tokens[0, len(ids) :].tolist()]
         return prompt + "".join(pieces) + stream.flush()
 
     def _document_end(self) -> np.ndarray:
-        """Token ids [1] after which a new document or line starts."""
+        """Return the token id [1] that precedes a new document or line."""
         tokenizer = self._dataset.tokenizer
         if tokenizer.end_of_text is not None:
             return np.array([tokenizer.end_of_text])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,8 @@ from torch import Tensor
 from gptfast import GPT, GPTConfig, load_model, lora, tokenizers
 from gptfast.checkpoint import run_folder
 from gptfast.checkpoint.manager import Checkpoint, CheckpointManager
-from gptfast.tokenizers import CharTokenizer
 from gptfast.training import finetuning, trainer
 from gptfast.training.config import TrainConfig
-from gptfast.training.finetuning import PretrainedInit
 from tests.support.tiny_runs import TEXT, tiny_run
 
 OTHER = "to no one that is; a question.\n".replace(";", ",").replace(".", ":") * 40  # of the same characters
@@ -61,8 +58,8 @@ def finetune(base: Path, folder: Path, **changes) -> tuple[TrainConfig, dict]:
     return config, trainer.train(config)
 
 
-def load_init(source: Path | str, **wanted) -> PretrainedInit:
-    return PretrainedInit.load(str(source), GPTConfig(**wanted))
+def load_pretrained(source: Path | str, **wanted) -> GPT:
+    return finetuning.load_pretrained(str(source), GPTConfig(**wanted))[0]
 
 
 def last_checkpoint(run: Path) -> Checkpoint:
@@ -76,9 +73,9 @@ def weights(model: GPT) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: GPT, length: int = 8) -> Tensor:
-    idx = torch.arange(2 * length).view(2, length) % 20
-    return model.eval()(idx, idx)[0]
+def logits(model: GPT, training: bool = False) -> Tensor:
+    idx = torch.arange(16).view(2, 8)
+    return model.train(training)(idx, idx)[0]
 
 
 def changed(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
@@ -86,130 +83,60 @@ def changed(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
     return {name for name in ours if not torch.equal(ours[name], theirs[name])}
 
 
-def test_pretrained_init_loads_a_run(base):
-    start = load_init(base, block_size=16, n_layer=7, vocab_size=5)
-    expected, tokenizer = load_model.load_run(base)
-    assert start.source == str(base)
-    assert start.model.config == expected.config
-    assert start.tokenizer.to_json() == tokenizer.to_json()
-    assert changed(start.model.state_dict(), expected.state_dict()) == set()
-    assert all(p.requires_grad for p in start.model.parameters())
-
-
-def test_pretrained_init_loads_hugging_faces_layout(hugging_face):
-    start = load_init(hugging_face, block_size=24)
-    expected = GPT.from_pretrained(str(hugging_face))
-    assert start.tokenizer is None
-    assert start.model.config == expected.config
-    assert changed(start.model.state_dict(), expected.state_dict()) == set()
-
-
-def test_pretrained_init_expands_the_home_folder(base, monkeypatch):
+def test_load_pretrained_reads_a_run(base, monkeypatch):
     monkeypatch.setenv("HOME", str(base.parent))
-    assert load_init("~/run", block_size=16).model.config.n_layer == 2
+    model, tokenizer = finetuning.load_pretrained("~/run", GPTConfig(block_size=16, n_layer=7, vocab_size=5))
+    expected, own = load_model.load_run(base)
+    assert model.config == expected.config
+    assert tokenizer.to_json() == own.to_json()
+    assert changed(model.state_dict(), expected.state_dict()) == set()
+    assert all(p.requires_grad for p in model.parameters())
 
 
-def test_pretrained_init_takes_block_size_dropout_and_padding(base, hugging_face):
+def test_load_pretrained_reads_hugging_faces_layout(hugging_face):
+    model, tokenizer = finetuning.load_pretrained(str(hugging_face), GPTConfig(block_size=24))
+    expected = GPT.from_pretrained(str(hugging_face))
+    assert tokenizer is None
+    assert model.config == expected.config
+    assert changed(model.state_dict(), expected.state_dict()) == set()
+
+
+def test_load_pretrained_sets_block_size_dropout_and_padding(base, hugging_face):
     for source in (base, hugging_face):
-        model = load_init(source, block_size=8, dropout=0.25, pad_vocab_size_to=64).model
-        whole = load_init(source, block_size=16).model
+        model = load_pretrained(source, block_size=8, dropout=0.25, pad_vocab_size_to=64)
+        whole = load_pretrained(source, block_size=16)
         assert model.config == dataclasses.replace(whole.config, block_size=8, dropout=0.25, pad_vocab_size_to=64)
         assert model.transformer.wte.weight.shape[0] == -(-whole.config.vocab_size // 64) * 64
         assert model.transformer.wpe.weight.shape == (8, 16)
         assert not model.transformer.wte.weight[model.config.vocab_size :].any()
         torch.testing.assert_close(logits(model), logits(whole))
-        assert not torch.equal(logits_in_training(model), logits_in_training(model))
-        assert torch.equal(logits_in_training(whole), logits_in_training(whole))
-
-
-@torch.no_grad()
-def logits_in_training(model: GPT) -> Tensor:
-    idx = torch.arange(8)[None]
-    return model.train()(idx, idx)[0]
+        assert not torch.equal(logits(model, training=True), logits(model, training=True))
+        assert torch.equal(logits(whole, training=True), logits(whole, training=True))
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "none"])
-def test_pretrained_init_crops_positions_that_are_not_learned(tmp_path, position: str):
+def test_load_pretrained_crops_positions_that_are_not_learned(tmp_path, position: str):
     trainer.train(settings(tmp_path, model=GPTConfig(block_size=16, **SIZES, position=position), steps=1))
-    model = load_init(tmp_path / "run", block_size=8).model
-    whole = load_init(tmp_path / "run", block_size=16).model
+    model, whole = (load_pretrained(tmp_path / "run", block_size=size) for size in (8, 16))
     assert model.config == dataclasses.replace(whole.config, block_size=8)
     torch.testing.assert_close(logits(model), logits(whole))
 
 
-def test_pretrained_init_rejects_a_context_that_is_too_short(base, hugging_face):
+def test_load_pretrained_rejects_a_context_that_is_too_short(base, hugging_face):
     for source, size in ((base, 16), (hugging_face, 24)):
         with pytest.raises(ValueError, match=rf"{source} has block_size={size}, .*25.*--block-size {size}$"):
-            load_init(source, block_size=25)
+            load_pretrained(source, block_size=25)
 
 
-def test_pretrained_init_rejects_bad_sources(base, tmp_path):
-    with pytest.raises(ValueError, match=r"'nowhere/at/all'.*gpt2, "):
-        load_init("nowhere/at/all")
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        load_init(tmp_path)
-    shutil.copytree(base, tmp_path / "run")
-    path = tmp_path / "run/model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its checksum does not match"):
-        load_init(tmp_path / "run", block_size=16)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"is not a run folder with weights: it has no model\.safetensors"):
-        load_init(tmp_path / "run", block_size=16)
+def test_select_trainable_adapts_every_linear_layer_by_default():
+    model = GPT(GPTConfig(vocab_size=31, **SIZES), "eager")
+    finetuning.select_trainable(model, TrainConfig(lora_rank=1))
+    assert len(lora.adapters(model)) == 2 * 2 * 4
 
 
-def test_pretrained_init_requires_the_tokenizers_vocabulary(base):
-    start = load_init(base, block_size=16)
-    start.require_vocabulary(start.tokenizer)
-    size = start.model.config.vocab_size
-    with pytest.raises(ValueError, match=rf"run has a vocabulary of {size} tokens, the tokenizer has 3"):
-        start.require_vocabulary(CharTokenizer("abc"))
-    padded = load_init(base, block_size=16, pad_vocab_size_to=64)
-    padded.require_vocabulary(start.tokenizer)
-
-
-def select_trainable(**settings) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=31, **SIZES), "eager")
-    finetuning.select_trainable(model, TrainConfig(**settings))
-    return model
-
-
-def test_select_trainable_trains_everything_by_default():
-    model = select_trainable()
-    assert all(p.requires_grad for p in model.parameters())
-    assert not lora.is_applied(model)
-
-
-def test_select_trainable_freezes_by_pattern():
-    model = select_trainable(freeze=("transformer.h.0.*", "*.bias"))
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {n for n in weights(model) if n.startswith("transformer.h.0.") or n.endswith(".bias")}
-
-
-def test_select_trainable_adds_adapters_by_pattern():
-    model = select_trainable(lora_rank=3, lora_alpha=6.0, lora_targets=("*.1.attn.*",))
-    layers = [f"transformer.h.1.attn.{name}" for name in ("c_attn", "c_proj")]
-    assert list(lora.adapters(model)) == [f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"]
-    assert lora.adapters(model)[f"{layers[0]}.lora_a"].shape == (3, 16)
-    assert model.get_submodule(layers[0]).parametrizations.weight[0].scale == 2.0
-    assert sum(p.requires_grad for p in model.parameters()) == 4
-    assert len(lora.adapters(select_trainable(lora_rank=1))) == 2 * 2 * 4  # every linear layer of two blocks
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"freeze": ("h.0",)}, r"no parameter matches 'h\.0'"),
-        ({"lora_rank": 1, "lora_targets": ("c_attn",)}, "no linear layer matches 'c_attn'"),
-        ({"lora_rank": 2, "parallel": "fsdp"}, "--parallel ddp"),
-    ],
-)
-def test_select_trainable_rejects_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        select_trainable(**settings)
+def test_select_trainable_rejects_adapters_with_fsdp():
+    with pytest.raises(ValueError, match="--parallel ddp"):
+        finetuning.select_trainable(GPT(GPTConfig(**SIZES), "eager"), TrainConfig(lora_rank=2, parallel="fsdp"))
 
 
 STEPS = 12
@@ -265,7 +192,7 @@ def test_merged_weights_are_an_ordinary_model(base, adapted):
     saved = json.loads((adapted / "config.json").read_text())
     assert (saved["lora_rank"], saved["lora_alpha"], saved["init_from"]) == (2, 8.0, str(base))
     assert saved["model"] == json.loads((base / "config.json").read_text())["model"]
-    again = load_init(adapted, block_size=16).model
+    again = load_pretrained(adapted, block_size=16)
     assert changed(again.state_dict(), load_model.load_run(adapted)[0].state_dict()) == set()
     assert not (base / "adapters.safetensors").exists()
 
@@ -290,7 +217,7 @@ def test_finetuning_trains_everything_by_default(base, tmp_path):
     assert model.config == dataclasses.replace(shape, block_size=8, dropout=0.1)
     assert tokenizer.decode(tokenizer.encode("question").tolist()) == "question"
     assert summary["params"] == model.get_num_params(non_embedding=False)
-    before = weights(load_init(base, block_size=8).model)
+    before = weights(load_pretrained(base, block_size=8))
     assert changed(before, weights(model)) == before.keys()
 
 

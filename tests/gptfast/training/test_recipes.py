@@ -11,20 +11,15 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from torch import Tensor
 
 from benchmarks.cost_model import operators
-from gptfast import GPT, GPTConfig, Sampling, cli, generate_text
+from gptfast import GPT, GPTConfig, cli
 from gptfast.checkpoint import run_folder
 from gptfast.config import PRESETS
 from gptfast.data import batches
 from gptfast.data.corpus import TEXTS
 from gptfast.distributed import World
-from gptfast.generation import text as texts
-from gptfast.generation.beam_search import BeamSearch
 from gptfast.load_model import load_run
-from gptfast.tokenizers import TiktokenTokenizer
-from gptfast.tokenizers.byte import END_OF_TEXT
 from gptfast.training import dataset, recipes, trainer
 from gptfast.training.recipes import RECIPES
 from gptfast.training.validation import EvalSet
@@ -57,8 +52,16 @@ def generate(capsys, folder: Path, prompt: str, tokens: int, *options: str) -> s
     return capsys.readouterr().out.rstrip("\n")
 
 
-def losses(folder: Path, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in run_folder.read_log(folder) if name in entry]
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in run_folder.read_log(folder) if "loss" in entry]
+
+
+def assert_memorised(folder: Path) -> dict:
+    """Return the last evaluation."""
+    evaluations = [entry for entry in run_folder.read_log(folder) if "val_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [50, 100]
+    assert evaluations[-1]["val_loss"] < 0.05
+    return evaluations[-1]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -86,17 +89,13 @@ def test_recipe_is_causal(name: str):
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(small(RECIPES[name].model), init_std=0.2), "eager").eval()
     idx = torch.randint(257, (3, 16))
-    before = logits(model, idx)
+    before = model(idx, idx)[0]
     for place in (1, 7, 15):
         other = idx.clone()
         other[:, place] = (other[:, place] + 1) % 257
-        after = logits(model, other)
+        after = model(other, other)[0]
         torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-5, atol=1e-6)
         assert (after[:, place:] - before[:, place:]).abs().amax(-1).min() > 1e-3
-
-
-def logits(model: GPT, idx: Tensor) -> Tensor:
-    return model(idx, idx)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +122,7 @@ def test_word_gpt_generates_without_a_prompt(word_gpt, capsys):
 
 
 def test_word_gpt_memorises_its_sentences(word_gpt, capsys):
-    evaluations = [entry for entry in run_folder.read_log(word_gpt) if "val_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [50, 100]
-    assert evaluations[-1]["val_loss"] < 0.05
-    assert evaluations[-1]["sample"].startswith("The quick brown fox jumps over the lazy dog. This")
+    assert assert_memorised(word_gpt)["sample"].startswith("The quick brown fox jumps over the lazy dog. This")
     sentence = "the quick brown fox jumps over the lazy dog."
     assert generate(capsys, word_gpt, "the quick brown", 7, "--temperature", "0") == sentence
     for options in (["--temperature", "0"], ["--num-beams", "3"]):
@@ -135,9 +131,6 @@ def test_word_gpt_memorises_its_sentences(word_gpt, capsys):
 
 
 def test_word_gpt_draws_every_window():
-    model = RECIPES["word-gpt"].model
-    assert_fields(model, n_embd=128, n_layer=2, n_head=8, block_size=10, dropout=0.1)
-    assert_fields(model, activation="relu", norm_position="post", position="sinusoidal")
     split = dataset.load(RECIPES["word-gpt"]).train
     assert len(split.tokens) == 33
     assert len({tuple(row) for step in range(100) for row in split.random_batch(23, 1337, step)[0].tolist()}) == 23
@@ -151,9 +144,7 @@ def simple_gpt(tmp_path_factory) -> Path:
 
 
 def test_simple_gpt_memorises_its_text(simple_gpt, capsys):
-    evaluations = [entry for entry in run_folder.read_log(simple_gpt) if "val_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [50, 100]
-    assert evaluations[-1]["val_loss"] < 0.05
+    assert_memorised(simple_gpt)
     length = len(CHATBOT) - len("Hello,")
     assert generate(capsys, simple_gpt, "Hello,", length, "--temperature", "0") == CHATBOT
     for options in (["--top-k", "5"], ["--top-p", "0.9"]):
@@ -253,31 +244,3 @@ def test_gpt2_124m_is_the_books():
     assert SIZES["gpt2"] - 124_412_160 == 12 * 3 * 768  # the biases of queries, keys and values
     assert tied.transformer.h[0].attn.c_attn.bias is None
     assert tied.config.dropout == 0.1
-
-
-def test_generation_ends_at_gpt2s_end_of_text():
-    """Token 50256; what follows it is another document."""
-    # bytes, tokens that no text has, and the end of text: an encoding that needs no download
-    ranks = {bytes([byte]): byte for byte in range(256)} | {f"<{rank}>".encode(): rank for rank in range(256, 50256)}
-    special = {END_OF_TEXT: 50256}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
-    model = successor_model({ord("a"): ord("b"), ord("b"): ord("."), ord("."): 50256, 50256: ord("a")})
-    assert generate_text(model, TiktokenTokenizer(encoding), "a", 10, Sampling(temperature=0.0)) == "b."
-    (searched,) = texts.search(model, TiktokenTokenizer(encoding), ["a"], 10, BeamSearch(3))
-    assert (searched.text, searched.tokens, searched.finished) == ("b.", [98, 46, 50256], True)
-    assert model.generate(torch.tensor([[97]]), 10, 0.0, stop_tokens=[50256])[0].tolist() == [97, 98, 46, 50256]
-    assert model.generate(torch.tensor([[97]]), 6, 0.0)[0].tolist() == [97, 98, 46, 50256, 97, 98, 46]
-
-
-@torch.no_grad()
-def successor_model(successors: dict[int, int]) -> GPT:
-    """A GPT that predicts a fixed successor of each token."""
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "position": "none", "tie_weights": False}
-    model = GPT(GPTConfig(block_size=16, vocab_size=50257, **shape), "eager").eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.zero_()  # blocks add nothing
-    for column, (token, successor) in enumerate(successors.items()):
-        model.transformer.wte.weight[token, column] = 1.0
-        model.lm_head.weight[successor, column] = 1.0
-    return model
