@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -100,25 +99,21 @@ class World:
             dist.destroy_process_group()
 
     def run_on_main(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on the main process and broadcast its result, or its ValueError, as JSON."""
+        """Call `function` on the main process and broadcast its result, or its ValueError."""
         if self.is_single:
             return function()
-        content: dict[str, Any] = {}
+        outcome: list[Any] = [None, None]  # result and error
         if self.is_main:
             try:
-                content["result"] = function()
+                outcome[0] = function()
             except ValueError as error:
-                content["error"] = str(error)
-        text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
-        length = torch.tensor(len(text))
+                outcome[1] = str(error)
         with self.collective_errors():
-            dist.broadcast(length, 0)
-            text = text if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(text, 0)
-        content = json.loads(bytes(text.tolist()))
-        if "error" in content:
-            raise ValueError(content["error"])
-        return content["result"]
+            dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        result, message = outcome
+        if message is not None:
+            raise ValueError(message)
+        return result
 
     def any(self, flag: bool) -> bool:
         """Return True if the flag is set on any rank. Collective: every rank must call it."""

@@ -167,16 +167,12 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         ValueError: a tensor is missing, unknown or of another shape. The model is unchanged then.
     """
     own = adapters(model)
-    for name, parameter in own.items():
-        if name not in tensors:
-            raise ValueError(f"adapter {name} is missing from the {len(tensors)} tensors given")
-        if tensors[name].shape != parameter.shape:
-            given, needed = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise ValueError(f"adapter {name} has shape {given}, the model's has {needed}")
-    for name in tensors:
-        if name not in own:
-            accepted = f"accepted: {', '.join(list(own)[:2])}, ..." if own else "add adapters with lora.apply"
-            raise ValueError(f"adapter {name} is unknown to the model; {accepted}")
+    for name in {**own, **tensors}:
+        given, needed = (tuple(each[name].shape) if name in each else "none" for each in (tensors, own))
+        if given != needed:
+            raise ValueError(
+                f"adapter {name}: got {given}, the model has {needed}; call lora.apply as for the saved adapters"
+            )
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
@@ -198,14 +194,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ValueError: a pattern that matches no parameter, or no parameter is left to train. The model is unchanged then.
     """
     all_names = dict(model.named_parameters(remove_duplicate=False))
-    matched = {id(all_names[name]) for name in _match_names(patterns, all_names, "parameter")}
-    frozen = {name: p for name, p in model.named_parameters() if id(p) in matched}
-    if not any(p.requires_grad and id(p) not in matched for p in model.parameters()):
+    matched = {all_names[name] for name in _match_names(patterns, all_names, "parameter")}
+    if not any(p.requires_grad and p not in matched for p in model.parameters()):
         quoted = ", ".join(map(repr, patterns))
         raise ValueError(f"patterns {quoted} leave nothing to train; leave out at least one parameter")
-    for parameter in frozen.values():
+    for parameter in matched:
         parameter.requires_grad_(False)
-    return list(frozen)
+    return [name for name, parameter in model.named_parameters() if parameter in matched]
 
 
 def _match_names(patterns: Sequence[str], names: Iterable[str], kind: str) -> list[str]:

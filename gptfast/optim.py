@@ -70,12 +70,7 @@ def build(
 
 
 def state_dict(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return the optimizers' state tensors under "parameter/key".
-
-    Args:
-        optimizers: optimizers of one model.
-        names: name of each parameter.
-    """
+    """Return the state tensors of a model's optimizers under "parameter/key", with the `names` of its parameters."""
     return {
         f"{names[parameter]}/{key}": value
         for optimizer in optimizers

@@ -40,11 +40,7 @@ class Dataset:
 
 
 def load(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
-    """Load the text that the config names.
-
-    Args:
-        config: the settings.
-        tokenizer: tokenizer of a pretrained model; without it `config.tokenizer` names one.
+    """Load the text that the config names, with a pretrained model's tokenizer or the config's.
 
     Raises:
         ValueError: the data is missing, too short, or does not fit the tokenizer.

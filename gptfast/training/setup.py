@@ -49,12 +49,8 @@ class Run:
 def setup(config: TrainConfig, name: str) -> Iterator[Run]:
     """Build a run, and release its folder and its processes at the end.
 
-    All settings and data are checked before the folder is created. A new folder is removed again if the first step
-    fails.
-
-    Args:
-        config: the settings.
-        name: name of the folder below runs/ if `config.out` is None.
+    All settings and data are checked before the folder is created: `config.out`, or runs/`name`. A new folder is
+    removed again if the first step fails.
 
     Raises:
         ValueError: settings, data or weights that are wrong or do not fit each other.

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 from gptfast.distributed import World
+from tests.support.tiny_runs import TEXT
 
 ROOT = Path(__file__).parents[2]
-TEXT = "To be, or not to be, that is the question:\n" * 40
 SETTINGS = {
     "data": "text.txt", "device": "cpu", "dtype": "float32", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16,
     "batch_size": 8, "steps": 60, "eval_interval": 25, "eval_batches": 3, "checkpoint_interval": 10,

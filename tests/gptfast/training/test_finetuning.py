@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -184,17 +183,6 @@ def test_adapters_file_makes_the_merged_model(base, adapted):
     lora.merge(model)
     assert changed(model.state_dict(), merged.state_dict()) == set()
     assert changed(before, merged.state_dict()) == {f"{layer}.weight" for layer in layers}
-
-
-def test_merged_weights_are_an_ordinary_model(base, adapted):
-    files = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (base, adapted)]
-    assert [(n, t.shape) for n, t in sorted(files[0].items())] == [(n, t.shape) for n, t in sorted(files[1].items())]
-    saved = json.loads((adapted / "config.json").read_text())
-    assert (saved["lora_rank"], saved["lora_alpha"], saved["init_from"]) == (2, 8.0, str(base))
-    assert saved["model"] == json.loads((base / "config.json").read_text())["model"]
-    again = load_pretrained(adapted, block_size=16)
-    assert changed(again.state_dict(), load_model.load_run(adapted)[0].state_dict()) == set()
-    assert not (base / "adapters.safetensors").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -11,15 +11,11 @@ import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gptfast import GPT, GPTConfig, TrainStep
-from gptfast.distributed import full_tensor
+from gptfast.distributed import World, full_tensor, is_dtensor
 
-ROOT = Path(__file__).parents[3]
-PROCESSES, BATCH_SIZE = 2, 4
+BATCH_SIZE = 4
 
 
 def build(backend: str) -> GPT:
@@ -55,59 +51,39 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max((one[name] - tensor).abs().max().item() for name, tensor in other.items())
 
 
-def replicated(model: GPT) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def sharded(model: GPT) -> nn.Module:
-    for block in model.transformer.h:
-        fully_shard(block)
-    fully_shard(model)
-    assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
-    return model
-
-
-WRAPPERS = {"DDP": replicated, "FSDP": sharded}
-
-
-def run_process(wrapper: str, rank: int, folder: Path) -> None:
-    """Train on the rows of a rank, and write the full parameters that this rank sees."""
-    store = torch.distributed.FileStore(str(folder / "store"), PROCESSES)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-    model = build("triton")
-    share = BATCH_SIZE // PROCESSES
-    outcome = train(WRAPPERS[wrapper](model), slice(rank * share, (rank + 1) * share), accumulation=2)
+def run_process(parallel: str, folder: Path) -> None:
+    """Train on the rows of this rank, and write the full parameters that it sees."""
+    torch.distributed.init_process_group("gloo")
+    world, model = World.from_environment(), build("triton")
+    wrapped = world.wrap(model, model.transformer.h, parallel, compiled=False)
+    assert all(is_dtensor(p) and p.to_local().numel() < p.numel() for p in model.parameters()) is (parallel == "fsdp")
+    share = BATCH_SIZE // world.size
+    outcome = train(wrapped, slice(world.rank * share, (world.rank + 1) * share), accumulation=2)
     parameters = {name: full_tensor(parameter).detach() for name, parameter in model.named_parameters()}
-    torch.save({"outcome": outcome, **parameters}, folder / f"{rank}.pt")
+    torch.save({"outcome": outcome, **parameters}, folder / f"{world.rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_train_step_of_two_ranks_equals_one_process(wrapper: str, tmp_path: Path):
-    environment = os.environ | {
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_train_step_of_two_ranks_equals_one_process(parallel: str, tmp_path: Path):
+    environment = {
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",  # the host name may not resolve
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
         "TRITON_INTERPRET": "1",
     }
-    commands = [[sys.executable, __file__, wrapper, str(rank), str(tmp_path)] for rank in range(PROCESSES)]
-    processes = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for c in commands
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(outputs)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [sys.executable, *torchrun, __file__, parallel, str(tmp_path)],
+        env=os.environ | environment, timeout=120, check=True,
+    )  # fmt: skip
     whole, first_half = trained("eager", slice(None)), trained("eager", slice(BATCH_SIZE // 2))
     assert largest_difference(first_half, whole) > 1e-3
-    for rank in range(PROCESSES):
+    for rank in range(2):
         assert largest_difference(torch.load(tmp_path / f"{rank}.pt"), whole) < 1e-5
 
 
 if __name__ == "__main__":
-    run_process(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    run_process(sys.argv[1], Path(sys.argv[2]))

@@ -161,23 +161,17 @@ def test_plot_shows_three_curves_and_replaces_an_older_plot(folder):
     assert not np.array_equal(image, before)
 
 
-def test_plot_shows_what_the_log_has(folder):
-    folder.append_log({**STEP, **UNKNOWN, "loss_scale": 2.0**16})
-    folder.append_log({**STEP, "step": 2})
-    assert plot(folder)[1] == {"loss"}
-
-
-def test_plot_shows_a_single_evaluation(folder):
-    folder.append_log(EVALUATION)
-    assert plot(folder)[1] == {"train_loss", "val_loss"}
+@pytest.mark.parametrize(
+    ("entries", "curves"),
+    [([STEP, {**STEP, **UNKNOWN, "step": 2}], {"loss"}), ([EVALUATION], {"train_loss", "val_loss"})],
+)
+def test_plot_shows_the_curves_of_the_log(folder, entries, curves):
+    for entry in entries:
+        folder.append_log(entry)
+    assert plot(folder)[1] == curves
 
 
 def test_plot_takes_any_folder_name(tmp_path):
     with RunFolder(tmp_path / "a $_$ run") as made:  # no formula
         write_curves(made, 100)
         plot(made)
-
-
-@pytest.mark.parametrize(("fraction", "text"), [(None, "unknown"), (0.0, "0.0%"), (0.4567, "45.7%"), (1, "100.0%")])
-def test_percent_formats_fractions(fraction, text: str):
-    assert progress.percent(fraction) == text

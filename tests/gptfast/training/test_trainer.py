@@ -15,13 +15,11 @@ from gptfast.checkpoint.run_folder import read_log
 from gptfast.commands.train import describe
 from gptfast.data import batches
 from gptfast.load_model import load_run
-from gptfast.training import recipes, setup, trainer
+from gptfast.training import setup, trainer
 from gptfast.training.config import TrainConfig
 from gptfast.training.train_step import StepResult, TrainStep
 from gptfast.training.validation import EvalSet
-from tests.support.tiny_runs import TEXT, before_step, raising, tiny_run
-
-CPU = torch.device("cpu")
+from tests.support.tiny_runs import TEXT, before_step, tiny_run
 
 
 @pytest.fixture
@@ -131,20 +129,6 @@ def test_trainer_finishes_the_step_and_saves_when_interrupted(config, tmp_path, 
     assert (again["interrupted"], again["steps"], again["val_loss"]) == (False, 20, whole["val_loss"])
 
 
-def test_trainer_stops_at_once_at_a_second_interrupt(config, tmp_path, monkeypatch):
-    before_step(monkeypatch, 6, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(config)
-    assert not (tmp_path / "run/checkpoints").exists()
-
-
-def test_trainer_keeps_the_log_of_a_run_that_fails_later(config, tmp_path, monkeypatch):
-    before_step(monkeypatch, 1, raising(MemoryError()))
-    with pytest.raises(MemoryError):
-        trainer.train(config)
-    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1]
-
-
 @pytest.mark.parametrize(
     ("values", "message"), [((math.nan, 1.0, 1.0), "loss is nan"), ((1.0, math.inf, 1.0), "gradient's norm is inf")]
 )
@@ -216,12 +200,6 @@ def test_trainer_passes_settings_to_the_step(config, monkeypatch):
     assert made == [(True, torch.bfloat16, 2, 0.5, torch.float16, False)]
 
 
-def test_accumulation_trains_as_the_whole_batch(config):
-    whole = trainer.train(config)
-    accumulated = trainer.train(dataclasses.replace(config, accumulation=4, out=config.out + "2"))
-    assert accumulated["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
-
-
 def test_trainer_uses_every_batch_and_learning_rate_once(config, monkeypatch):
     drawn, rates = [], []
     draw, step = batches.Split.random_batch, torch.optim.AdamW.step
@@ -266,19 +244,16 @@ def test_throughput_leaves_out_evaluations_and_the_first_step(config, monkeypatc
     [
         ({"steps": 0}, "steps .*got 0"),
         ({"learning_rate": float("nan")}, "learning_rate .*got nan"),
-        ({"grad_clip": float("inf")}, "grad_clip .*got inf"),
         ({"residual_dtype": "int8"}, "residual_dtype .*auto, float32, bfloat16, got 'int8'"),
         ({"optimizer": "sgd"}, "optimizer .*adamw, muon, got 'sgd'"),
         ({"parallel": "pipeline"}, "parallel .*ddp, fsdp, got 'pipeline'"),
         ({"schedule": "linear"}, "schedule .*cosine, constant, wsd, got 'linear'"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints .*got 0"),
         ({"checkpoint_interval": -1}, "checkpoint_interval .*got -1"),
         ({"decay_share": 1.5}, r"decay_share .*\[0, 1\], got 1.5"),
         ({"accumulation": 3}, "batch_size .*accumulation=3, got 64"),
         ({"batch_size": 2**31}, "batch_size .*got 2147483648"),
         ({"seed": -1}, r"seed .*\[0, 2\*\*64\), got -1"),
         ({"beta2": 1.0}, r"beta2 .*\[0, 1\), got 1.0"),
-        ({"held_out": 1.0}, r"held_out .*\[0, 1\), got 1.0"),
         ({"held_out": -0.1}, r"held_out .*\[0, 1\), got -0.1"),
         ({"resume": True}, "resume .*--out"),
         ({"freeze": ["*"], "lora_rank": 2}, "freeze .*lora_rank"),
@@ -287,13 +262,6 @@ def test_throughput_leaves_out_evaluations_and_the_first_step(config, monkeypatc
 def test_train_config_rejects_bad_values(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
-
-
-def test_recipe_chooses_the_size_by_device():
-    assert recipes.recipe("shakespeare-char", CPU) is recipes.RECIPES["shakespeare-char-cpu"]
-    assert recipes.recipe("shakespeare-char", torch.device("cuda")) is recipes.RECIPES["shakespeare-char-gpu"]
-    with pytest.raises(ValueError, match=r"'gpt5'.*shakespeare-char, shakespeare-char-gpu"):
-        recipes.recipe("gpt5", CPU)
 
 
 def test_trainer_numbers_default_folders(config, tmp_path, monkeypatch):
