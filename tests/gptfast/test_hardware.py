@@ -64,6 +64,14 @@ def no_overrides(monkeypatch):
     monkeypatch.delenv("GPTFAST_PEAK_BANDWIDTH", raising=False)
 
 
+@pytest.fixture
+def fp32_precision():
+    """Restores PyTorch's setting for float32 matmuls."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 def set_device_name(monkeypatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
@@ -138,9 +146,9 @@ def test_table_figures_are_dense_and_accumulate_in_float32():
         ("Tesla T4", "ieee", torch.bfloat16, None),
     ],
 )
-def test_peak_flops_by_dtype_and_precision(monkeypatch, name, precision, dtype, flops):
+def test_peak_flops_by_dtype_and_precision(monkeypatch, fp32_precision, name, precision, dtype, flops):
     set_device_name(monkeypatch, name)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    torch.backends.cuda.matmul.fp32_precision = precision
     assert hardware.peak_flops(CUDA, dtype) == flops
 
 

@@ -282,11 +282,7 @@ def test_load_adapters_rejects_what_does_not_fit():
     tensors = {name: torch.ones_like(tensor) for name, tensor in lora.adapters(model).items()}
     second, third = list(tensors)[1:3]
     for target, given, message in (
-        (
-            model,
-            {n: t for n, t in tensors.items() if n not in (second, third)},
-            rf"adapter {second}: got none, .* \(96, 2\)",
-        ),
+        (model, {n: t for n, t in tensors.items() if n not in (second, third)}, f"adapter {second}: got none"),
         (model, tensors | {second: tensors[second].T}, rf"adapter {second}: got \(2, 96\), .* \(96, 2\)"),
         (model, tensors | {"lm_head.lora_a": tensors[third]}, r"adapter lm_head\.lora_a: got \(2, 32\), .* none"),
         (plain, tensors, r"c_attn\.lora_a: got \(2, 32\), .* none"),
