@@ -13,8 +13,7 @@ from pandas import DataFrame
 from benchmarks.measuring.processes import run_command
 from benchmarks.reporting import results, units
 from benchmarks.reporting.names import KEY
-from benchmarks.reporting.passages import device_folders
-from benchmarks.reporting.results import Results, ResultsError
+from benchmarks.reporting.results import Results, ResultsError, device_folders
 
 
 def compare(old: tyro.conf.Positional[str], new: tyro.conf.Positional[str], threshold: float = 0.05) -> None:

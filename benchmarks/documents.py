@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy
-from benchmarks.reporting.markdown import replace_passage, write_text
-from benchmarks.reporting.passages import generation_table, readme_figures
+from benchmarks.report import readme_figures
+from benchmarks.reporting import results, tables, units
+from benchmarks.reporting.markdown import escape, grid, replace_passage, write_text
 from benchmarks.roofline import operator_table, step_table
 from benchmarks.roofline.bounds import gpu_named
 from benchmarks.vs_nanogpt import compare, learning_curves
@@ -34,10 +35,29 @@ def _step_tables() -> str:
     return step_table.tables(config, 32, 1024, gpu_named(GPU))
 
 
+def generation_table() -> str:
+    """Format the speed of every provider, and its ratios to the others."""
+    run = results.load(RESULTS / "cpu")
+    rows = run.rows[run.rows["suite"] == "generation"]
+    faster = tables.ratios_to_each(rows, rows)
+    lines = [
+        (
+            *(str(row["dims"][name]) for name in ("model", "B", "T", "new")),
+            "int8" if row["provider"].endswith("int8") else row["dtype"],
+            *(row["provider"], units.count(row["tokens_per_second"]), units.seconds(row["seconds_to_first_token"])),
+            *map(units.ratio, faster.loc[index]),
+        )
+        for index, row in rows.iterrows()
+    ]
+    sizes = ("model", "batch", "prompt", "new", "dtype")
+    columns = (*sizes, "provider", "tokens/s", "first token", *(f"times {other}" for other in faster.columns))
+    return f"{grid(columns, lines)}\n\n{escape(run.machine.device)}: {tables.origin(run)}.\n"
+
+
 # text of each table by document and name of the markers
 PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "figures"): lambda: readme_figures(RESULTS),
-    ("docs/generation.md", "generation"): lambda: generation_table(RESULTS / "cpu"),
+    ("docs/generation.md", "generation"): generation_table,
     ("docs/training.md", "recipes"): lambda: compare.passage(_committed("recipes")),
     ("docs/numerics.md", "accuracy"): lambda: accuracy.passage(_committed("accuracy")),
     ("docs/numerics.md", "learning"): lambda: learning_curves.passage(_committed(LEARNING)),

@@ -10,14 +10,12 @@ import jinja2
 import tyro
 
 from benchmarks.measuring.processes import run_command
-from benchmarks.reporting import results
-from benchmarks.reporting.content import content
+from benchmarks.reporting import results, tables
 from benchmarks.reporting.figures import figures
-from benchmarks.reporting.markdown import escape, replace_passage, write_text
+from benchmarks.reporting.markdown import escape, grid, replace_passage, write_text
 from benchmarks.reporting.names import MAIN
-from benchmarks.reporting.passages import device_folders, readme_figures
 from benchmarks.reporting.plotting import PALETTE
-from benchmarks.reporting.results import Results, ResultsError
+from benchmarks.reporting.results import Results, ResultsError, device_folders
 from benchmarks.reporting.units import SLOWER
 
 TEMPLATES = jinja2.Environment(
@@ -66,14 +64,38 @@ def write_report(folder: Path) -> bool:
 
 def render_markdown(run: Results, folder: Path) -> str:
     """Render the report as Markdown."""
-    return TEMPLATES.get_template("report.md.jinja").render(content(run, folder))
+    return TEMPLATES.get_template("report.md.jinja").render(tables.content(run, folder))
 
 
 def render_html(run: Results, folder: Path) -> str:
     """Render the report as a page that loads nothing else."""
     drawn = {suite: figures(run, suite) for suite in run.rows["suite"].unique()}
     look = {"palette": PALETTE, "slower": SLOWER, "highlighted": MAIN}
-    return TEMPLATES.get_template("report.html.jinja").render(content(run, folder), figures=drawn, **look)
+    return TEMPLATES.get_template("report.html.jinja").render(tables.content(run, folder), figures=drawn, **look)
+
+
+def readme_figures(results_folder: str | Path) -> str:
+    """Format the README's table of all devices.
+
+    Raises:
+        ResultsError: no device's folder is usable.
+    """
+    lines, notes = [], []
+    for folder in device_folders(results_folder):
+        try:
+            run = results.load(folder)
+        except ResultsError:  # `write_report` prints it
+            continue
+        device = escape(run.machine.device)
+        lines += [(device, *map(escape, line)) for line in tables.readme_lines(run)]
+        driver = f"driver {run.machine.driver}, " if run.machine.driver else ""
+        path = "/".join((*folder.resolve().parts[-3:], "report.md"))  # relative to the repository's root
+        notes.append(f"- {device}: {driver}{tables.origin(run)}; [all figures]({path})")
+    if not notes:
+        raise ResultsError(f"{results_folder}: no device folder with results; accepted: FOLDER/<device>/*.json")
+    table = grid(("device", "measured", "speed", "times as fast as"), lines)
+    note = f"Ratios run from the worst case to the best; {SLOWER} marks a slower case."
+    return "\n\n".join([table, note, "\n".join(notes)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,29 +26,26 @@ def passage(document: str, name: str) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    return _split(document, name)[1]
+    start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+    found = re.search(f"{start}(.*?){end}", document, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the markers are missing; accepted: a line {start.strip()} and after it a line {end}")
+    return found[1]
 
 
 def replace_passage(path: Path, name: str, text: str) -> str:
-    """Text of the document at `path` with `text` between the markers of `passage`.
+    """Text of the document at `path` with `text` as its `passage`.
 
     Raises:
         ValueError: a marker is missing.
     """
+    document = path.read_text(encoding="utf-8")
     try:
-        before, _, after = _split(path.read_text(encoding="utf-8"), name)
+        old = passage(document, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return before + text + after
-
-
-def _split(document: str, name: str) -> tuple[str, str, str]:
-    start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
-    before, found, rest = document.partition(start)
-    text, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"the markers are missing; accepted: a line {start.strip()} and after it a line {end}")
-    return before + start, text, end + after
+    start = f"<!-- {name}:start -->\n"
+    return document.replace(start + old, start + text, 1)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+KEY = ["suite", "case", "mode", "provider"]
 MODEL_SUITES = ("training", "generation")
 SUITES = {
     "training": "Training step",
@@ -21,12 +22,8 @@ SUITES = {
 }
 MODES = {name: name for name in ("step", "generate", "forward", "backward")} | {"both": "forward + backward"}
 MAIN = ("triton", "cpu")  # gptfast's backends that figures highlight; "eager" is plain PyTorch
-OWN = tuple(
-    f"{backend} {kind}".strip()
-    for backend in (*MAIN, "eager")
-    for kind in ("", "fused", "unfused", "captured", "compiled", "compiled captured", "int8")
-)
-KEY = ["suite", "case", "mode", "provider"]
+_KINDS = ("", " fused", " unfused", " captured", " compiled", " compiled captured", " int8")
+OWN = tuple(backend + kind for backend in (*MAIN, "eager") for kind in _KINDS)
 
 
 def title(suite: str, mode: str) -> str:

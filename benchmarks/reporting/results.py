@@ -7,15 +7,23 @@ benchmark's `extra_info` one row of the report.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 from pandas import DataFrame
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, create_model, model_validator
+from pydantic import (
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from benchmarks import RESULTS_FORMAT
 from benchmarks.reporting.names import KEY, sort_order
@@ -27,6 +35,7 @@ NUMBERS = (
 )
 COLUMNS = [*KEY, "dtype", "dims", "p20", "median", "p80", "host_median", *NUMBERS, "source"]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+_key = itemgetter(*KEY)
 
 
 class ResultsError(ValueError):
@@ -37,24 +46,16 @@ class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class Peak(_Fields):
-    """Data sheet of a device; `name` is None for a GPU that `gptfast.hardware` does not list."""
-
-    name: str | None = None
-    flops: dict[str, Positive] | None = None
-    bandwidth: float | None = None
-    source: str | None = None
-
-
-class Limits(_Fields):
-    """Rates measured at the start of a run."""
-
-    copy_bytes_per_second: Positive
-    matrix_flops_per_second: dict[str, Positive]
+def _at(*path: str, **default: Any) -> Any:
+    """Field at a nested place of the JSON."""
+    return Field(validation_alias=AliasPath(*path), **default)
 
 
 class Machine(_Fields):
-    """Device and versions of a run."""
+    """Device and versions of a run, limits measured at its start, and the device's data sheet.
+
+    `peak_name` is None for a GPU that `gptfast.hardware` does not list. Rates are in FLOP/s by dtype and in bytes/s.
+    """
 
     device: str
     slug: str
@@ -63,24 +64,16 @@ class Machine(_Fields):
     gptfast: str
     python: str
     threads: int
-    limits: Limits
-    peak: Peak
+    copy_rate: Positive = _at("limits", "copy_bytes_per_second")
+    matmul_rates: dict[str, Positive] = _at("limits", "matrix_flops_per_second")
+    peak_name: str | None = _at("peak", "name", default=None)
+    peak_rates: dict[str, Positive] | None = _at("peak", "flops", default=None)
+    peak_bandwidth: float | None = _at("peak", "bandwidth", default=None)
+    peak_source: str | None = _at("peak", "source", default=None)
     peers: dict[str, str | None] | None = None
     driver: str | None = None
     cuda: str | None = None
     triton: str | None = None
-
-
-class _Spread(_Fields):
-    p20: Positive
-    median: Positive
-    p80: Positive
-
-    @model_validator(mode="after")
-    def _ordered(self) -> _Spread:
-        if not self.p20 <= self.median <= self.p80:
-            raise ValueError("accepted: p20 <= median <= p80")
-        return self
 
 
 class _Key(_Fields):
@@ -90,27 +83,26 @@ class _Key(_Fields):
     provider: str
 
 
-class _Measured(_Key):
-    dtype: str
-    dims: dict[str, int | str]
-    seconds: _Spread
-    host_seconds: _Spread | None = None
-
-
-_Row: Any = create_model("_Row", __base__=_Measured, **dict.fromkeys(NUMBERS, (float | None, None)))  # type: ignore[call-overload]
-
-
 class _NotMeasured(_Key):
     reason: str
 
 
-class _MachineInfo(_Fields):
-    gptfast: Machine
+class _Measured(_Key):
+    dtype: str
+    dims: dict[str, int | str]
+    p20: Positive = _at("seconds", "p20")
+    median: Positive = _at("seconds", "median")
+    p80: Positive = _at("seconds", "p80")
+    host_median: Positive | None = _at("host_seconds", "median", default=None)
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> _Measured:
+        if not self.p20 <= self.median <= self.p80:
+            raise ValueError("seconds are not in order; accepted: p20 <= median <= p80")
+        return self
 
 
-class _Commit(_Fields):
-    id: str
-    dirty: bool
+_Row: Any = create_model("_Row", __base__=_Measured, **dict.fromkeys(NUMBERS, (float | None, None)))  # type: ignore[call-overload]
 
 
 class _Benchmark(_Fields):
@@ -121,8 +113,9 @@ class File(_Fields):
     """A results file."""
 
     gptfast_results: Annotated[int, Field(ge=RESULTS_FORMAT, le=RESULTS_FORMAT)]
-    machine_info: _MachineInfo
-    commit_info: _Commit
+    machine: Machine = _at("machine_info", "gptfast")
+    commit: str = _at("commit_info", "id")
+    dirty: bool = _at("commit_info", "dirty")
     measured: datetime = Field(alias="datetime")
     benchmarks: list[_Benchmark]
     not_measured: list[_NotMeasured]
@@ -134,9 +127,9 @@ class File(_Fields):
         return (self.measured if self.measured.tzinfo else self.measured.replace(tzinfo=UTC)).astimezone(UTC)
 
     @property
-    def commit(self) -> str:
-        """Ten digits of the commit."""
-        return self.commit_info.id[:10]
+    def rows(self) -> list[dict[str, Any]]:
+        """Measurements with the fields of `COLUMNS`."""
+        return [dict(benchmark.extra_info) | {"source": self.path} for benchmark in self.benchmarks]
 
 
 @dataclass(frozen=True)
@@ -147,22 +140,30 @@ class Results:
         machine: device and versions of the newest file with measurements.
         files: oldest first.
         rows: measurements in the report's order, with `COLUMNS`: times are in seconds, `source` is the file's path, and
-            NaN is a number that does not apply.
-        not_measured: missing measurements, with `KEY` and `reason`.
+            NaN is a number that does not apply. The newest of repeated measurements counts.
+        not_measured: measurements that no file has, with `KEY` and `reason`.
         problems: one line for each file that was rejected.
     """
 
     machine: Machine
-    files: tuple[File, ...]
+    files: list[File]
     rows: DataFrame
     not_measured: DataFrame
-    problems: tuple[str, ...] = ()
+    problems: list[str]
 
     @property
     def used_files(self) -> list[File]:
         """Files that rows come from, newest first; the newest file if there are no rows."""
         used = set(self.rows["source"])
         return [file for file in reversed(self.files) if file.path in used] or [self.files[-1]]
+
+
+def device_folders(results_folder: str | Path) -> list[Path]:
+    """List the folders of devices that have results."""
+    root = Path(results_folder)
+    if not root.is_dir():
+        raise ResultsError(f"{root}: no such folder; accepted: a folder with one folder of *.json for each device")
+    return sorted(folder for folder in root.iterdir() if any(folder.glob("*.json")))
 
 
 def load(path: str | Path) -> Results:
@@ -175,43 +176,37 @@ def load(path: str | Path) -> Results:
         ResultsError: nothing usable.
     """
     if not Path(path).is_dir():
-        return load_file(path)
-    runs, problems = [], []
-    for file in sorted(Path(path).glob("*.json")):
+        return _merge([_read(path)], [])
+    files, problems = [], []
+    for name in sorted(Path(path).glob("*.json")):
         try:
-            runs.append(load_file(file))
+            files.append(_read(name))
         except ResultsError as error:
             problems.append(str(error))
-    if not runs:
+    if not files:
         raise ResultsError(f"{path}: no results in this folder: {'; '.join(problems) or 'it has no *.json'}")
-    named = [run for run in runs if run.machine.slug == Path(path).name]
-    device = max(named or runs, key=lambda run: run.files[-1].when).machine.device
-    for run in runs:
-        if run.machine.device != device:
-            where = run.files[-1].path
-            problems.append(f"{where}: measured on {run.machine.device}; accepted in its folder: {device}")
-    return replace(merge(run for run in runs if run.machine.device == device), problems=tuple(problems))
+    files.sort(key=lambda file: file.when)
+    device = ([file for file in files if file.machine.slug == Path(path).name] or files)[-1].machine.device
+    for file in files:
+        if file.machine.device != device:
+            problems.append(f"{file.path}: measured on {file.machine.device}; accepted in its folder: {device}")
+    return _merge([file for file in files if file.machine.device == device], problems)
 
 
-def merge(runs: Iterable[Results]) -> Results:
-    """Merge results of one device. The newest of repeated measurements counts.
-
-    Raises:
-        ResultsError: several devices, or none.
-    """
-    ordered = sorted(runs, key=lambda run: run.files[-1].when)
-    devices = sorted({run.machine.device for run in ordered})
-    if len(devices) != 1:
-        raise ResultsError(f"cannot merge results of {' and '.join(devices) or 'nothing'}; accepted: one device")
+def _merge(files: list[File], problems: list[str]) -> Results:
+    """Merge files of one device, oldest first."""
+    rows = {_key(row): row for file in files for row in file.rows}
+    missing = {_key(row): row for file in files for row in map(dict, file.not_measured)}
+    table = DataFrame(sorted(rows.values(), key=sort_order), columns=COLUMNS)
+    absent = DataFrame([row for key, row in missing.items() if key not in rows], columns=[*KEY, "reason"])
     # a file of another kind, such as learning curves, may be newer than the measurements
-    measured = [run for run in ordered if len(run.rows) or len(run.not_measured)] or ordered
-    files = tuple(file for run in ordered for file in run.files)
-    rows, missing = (pd.concat([getattr(run, name) for run in measured]) for name in ("rows", "not_measured"))
-    return _results(measured[-1].machine, files, rows, missing)
+    measured = [file for file in files if file.benchmarks or file.not_measured] or files
+    numbers = dict.fromkeys([*NUMBERS, "host_median"], float)
+    return Results(measured[-1].machine, files, table.astype(numbers), absent, problems)
 
 
-def load_file(path: str | Path) -> Results:
-    """Load one file.
+def _read(path: str | Path) -> File:
+    """Read and check one file.
 
     Raises:
         ResultsError: unreadable, not JSON, not a results file, or a field is missing or wrong.
@@ -222,24 +217,10 @@ def load_file(path: str | Path) -> Results:
         raise ResultsError(f"{path}: cannot be read: {error.strerror}; accepted: a results file or a folder") from None
     except ValidationError as error:
         raise ResultsError(f"{path}: {_first_error(error)}") from None
-    rows = DataFrame([_flat(benchmark.extra_info, file) for benchmark in file.benchmarks], columns=COLUMNS)
-    if twice := rows[rows.duplicated(KEY)][KEY].values.tolist():
+    keys = [_key(row) for row in file.rows]
+    if twice := [key for key in keys if keys.count(key) > 1]:
         raise ResultsError(f"{path}: benchmarks measures {', '.join(twice[0])} twice; accepted: once per file")
-    missing = DataFrame([dict(item) for item in file.not_measured], columns=[*KEY, "reason"])
-    return _results(file.machine_info.gptfast, (file,), rows, missing)
-
-
-def _flat(row: Any, file: File) -> dict[str, Any]:
-    host = row.host_seconds.median if row.host_seconds else None
-    return dict(row) | dict(row.seconds) | {"host_median": host, "source": file.path}
-
-
-def _results(machine: Machine, files: tuple[File, ...], rows: DataFrame, missing: DataFrame) -> Results:
-    """Keep the last of repeated lines, and only what is missing in all of `rows`."""
-    rows = rows.drop_duplicates(KEY, keep="last").astype(dict.fromkeys([*NUMBERS, "host_median"], float))
-    order = sorted((sort_order(row), number) for number, row in enumerate(rows.to_dict("records")))
-    missing = missing.drop_duplicates(KEY, keep="last").merge(rows[KEY], how="left_anti", on=KEY)
-    return Results(machine, files, rows.iloc[[number for _, number in order]].reset_index(drop=True), missing)
+    return file
 
 
 def _first_error(error: ValidationError) -> str:

@@ -12,11 +12,6 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 Formatter = Callable[[float | None], str]
 
 
-def is_missing(value: float | None) -> bool:
-    """True for None and for NaN, which stands for None in a table of numbers."""
-    return value is None or math.isnan(value)
-
-
 def is_slower(ratio: float) -> bool:
     """True if a ratio of speeds shows as less than 1.00."""
     return round(ratio, 2) < 1

@@ -7,17 +7,27 @@ import pytest
 
 from benchmarks.measuring import machine
 from benchmarks.vs_nanogpt.compare import FILES
+from tests.benchmarks import invented
 from tests.support.nanogpt import TEXT, TRAIN
 
-FIXTURES = Path(__file__).parent / "fixtures"
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory) -> Path:
+    """Folder of invented results: fixture-gpu, fixture-unknown and fixture-cpu. Tests only read it."""
+    folder = tmp_path_factory.mktemp("results")
+    invented.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpu_folder(stored) -> Path:
+    return stored / "fixture-gpu"
 
 
 @pytest.fixture
-def fixtures(tmp_path) -> Path:
-    """Writable copy of the stored results."""
-    for folder in FIXTURES.glob("fixture-*"):
-        shutil.copytree(folder, tmp_path / "results" / folder.name)
-    return tmp_path / "results"
+def fixtures(stored, tmp_path) -> Path:
+    """Writable copy of `stored`."""
+    return Path(shutil.copytree(stored, tmp_path / "results"))
 
 
 @pytest.fixture

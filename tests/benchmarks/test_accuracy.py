@@ -73,7 +73,7 @@ def test_the_command_prints_the_worst_of_each_kind_and_the_report_reads_its_file
     accuracy.main(str(tmp_path))
     (path,) = tmp_path.glob("*/accuracy.json")
     content = json.loads(path.read_text())
-    assert len(results.load_file(path).rows) == 0
+    assert len(results.load(path).rows) == 0
     rows = [row for row in content["accuracy"] if row["dtype"] == "float16"]
     worst = max(row["kernel"] for row in rows if row["of"].startswith("gradient"))
     (line,) = [line for line in accuracy.passage(content).splitlines() if "| float16 |" in line]

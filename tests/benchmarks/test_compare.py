@@ -5,7 +5,10 @@ import pytest
 
 from benchmarks import compare
 
-FILE = Path(__file__).parent / "fixtures" / "fixture-gpu" / "operators.json"
+
+@pytest.fixture(scope="session")
+def file(gpu_folder) -> Path:
+    return gpu_folder / "operators.json"
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def run(capsys):
 
 
 @pytest.fixture
-def slower(tmp_path, rewrite):
+def slower(tmp_path, rewrite, file):
     """The fixture's file with its first row slower by a factor."""
 
     def write(factor: float) -> Path:
@@ -30,7 +33,7 @@ def slower(tmp_path, rewrite):
             seconds = data["benchmarks"][0]["extra_info"]["seconds"]
             seconds.update({name: value * factor for name, value in seconds.items()})
 
-        return rewrite(FILE, edit, tmp_path / "new.json")
+        return rewrite(file, edit, tmp_path / "new.json")
 
     return write
 
@@ -42,8 +45,8 @@ def verdict(printed: str) -> str:
     return " ".join(line.split()[9:])
 
 
-def test_compare_of_equal_results(run):
-    status, printed, _ = run(FILE, FILE)
+def test_compare_of_equal_results(run, file):
+    status, printed, _ = run(file, file)
     assert status == 0
     assert "Fixture GPU: 121 rows compared, 0 slower by more than 5 % and by more than noise" in printed
     assert "only in" not in printed
@@ -62,32 +65,32 @@ def test_compare_of_equal_results(run):
         (0.97, 0.02, 0, "0.97 faster, within noise"),
     ],
 )
-def test_regression_exceeds_threshold_and_noise(run, slower, factor, threshold, status, expected):
-    got, printed, _ = run(FILE, slower(factor), "--threshold", threshold)
+def test_regression_exceeds_threshold_and_noise(run, slower, factor, threshold, status, expected, file):
+    got, printed, _ = run(file, slower(factor), "--threshold", threshold)
     assert verdict(printed) == expected
     assert got == status
 
 
-def test_threshold_is_five_percent_by_default(run, slower):
-    assert run(FILE, slower(1.055))[0] == 1
-    assert run(FILE, slower(1.045))[0] == 0
+def test_threshold_is_five_percent_by_default(run, slower, file):
+    assert run(file, slower(1.055))[0] == 1
+    assert run(file, slower(1.045))[0] == 0
 
 
-def test_compare_lists_rows_of_one_side(run, tmp_path, rewrite):
-    fewer = rewrite(FILE, lambda data: data["benchmarks"].pop(0), tmp_path / "new.json")
+def test_compare_lists_rows_of_one_side(run, tmp_path, rewrite, file):
+    fewer = rewrite(file, lambda data: data["benchmarks"].pop(0), tmp_path / "new.json")
     line = "  layer_norm, bfloat16 32768x768, forward, eager"
-    status, printed, _ = run(FILE, fewer)
+    status, printed, _ = run(file, fewer)
     assert status == 0
-    assert f"only in {FILE}:\n{line}\n" in printed
-    status, printed, _ = run(fewer, FILE)
+    assert f"only in {file}:\n{line}\n" in printed
+    status, printed, _ = run(fewer, file)
     assert status == 0
-    assert f"only in {FILE}:\n{line}\n" in printed
+    assert f"only in {file}:\n{line}\n" in printed
 
 
-def test_compare_merges_folders(run):
-    status, printed, _ = run(FILE.parent, FILE)
+def test_compare_merges_folders(run, file):
+    status, printed, _ = run(file.parent, file)
     assert status == 0
-    assert f"only in {FILE.parent}:" in printed
+    assert f"only in {file.parent}:" in printed
 
 
 def test_compare_takes_the_only_device_of_a_folder(run, fixtures, tmp_path):
@@ -100,7 +103,7 @@ def test_compare_takes_the_only_device_of_a_folder(run, fixtures, tmp_path):
     assert "all has results of several devices; accepted: one of " in err
 
 
-def test_compare_rejects_what_it_cannot_compare(run, fixtures, rewrite, tmp_path):
+def test_compare_rejects_what_it_cannot_compare(run, fixtures, rewrite, tmp_path, file):
     def fails(old, new, *options) -> str:
         status, printed, error = run(old, new, *options)
         assert (status, printed) == (2, "")
@@ -108,15 +111,15 @@ def test_compare_rejects_what_it_cannot_compare(run, fixtures, rewrite, tmp_path
         return error
 
     cpu, models = fixtures / "fixture-cpu", fixtures / "fixture-gpu" / "models.json"
-    error = fails(FILE, cpu)
-    assert f"different devices: {FILE} is of Fixture GPU, {cpu} of Fixture CPU" in error
-    assert f"{tmp_path / 'absent.json'}: cannot be read" in fails(FILE, tmp_path / "absent.json")
+    error = fails(file, cpu)
+    assert f"different devices: {file} is of Fixture GPU, {cpu} of Fixture CPU" in error
+    assert f"{tmp_path / 'absent.json'}: cannot be read" in fails(file, tmp_path / "absent.json")
     (cpu / "cut.json").write_text('{"a')
     assert f"{cpu / 'cut.json'}: " in fails(cpu, cpu / "all.json")
     rewrite(models, lambda data: data["benchmarks"].pop(0))  # its one row of layer norm
-    assert f"no row is in both {FILE} and {models}" in fails(FILE, models)
-    assert "--threshold is -0.1; accepted: a finite number of at least 0" in fails(FILE, FILE, "--threshold", "-0.1")
-    assert "--threshold is nan" in fails(FILE, FILE, "--threshold", "nan")
+    assert f"no row is in both {file} and {models}" in fails(file, models)
+    assert "--threshold is -0.1; accepted: a finite number of at least 0" in fails(file, file, "--threshold", "-0.1")
+    assert "--threshold is nan" in fails(file, file, "--threshold", "nan")
 
 
 def test_help_states_the_rule(run):

@@ -1,6 +1,5 @@
 import itertools
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -9,18 +8,17 @@ from benchmarks.reporting import figures, plotting, results
 from benchmarks.reporting.figures import Figure
 from benchmarks.reporting.units import TIMES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def all_figures(folder: str) -> list[Figure]:
-    run = results.load(FIXTURES / folder)
+def all_figures(folder) -> list[Figure]:
+    run = results.load(folder)
     return [figure for suite in run.rows["suite"].unique() for figure in figures.figures(run, suite)]
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, Figure]:
-    return {figure.name.removeprefix("fixture-gpu-"): figure for figure in all_figures("fixture-gpu")}
+def drawn(gpu_folder) -> dict[str, Figure]:
+    return {figure.name.removeprefix("fixture-gpu-"): figure for figure in all_figures(gpu_folder)}
 
 
 def texts(figure: Figure) -> list[str]:
@@ -57,12 +55,13 @@ def test_memory_shows_sizes(drawn):
 
 
 def test_roofline_has_limits_and_all_providers(drawn):
+    assert "_addmm_activation" in texts(drawn["gelu_ffn-roofline"])
     shown = texts(drawn["layer_norm-roofline"])
     assert {"measured limits", "data sheet", "triton", "eager", "Liger-Kernel", "forward, float32"} <= set(shown)
 
 
-def test_roofline_of_unknown_gpu_has_no_data_sheet():
-    (roofline,) = [figure for figure in all_figures("fixture-unknown") if figure.name.endswith("roofline")]
+def test_roofline_of_unknown_gpu_has_no_data_sheet(stored):
+    (roofline,) = [figure for figure in all_figures(stored / "fixture-unknown") if figure.name.endswith("roofline")]
     assert "measured limits" in texts(roofline)
     assert "data sheet" not in texts(roofline)
 
@@ -76,8 +75,8 @@ def test_svg_ids_are_unique_and_used(drawn):
         assert set(used) == set(own)
 
 
-def test_svg_is_reproducible_and_takes_the_page_s_colors(drawn):
-    assert [figure.svg for figure in all_figures("fixture-gpu")] == [figure.svg for figure in drawn.values()]
+def test_svg_is_reproducible_and_takes_the_page_s_colors(drawn, gpu_folder):
+    assert [figure.svg for figure in all_figures(gpu_folder)] == [figure.svg for figure in drawn.values()]
     for figure in drawn.values():
         assert "<metadata" not in figure.svg
         assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]+"', "", figure.svg)
@@ -88,9 +87,11 @@ def test_svg_is_reproducible_and_takes_the_page_s_colors(drawn):
 def test_colors_of_providers_differ():
     light = [colors[0] for colors in plotting.PALETTE.values()]
     assert len(set(light)) == len(light), "the SVG finds a colour by its value"
-    assert len(set(plotting.provider_styles("abcdefghij").values())) == 10, "not even the marker differs"
+    assert len({tuple(style.values()) for style in plotting.provider_styles("abcdefghij").values()}) == 10, (
+        "not even the marker differs"
+    )
     styles = plotting.provider_styles(["triton", "eager", *"abcde", "triton compiled", "eager compiled"])
-    for first, second in itertools.combinations([color for color, _ in styles.values()], 2):
+    for first, second in itertools.combinations([style["color"] for style in styles.values()], 2):
         distance = sum((int(first[at : at + 2], 16) - int(second[at : at + 2], 16)) ** 2 for at in (1, 3, 5)) ** 0.5
         assert distance > 50, (first, second)
 
@@ -100,13 +101,15 @@ def test_cpu_is_drawn_as_gptfast():
     assert (*styles.values(),) == (*plotting.provider_styles(["triton", "triton compiled", "eager"]).values(),)
 
 
-def rows(suite: str):
-    rows = results.load(FIXTURES / "fixture-gpu").rows
-    return rows[rows["suite"] == suite]
+@pytest.fixture(scope="module")
+def rows(gpu_folder):
+    """Rows of a suite."""
+    found = results.load(gpu_folder).rows
+    return lambda suite: found[found["suite"] == suite]
 
 
 @pytest.mark.parametrize(("cases", "charts"), [(1, 1), (10, 1), (12, 2), (30, 3)])
-def test_charts_are_split_between_cases(cases, charts):
+def test_charts_are_split_between_cases(rows, cases, charts):
     """Four bars a case, forty a chart."""
     bars = rows("layer_norm").head(4)
     bars = bars.loc[bars.index.repeat(cases)].reset_index(drop=True)
@@ -125,7 +128,7 @@ def lines(rows, axis: str) -> dict[str, dict[str, list[int]]]:
     }
 
 
-def test_sweeps_fix_all_other_sizes():
+def test_sweeps_fix_all_other_sizes(rows):
     """Training varies T at one batch; attention varies T at one number of tokens, by head size."""
     by_length = lines(rows("training"), "T")
     assert list(by_length) == ["B = 16, gpt2, bfloat16"]
@@ -137,7 +140,7 @@ def test_sweeps_fix_all_other_sizes():
     assert heads["B·T = 16384, D = 64, bfloat16"]["eager"] == [512, 1024, 2048, 4096]
 
 
-def test_single_point_is_not_a_sweep():
+def test_single_point_is_not_a_sweep(rows):
     training = rows("training")
     assert lines(training[training["case"] == "bfloat16 gpt2 16x1024"], "T") == {}
     assert lines(rows("layer_norm"), "T") == {}

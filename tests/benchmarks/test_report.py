@@ -1,17 +1,16 @@
 import re
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
-from benchmarks.reporting import content, ratios, results, units
+from benchmarks.report import readme_figures
+from benchmarks.reporting import results, tables, units
 from benchmarks.reporting.markdown import escape
 from benchmarks.reporting.names import KEY
-from benchmarks.reporting.passages import readme_figures
 from benchmarks.reporting.results import ResultsError
 from benchmarks.reporting.units import NOTHING, SLOWER, TIMES
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def rendered(folder: Path) -> str:
@@ -19,8 +18,8 @@ def rendered(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def gpu() -> str:
-    return rendered(FIXTURES / "fixture-gpu")
+def gpu(gpu_folder) -> str:
+    return rendered(gpu_folder)
 
 
 def section(text: str, title: str) -> str:
@@ -130,10 +129,10 @@ def test_operator_tables_have_the_rate_that_binds(gpu):
     assert attention["over eager"] == NOTHING, "eager was not measured there"
 
 
-def test_report_shows_every_row_once():
-    run = results.load(FIXTURES / "fixture-gpu")
-    tables = [table for found in content.content(run, FIXTURES)["tables"].values() for table in found]
-    assert sum(len(lines) for table in tables for lines in table.groups.values()) == len(run.rows) == 150
+def test_report_shows_every_row_once(gpu_folder):
+    run = results.load(gpu_folder)
+    shown = [table for found in tables.content(run, gpu_folder)["tables"].values() for table in found]
+    assert sum(len(table.rows) for table in shown) == len(run.rows) == 150
 
 
 def test_missing_measurements_are_grouped_by_reason(gpu, fixtures, rewrite):
@@ -145,21 +144,21 @@ def test_missing_measurements_are_grouped_by_reason(gpu, fixtures, rewrite):
     reason = "Triton kernels are measured\n  on CUDA devices; none was found"  # other white space
     other = {"suite": "layer_norm", "case": "x", "mode": "forward", "provider": "y", "reason": reason}
     rewrite(fixtures / "fixture-cpu/all.json", lambda data: data["not_measured"].append(other))
-    assert content.not_measured(results.load(fixtures / "fixture-cpu").not_measured) == [
+    assert tables.not_measured(results.load(fixtures / "fixture-cpu").not_measured) == [
         (5, "Layer norm: triton, forward and backward; Layer norm: y, forward", " ".join(reason.split()))
     ]
 
 
-def test_unknown_gpu_has_no_mfu():
-    text = rendered(FIXTURES / "fixture-unknown")
+def test_unknown_gpu_has_no_mfu(stored):
+    text = rendered(stored / "fixture-unknown")
     assert "**Data sheet:** unknown GPU: no peak, MFU not given" in text
     assert "MFU" not in text.replace("MFU not given", "")
     norm = line(section(text, "Layer norm, forward"), "case")
     assert not {"host time", "error", "extra memory"} & set(norm), "columns without a value"
 
 
-def test_cpu_report_names_its_backend():
-    text = rendered(FIXTURES / "fixture-cpu")
+def test_cpu_report_names_its_backend(stored):
+    text = rendered(stored / "fixture-cpu")
     assert "**Peak:** CPU: no peak, MFU not given" in text
     assert "Triton was not measured on this device: gptfast's figures are those of its cpu backend." in text
     steps = section(text, "Training step: times as fast as")
@@ -170,7 +169,7 @@ def test_cpu_report_names_its_backend():
 
 def test_without_eager_cpu_is_the_baseline(fixtures, rewrite):
     def only_cpu(data):
-        data["benchmarks"] = [item for item in data["benchmarks"] if "eager" not in item["name"]]
+        data["benchmarks"] = [item for item in data["benchmarks"] if "eager" not in item["extra_info"]["provider"]]
 
     path = rewrite(fixtures / "fixture-cpu/all.json", only_cpu)
     steps = section(rendered(path.parent), "Training step")
@@ -179,20 +178,20 @@ def test_without_eager_cpu_is_the_baseline(fixtures, rewrite):
 
 def test_measurements_of_different_files_have_no_ratio(fixtures, rewrite):
     """One row is newer than its baseline."""
-    folder = fixtures / "fixture-gpu"
+    folder, newer = fixtures / "fixture-gpu", ("layer_norm", "bfloat16 32768x768", "forward", "triton")
 
     def later(data):
         data["datetime"] = "2002-01-01T00:00:00+00:00"
-        data["benchmarks"] = [item for item in data["benchmarks"] if "32768x768 forward triton" in item["name"]]
+        data["benchmarks"] = [item for item in data["benchmarks"] if itemgetter(*KEY)(item["extra_info"]) == newer]
 
     def over_eager() -> dict[tuple[str, ...], float]:
         rows = results.load(folder).rows
-        found = ratios.add_ratios(rows, ratios.of_provider(rows, "eager"))
+        found = tables.add_ratios(rows, rows[rows["provider"] == "eager"])
         return found.set_index(KEY)["ratio"].dropna().to_dict()
 
     before = over_eager()
     rewrite(folder / "operators.json", later, folder / "later.json")
-    assert set(before) - set(over_eager()) == {("layer_norm", "bfloat16 32768x768", "forward", "triton")}
+    assert set(before) - set(over_eager()) == {newer}
     assert len(results.load(folder).rows) == 150
 
 
@@ -214,8 +213,9 @@ def test_report_of_files_without_rows(fixtures, rewrite):
     assert report.render_html(results.load(path), path.parent)
 
 
-def test_files_are_listed_newest_first():
-    found = content.sources(results.load(FIXTURES / "fixture-gpu")).groups[""]
+def test_files_are_listed_newest_first(gpu_folder):
+    found = tables.sources(results.load(gpu_folder)).rows.itertuples(index=False)
+    found = [tuple(line) for line in found]
     assert [cells[:4] for cells in found] == [
         ("operators.json", "2001-02-04 04:05", "bbbbbbbbbb", "no"),
         ("models.json", "2001-02-03 04:05", "aaaaaaaaaa", "yes"),
@@ -270,8 +270,8 @@ def test_command_writes_reports_and_readme(fixtures, readme, capsys):
     assert readme.read_text(encoding="utf-8") == f"before\n{figures}\nafter\n"
 
 
-def test_readme_figures_have_all_devices():
-    figures = readme_figures(FIXTURES)
+def test_readme_figures_have_all_devices(stored):
+    figures = readme_figures(stored)
     assert line(figures, "Fixture GPU", "Training step, bfloat16 gpt2 16x1024")[2:] == [
         "546,133 tokens/s, MFU 46.8 %",
         f"1.33{TIMES} eager, 2.00{TIMES} Hugging Face, 1.40{TIMES} nanoGPT",

@@ -13,15 +13,13 @@ import pytest
 from benchmarks import report
 from benchmarks.reporting import results
 
-FIXTURES = Path(__file__).parent / "fixtures"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
-    folder = FIXTURES / "fixture-gpu"
-    return report.render_html(results.load(folder), folder)
+def page(gpu_folder) -> str:
+    return report.render_html(results.load(gpu_folder), gpu_folder)
 
 
 class Reader(HTMLParser):
@@ -162,12 +160,12 @@ def test_page_does_not_scroll_sideways(tmp_path, page, width):
 
 
 @needs_browser
-def test_page_breaks_long_words(tmp_path):
-    folder = FIXTURES / "fixture-cpu"
+def test_page_breaks_long_words(stored, tmp_path):
+    folder = stored / "fixture-cpu"
     run = results.load(folder)
     machine = run.machine.model_copy(update={"device": "x" * 200, "torch": "y" * 200})
     missing = run.not_measured.assign(reason="z" * 200)
-    run = dataclasses.replace(run, machine=machine, not_measured=missing, problems=("w" * 200,))
+    run = dataclasses.replace(run, machine=machine, not_measured=missing, problems=["w" * 200])
     found = measured(tmp_path, report.render_html(run, folder), 390)
     assert (found["overflow"], found["out"]) == ("0", "0")
 
