@@ -16,8 +16,7 @@ from torch import Tensor
 
 from benchmarks.measuring import machine
 from benchmarks.measuring.bench import dtype_name, relative_error
-from benchmarks.measuring.operator_bench import run
-from benchmarks.measuring.operator_cases import Case
+from benchmarks.measuring.operator_bench import Case, Function, run
 from benchmarks.measuring.processes import run_command
 from benchmarks.operators import OPERATORS
 from benchmarks.reporting.markdown import escape, grid
@@ -34,7 +33,10 @@ def main(out: str) -> None:
     reason = runtime.unsupported_reason(device)
     if reason is not None:
         raise ValueError(f"{reason}; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
-    content = measure(device)
+    interpreted = device.type != "cuda"
+    dtypes = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
+    rows = [row for dtype in dtypes for case in cases(dtype, interpreted) for row in errors(case, device)]
+    content = {**machine.result_head(device), "interpreted": interpreted, "accuracy": rows}
     path = Path(out, machine.slug(device), "accuracy.json")
     machine.save_results(path, content)
     print(f"{passage(content)}\n{path}")
@@ -49,31 +51,21 @@ def cases(dtype: torch.dtype, interpreted: bool) -> list[Case]:
     ]
 
 
-def measure(device: torch.device) -> dict[str, Any]:
-    """Measure all cases and return the content of the results file."""
-    interpreted = device.type != "cuda"
-    dtypes = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
-    rows = [row for dtype in dtypes for case in cases(dtype, interpreted) for row in errors(case, device)]
-    return {**machine.result_head(device), "interpreted": interpreted, "accuracy": rows}
-
-
 def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """Compute ||y - y64|| / ||y64|| of the kernel and of eager PyTorch, for each result and gradient of a case.
 
     Upstream gradients are random normal. Operators without a backward have no gradients here.
     """
-    providers, gradients = case.operator.providers, case.operator.differentiable
     inputs = case.inputs(device)
     dy = case.upstream(inputs)
-    exact, kernels, eagers = (
-        run(function, _leaves(inputs, dtype), [one.to(dtype) for one in dy], gradients)
-        for function, dtype in (
-            (case.reference, torch.float64),
-            (providers["triton"].build(case), case.dtype),
-            (providers["eager"].build(case), case.dtype),
-        )
-    )
-    names = [*(f"result {number}" if number else "result" for number in range(len(dy)))]
+
+    def computed(function: Function, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        return run(function, leaves, [one.to(dtype) for one in dy], case.operator.differentiable)
+
+    exact = computed(case.reference, torch.float64)
+    kernels, eagers = (computed(case.operator.providers[name].build(case), case.dtype) for name in ("triton", "eager"))
+    names = [f"result {number}" if number else "result" for number in range(len(dy))]
     names += [f"gradient {number}" for number in range(len(exact) - len(dy))]
     for name, expected, kernel, eager in zip(names, exact, kernels, eagers, strict=True):
         yield {
@@ -84,10 +76,6 @@ def errors(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
             "kernel": relative_error(kernel, expected),
             "eager": relative_error(eager, expected),
         }
-
-
-def _leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
 def passage(content: dict[str, Any]) -> str:

@@ -1,9 +1,15 @@
-"""Options, fixtures and result files of the benchmarks: `pytest benchmarks --benchmark-only`."""
+"""Options, fixtures and result files of the benchmarks: `pytest benchmarks --benchmark-only`.
+
+A suite is a module with `CASES` and a test that calls the fixture `record`. Providers are timed in turns and by the
+clock of the GPU, which pytest-benchmark cannot do itself. Each benchmark therefore replays rounds that were already
+timed: pytest-benchmark calls a function that advances the timer `MEASURED` by the seconds of one round, and reads the
+timer before and after. Its table, statistics and JSON then hold the measured times.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,30 @@ import pytest
 import torch
 
 from benchmarks import RESULTS_FORMAT
-from benchmarks.measuring import machine, model_providers
-from benchmarks.measuring.bench import Bench, first_line
-from benchmarks.measuring.model_bench import GenerationBench, TrainingBench
+from benchmarks.measuring import machine, model_bench
+from benchmarks.measuring.bench import Bench, UnavailableError, first_line
 from benchmarks.measuring.operator_bench import OperatorBench
 from gptfast import hardware
 
-BENCHES = {"training": TrainingBench, "generation": GenerationBench}
 LIMITS = pytest.StashKey[dict[str, Any]]()
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
 DEADLINE = pytest.StashKey[float]()
+
+
+class MeasuredTime:
+    """Timer of pytest-benchmark that only `advance` moves."""
+
+    __name__ = "measured"
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+MEASURED = MeasuredTime()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +68,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # show why a measurement is missing
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "bench" not in metafunc.fixturenames:
+        return
+    parameters, timed = [], pytest.mark.benchmark(timer=MEASURED)
+    for case in metafunc.module.CASES:
+        words = f"{case.suite} {case}".replace("=", "").replace(" ", "-")  # the form that `-k` selects
+        parameters += [
+            pytest.param(case, mode, provider, id=f"{words}-{mode}-{provider}", marks=timed)
+            for mode, provider in case.measurements()
+        ]
+    metafunc.parametrize(("bench", "mode", "provider"), parameters, indirect=["bench"])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -99,16 +132,32 @@ def bench(request: pytest.FixtureRequest, limits: dict[str, Any]) -> Iterator[Be
     case, device = request.param, machine.default_device()
     selected = [_parameters(item) for item in request.session.items]
     names = dict.fromkeys(parameters["provider"] for parameters in selected if parameters.get("bench") is case)
-    if case.suite in BENCHES:
-        known = model_providers.providers(request.config.getoption("nanogpt"))
-    else:
-        known = case.operator.providers
+    kind: type[Bench] = model_bench.BENCHES.get(case.suite, OperatorBench)
+    is_model = case.suite in model_bench.BENCHES
+    known = model_bench.providers(request.config.getoption("nanogpt")) if is_model else case.operator.providers
     try:
-        bench = BENCHES.get(case.suite, OperatorBench)(case, [known[name] for name in names], device, limits)
+        bench = kind(case, [known[name] for name in names], device, limits)
     except torch.OutOfMemoryError as error:
         pytest.skip(f"out of memory: {first_line(error)}")
     yield bench
     bench.close()
+
+
+@pytest.fixture
+def record(benchmark: Any, bench: Bench, mode: str, provider: str) -> Callable[[], None]:
+    """Measure one provider and hand its times to pytest-benchmark, or skip with the reason."""
+
+    def run() -> None:
+        try:
+            times, row = bench.row(provider, mode)
+        except UnavailableError as reason:
+            pytest.skip(str(reason))
+        benchmark.group = f"{row['suite']} {row['case']} {mode}"
+        benchmark.extra_info |= row
+        rounds = iter(times.device)
+        benchmark.pedantic(lambda: MEASURED.advance(next(rounds)), rounds=len(times.device))
+
+    return run
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

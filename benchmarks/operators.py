@@ -6,7 +6,6 @@ their share of a training step or of their value as evidence, since a short time
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from benchmarks.cost_model import operators as costs
 from benchmarks.measuring.bench import UnavailableError
-from benchmarks.measuring.operator_cases import FORWARD, Case, Function, Operator, Provider, Sizes, triton
+from benchmarks.measuring.operator_bench import FORWARD, Case, Function, Operator, Provider, Sizes, triton
 from kernels.pytorch_internals import addmm_activation, int8pack_mm
 
 
@@ -29,32 +28,6 @@ def bf16(*values: int, compiled: bool = True) -> Sizes:
 
 def fp32(*values: int, compiled: bool = True) -> Sizes:
     return Sizes(values, torch.float32, compiled)
-
-
-def _sdpa(backend: SDPBackend) -> Callable[[Case], Function]:
-    """PyTorch's attention with one backend: its own choice is the first backend that fits, not the fastest."""
-
-    def build(case: Case) -> Function:
-        if case.dtype == torch.float32:
-            raise UnavailableError("takes float16 and bfloat16 only")
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return attention
-
-    return build
-
-
-def _flex_attention(case: Case) -> Function:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    if not torch.cuda.is_available():
-        raise UnavailableError("FlexAttention has no backward on the CPU")
-    length = case.dims["T"]
-    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
-    return partial(torch.compile(flex_attention, fullgraph=True, dynamic=False), block_mask=mask)
 
 
 def _bind_lengths(decode: Function, case: Case) -> Function:
@@ -67,21 +40,45 @@ def _bind_lengths(decode: Function, case: Case) -> Function:
     return lambda q, k_cache, v_cache: decode(q, k_cache, v_cache, lengths(q.device))
 
 
-def _ffn_implementation(name: str) -> Callable[[Case], Function]:
-    """Force one of the implementations that `gelu_ffn` chooses from."""
-    return lambda case: partial(triton(case), implementation=name)
+def _bind_int8(linear: Function, case: Case) -> Function:
+    """Quantize the weight of a linear layer once, and call `linear` with its integers and scales."""
+    quantize = lru_cache(maxsize=1)(lambda weight: kernels.quantize_int8(weight.detach().float()))
+    return lambda x, w_linear: linear(x, *quantize(w_linear))
+
+
+def _bind_targets(loss: Function, case: Case) -> Function:
+    """Add a target for each row of x, the same on every run."""
+    return lambda x, w_head: loss(x, w_head, torch.arange(x.shape[0], device=x.device) * 7919 % case.dims["V"])
+
+
+def _sdpa(backend: SDPBackend, case: Case) -> Function:
+    """PyTorch's attention with one backend: its own choice is the first backend that fits, not the fastest."""
+    if case.dtype == torch.float32:
+        raise UnavailableError("takes float16 and bfloat16 only")
+    return sdpa_kernel(backend)(partial(F.scaled_dot_product_attention, is_causal=True))
+
+
+def _flex_attention(case: Case) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not torch.cuda.is_available():
+        raise UnavailableError("FlexAttention has no backward on the CPU")
+    length = case.dims["T"]
+    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
+    return partial(torch.compile(flex_attention, fullgraph=True, dynamic=False), block_mask=mask)
 
 
 def _addmm_gelu(case: Case) -> Function:
     """Products with the GELU epilogue of cuBLASLt, by tanh, which keeps nothing for a backward."""
     if not torch.cuda.is_available():
         raise UnavailableError("torch._addmm_activation computes GELU by tanh on CUDA only")
+    return lambda x, w_up, b_up, w_down, b_down: torch.addmm(
+        b_down, addmm_activation(b_up, x, w_up.t(), use_gelu=True), w_down.t()
+    )
 
-    def ffn(x: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
-        hidden = addmm_activation(b_up, x, w_up.t(), use_gelu=True)
-        return torch.addmm(b_down, hidden, w_down.t())
 
-    return ffn
+def _addmm_relu(case: Case) -> Function:
+    return lambda x, w_up, b_up: addmm_activation(b_up, x, w_up.t(), use_gelu=False)
 
 
 def _ffn_up_kernel(case: Case) -> Function:
@@ -91,38 +88,11 @@ def _ffn_up_kernel(case: Case) -> Function:
     return lambda x, w_up, b_up: launch_up(x, w_up, b_up, "relu", save_z=False, implementation="fused")[0]
 
 
-def _bind_int8(linear: Function, case: Case) -> Function:
-    """Quantize the weight of a linear layer once, and call `linear` with its integers and scales."""
-    quantize = lru_cache(maxsize=1)(lambda weight: kernels.quantize_int8(weight.detach().float()))
-    return lambda x, w_linear: linear(x, *quantize(w_linear))
-
-
 def _int8pack_mm(case: Case) -> Function:
     """PyTorch's int8 product; its scales are in the dtype of x."""
     if case.dtype != torch.bfloat16:
         raise UnavailableError("torch._weight_int8pack_mm takes bfloat16 only")
     return _bind_int8(lambda x, q, scale: int8pack_mm(x, q, scale.to(x.dtype)), case)
-
-
-def _bind_targets(loss: Function, case: Case) -> Function:
-    """Add a target for each row of x, the same on every run."""
-
-    def with_targets(x: Tensor, w_head: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return loss(x, w_head, torch.arange(x.shape[0], device=x.device) * 7919 % case.dims["V"])
-
-    return with_targets
-
-
-def _liger(module: str, name: str) -> Any:
-    try:
-        return getattr(import_module(f"liger_kernel.ops.{module}"), name)
-    except ImportError as error:
-        raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
-
-
-def _liger_loss(case: Case) -> Function:
-    loss = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
-    return _bind_targets(lambda *tensors: loss.apply(*tensors)[0], case)
 
 
 def _chunked_loss(case: Case) -> Function:
@@ -132,18 +102,30 @@ def _chunked_loss(case: Case) -> Function:
     return _bind_targets(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()), case)
 
 
+def _liger(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(f"liger_kernel.ops.{module}"), name).apply
+    except ImportError as error:
+        raise UnavailableError(f"liger-kernel cannot be imported: {error}") from error
+
+
+def _liger_loss(case: Case) -> Function:
+    loss = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    return _bind_targets(lambda *tensors: loss(*tensors)[0], case)
+
+
 def _liger_layer_norm(case: Case) -> Function:
     norm = _liger("layer_norm", "LigerLayerNormFunction")
-    return lambda x, weight, bias: norm.apply(x, weight, bias, 1e-5)
+    return lambda x, weight, bias: norm(x, weight, bias, 1e-5)
 
 
 def _liger_add_layer_norm(case: Case) -> Function:
     """An addition and Liger's norm: Liger fuses the addition with RMS norm only."""
-    norm = _liger_layer_norm(case)
+    norm: Any = _liger_layer_norm(case)
 
     def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         h = x + residual
-        return norm(h, weight, bias), h  # type: ignore[return-value]
+        return norm(h, weight, bias), h
 
     return add_and_norm
 
@@ -163,8 +145,8 @@ _ENTRIES = (
         ),
         accuracy_sizes=((8, 12, 1024, 64), (1, 2, 256, 64)),
         peers=(
-            Provider("SDPA FlashAttention-2", _sdpa(SDPBackend.FLASH_ATTENTION)),
-            Provider("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+            Provider("SDPA FlashAttention-2", partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
+            Provider("SDPA cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
             Provider("FlexAttention", _flex_attention, compiles=True),
         ),
         layout=lambda tensor: tensor.transpose(1, 2),  # [B, T, H, D] as the projection writes it, as [B, H, T, D]
@@ -210,8 +192,9 @@ _ENTRIES = (
         ),
         accuracy_sizes=((8192, 768, 3072), (128, 256, 1024)),
         peers=(
-            Provider("triton fused", _ffn_implementation("fused")),
-            Provider("triton unfused", _ffn_implementation("unfused")),
+            # the implementations that `gelu_ffn` chooses from
+            Provider("triton fused", lambda case: partial(triton(case), implementation="fused")),
+            Provider("triton unfused", lambda case: partial(triton(case), implementation="unfused")),
             Provider("_addmm_activation", _addmm_gelu, FORWARD),
         ),
     ),
@@ -254,13 +237,7 @@ _ENTRIES = (
         cost=costs.linear,
         sizes=(bf16(8192, 8192, 8192, compiled=False), bf16(32_768, 768, 3072, compiled=False)),
         accuracy_sizes=None,
-        # cuBLASLt's ReLU epilogue
-        peers=(
-            Provider(
-                "_addmm_activation",
-                lambda case: lambda x, w_up, b_up: addmm_activation(b_up, x, w_up.t(), use_gelu=False),
-            ),
-        ),
+        peers=(Provider("_addmm_activation", _addmm_relu),),  # cuBLASLt's ReLU epilogue
         modes=FORWARD,
         kernel=_ffn_up_kernel,
         reference=lambda x, w_up, b_up: F.relu(F.linear(x, w_up, b_up)),

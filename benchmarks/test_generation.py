@@ -2,8 +2,7 @@
 
 import torch
 
-from benchmarks.measuring.model_providers import ModelCase
-from benchmarks.measuring.pytest_bridge import measure_each, record
+from benchmarks.measuring.model_bench import ModelCase
 from gptfast import GPTConfig
 
 NAMES = ("triton", "eager", "Hugging Face")
@@ -30,8 +29,8 @@ ON_CPU = [
     gpt2("gpt2", 1, 16, 256, "cpu", *NAMES, "nanoGPT"),
     gpt2("gpt2", 1, 16, 256, "cpu", "cpu int8", *NAMES, *INT8, dtype=torch.bfloat16),
 ]
+CASES = ON_GPU if torch.cuda.is_available() else ON_CPU
 
 
-@measure_each(ON_GPU if torch.cuda.is_available() else ON_CPU)
-def test_generation(benchmark, bench, mode, provider):
-    record(benchmark, bench, mode, provider)
+def test_generation(record):
+    record()

@@ -4,8 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks.measuring.model_providers import ModelCase
-from benchmarks.measuring.pytest_bridge import measure_each, record
+from benchmarks.measuring.model_bench import ModelCase
 from gptfast import GPTConfig
 
 BACKENDS = ("triton", "eager")
@@ -48,8 +47,8 @@ ON_CPU = [
     *(small("nano", batch, 64, "cpu", "eager", "Hugging Face") for batch in (1, 4, 48)),
     *(small("nano", 768 // length, length, "cpu", "eager", "Hugging Face") for length in (16, 256)),
 ]
+CASES = ON_GPU if torch.cuda.is_available() else ON_CPU
 
 
-@measure_each(ON_GPU if torch.cuda.is_available() else ON_CPU)
-def test_training(benchmark, bench, mode, provider):
-    record(benchmark, bench, mode, provider)
+def test_training(record):
+    record()

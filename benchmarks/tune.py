@@ -8,11 +8,13 @@ not measured again; see `kernels.tuning`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 
 import kernels
 from benchmarks.measuring.bench import dtype_name
-from benchmarks.measuring.processes import run_command
+from benchmarks.measuring.processes import require_known, run_command
 from gptfast import GPTConfig
 from gptfast.config import PRESETS
 from kernels import runtime
@@ -47,17 +49,19 @@ def main(
     reason = runtime.unsupported_reason(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA GPU was found"
     if reason is not None:
         raise ValueError(reason)
-    _require_known("model", models, PRESETS)
-    _require_known("dtype", dtypes, [dtype_name(dtype) for dtype in runtime.DTYPES])
+    for model in models:
+        require_known("model", model, PRESETS)
+    for dtype in dtypes:
+        require_known("dtype", dtype, map(dtype_name, runtime.DTYPES))
     from kernels import tuning  # imports Triton
 
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = tuning.architecture(device)
-    log = CandidateLog(Path(out, f"{architecture}-times.jsonl"))
+    on_measured = partial(record, Path(out, f"{architecture}-times.jsonl"))
     for name, config, sequences in shapes(models, batch_size):
         for dtype in dtypes:
             start = time.monotonic()
-            with tuning.on_measured(log):
+            with tuning.on_measured(on_measured):
                 kernels.warmup(config, getattr(torch, dtype), device, sequences, autotune=True, int8=True)
             print(f"{name} {dtype}: {time.monotonic() - start:.1f} s", flush=True)
             measured = tuning.cache_file(device)
@@ -70,40 +74,28 @@ def shapes(models: tuple[str, ...], batch_size: int) -> Iterator[tuple[str, GPTC
     """Names, shapes and batch sizes to measure."""
     for model in models:
         yield model, GPTConfig.preset(model), batch_size
-    for model in models[:1]:
+    for model, head_size, length in itertools.product(models[:1], HEAD_SIZES, LENGTHS):
         preset = GPTConfig.preset(model)
-        for head_size in (size for size in HEAD_SIZES if preset.n_embd % size == 0):
-            for length in LENGTHS:
-                config = dataclasses.replace(preset, n_head=preset.n_embd // head_size, block_size=length)
-                if config != preset:
-                    name = f"{model} with heads of {head_size}, {length} tokens"
-                    yield name, config, max(1, batch_size * preset.block_size // length)
+        if preset.n_embd % head_size == 0:
+            config = dataclasses.replace(preset, n_head=preset.n_embd // head_size, block_size=length)
+            if config != preset:
+                name = f"{model} with heads of {head_size}, {length} tokens"
+                yield name, config, max(1, batch_size * preset.block_size // length)
 
 
-class CandidateLog:
-    """Prints the times of candidates and appends them to a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, launch: str, problem: str, times: list[tuple[Mapping[str, Any], float]]) -> None:
-        fastest = min(milliseconds for _, milliseconds in times)
-        print(f"{launch}, {problem}:")
-        for options, milliseconds in times:
-            mark = "*" if milliseconds == fastest else " "
-            spelled = " ".join(f"{name}={value}" for name, value in options.items())
-            print(f"  {mark} {milliseconds:9.4f} ms  {spelled}", flush=True)
-        # JSON has no infinity
-        candidates = [{"options": dict(o), "milliseconds": t if math.isfinite(t) else None} for o, t in times]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"launch": launch, "problem": problem, "candidates": candidates}) + "\n")
-
-
-def _require_known(kind: str, given: tuple[str, ...], accepted: Collection[str]) -> None:
-    for name in given:
-        if name not in accepted:
-            raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(accepted)}")
+def record(path: Path, launch: str, problem: str, times: list[tuple[Mapping[str, Any], float]]) -> None:
+    """Print the times of a launch's candidates and append them to a file."""
+    fastest = min(milliseconds for _, milliseconds in times)
+    print(f"{launch}, {problem}:")
+    for options, milliseconds in times:
+        mark = "*" if milliseconds == fastest else " "
+        spelled = " ".join(f"{name}={value}" for name, value in options.items())
+        print(f"  {mark} {milliseconds:9.4f} ms  {spelled}", flush=True)
+    # JSON has no infinity
+    candidates = [{"options": dict(o), "milliseconds": t if math.isfinite(t) else None} for o, t in times]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"launch": launch, "problem": problem, "candidates": candidates}) + "\n")
 
 
 if __name__ == "__main__":

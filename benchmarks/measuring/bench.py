@@ -1,11 +1,11 @@
-"""Base of the benches, which compare providers on one case: build, check against the reference, time in turns."""
+"""Base of the benches, which compare the providers of one case: build, check against the reference, time in turns."""
 
 from __future__ import annotations
 
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +32,8 @@ class WrongResultError(RuntimeError):
     """The result of a provider differs from the reference."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Times of one provider by part, of which "whole" is the row's, and its peak memory."""
-
-    times: dict[str, Times]
-    peak_bytes: int | None
-
-
-class Bench:
+class Bench(ABC):
     """Measurements of one case. A provider that fails keeps its exception and leaves the others alone.
-
-    Subclasses implement `set_up`, `check`, `prepare`, `time` and `metrics`.
 
     Args:
         case: the shapes, with `suite`, `dims` and a name as `str(case)`.
@@ -53,7 +43,7 @@ class Bench:
     """
 
     dtype: torch.dtype
-    source: Any  # what `build` of a provider takes
+    source: Any  # the argument of a provider's `build`
 
     def __init__(self, case: Any, providers: Iterable[Any], device: torch.device, limits: Mapping[str, Any]) -> None:
         self.case, self.device, self.limits = case, device, limits
@@ -61,7 +51,8 @@ class Bench:
         self.failures: dict[str, Exception] = {}
         self.errors: dict[str, float] = {}
         self.ready: dict[str, Any] = {}
-        self._measured: dict[str, dict[str, Measurement | Exception]] = {}
+        # by mode and provider: the times of each part and the peak memory, or the failure
+        self._measured: dict[str, dict[str, tuple[dict[str, Times], int | None] | Exception]] = {}
         self.set_up()
         for name, provider in self.providers.items():
             with record_failure(self.failures, name):
@@ -69,25 +60,25 @@ class Bench:
                 self.errors[name] = self.check(provider, built)
                 self.ready[name] = built
 
+    @abstractmethod
     def set_up(self) -> None:
         """Set `dtype` and `source`, and compute the expected result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, provider: Any, built: Any) -> float:
-        """Return the relative error of a provider; raises WrongResultError if it is too large."""
-        raise NotImplementedError
+        """Return the relative error of a provider; raise WrongResultError if it is too large."""
 
+    @abstractmethod
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
-        """Return the calls to time by part, and the peak memory in bytes, None without a counter."""
-        raise NotImplementedError
+        """Return the calls to time by part, "whole" among them, and the peak memory in bytes, None on a CPU."""
 
+    @abstractmethod
     def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
         """Time the calls of all providers in turns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, name: str, mode: str, seconds: dict[str, float]) -> dict[str, Any]:
         """Compute the other fields of the row from the median seconds by part."""
-        raise NotImplementedError
 
     def row(self, name: str, mode: str) -> tuple[Times, dict[str, Any]]:
         """Measure a mode on its first request, and return one provider's times and row of the results.
@@ -103,8 +94,8 @@ class Bench:
         measured = self._measured[mode][name]
         if isinstance(measured, Exception):
             raise measured
-        whole = measured.times["whole"]
-        medians = {part: percentiles(times.device)["median"] for part, times in measured.times.items()}
+        times, peak = measured
+        whole = times["whole"]
         return whole, {
             "suite": self.case.suite,
             "case": str(self.case),
@@ -115,8 +106,8 @@ class Bench:
             "seconds": percentiles(whole.device),
             "host_seconds": None if whole.host is None else percentiles(whole.host),
             "error": self.errors[name],
-            "peak_bytes": measured.peak_bytes,
-            **self.metrics(name, mode, medians),
+            "peak_bytes": peak,
+            **self.metrics(name, mode, {part: percentiles(one.device)["median"] for part, one in times.items()}),
         }
 
     def call(self, name: str, mode: str) -> Call:
@@ -137,46 +128,42 @@ class Bench:
         if name in self.failures:
             raise self.failures[name]
 
-    def _measure(self, mode: str) -> dict[str, Measurement | Exception]:
+    def _measure(self, mode: str) -> dict[str, tuple[dict[str, Times], int | None] | Exception]:
         failures: dict[str, Exception] = {}
-        calls: dict[tuple[str, str], Call] = {}
-        memory: dict[str, int | None] = {}
+        prepared: dict[str, tuple[dict[str, Call], int | None]] = {}
         for name in self.ready:
             if mode in self.providers[name].modes:
                 with record_failure(failures, name):
-                    parts, memory[name] = self.prepare(name, mode)
-                    calls |= {(name, part): call for part, call in parts.items()}
+                    prepared[name] = self.prepare(name, mode)
+        calls = {(name, part): call for name, (parts, _) in prepared.items() for part, call in parts.items()}
         times = self.time(calls) if calls else {}
         return failures | {
-            name: Measurement({part: times[name, part] for owner, part in calls if owner == name}, memory[name])
-            for name in memory
+            name: ({part: times[name, part] for part in parts}, peak) for name, (parts, peak) in prepared.items()
         }
 
 
 @contextmanager
 def record_failure(failures: dict[str, Exception], provider: str) -> Iterator[None]:
-    """Record what a provider raises, so that the other providers are still measured."""
+    """Record what a provider raises, so that the other providers are still measured.
+
+    An out-of-memory error and any failure of a peer become an UnavailableError with the reason.
+    """
     try:
         yield
     except Exception as error:
         # frames keep tensors alive, and CUDA graphs whose streams block other graphs of the same weights
         traceback.clear_frames(error.__traceback__)
-        failures[provider] = classify(provider, error)
-
-
-def classify(provider: str, error: Exception) -> Exception:
-    """Turn an out-of-memory error and any failure of a peer into an UnavailableError with the reason."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return UnavailableError(f"out of memory: {first_line(error)}")
-    if isinstance(error, (UnavailableError, WrongResultError)) or provider in OWN:
-        return error
-    return UnavailableError(f"{type(error).__name__}: {first_line(error)}")
+        if isinstance(error, torch.OutOfMemoryError):
+            failures[provider] = UnavailableError(f"out of memory: {first_line(error)}")
+        elif isinstance(error, (UnavailableError, WrongResultError)) or provider in OWN:
+            failures[provider] = error
+        else:
+            failures[provider] = UnavailableError(f"{type(error).__name__}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of the message, at most 200 characters."""
-    line = str(error).strip().splitlines()
-    return line[0][:200] if line else ""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

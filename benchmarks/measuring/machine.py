@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,20 @@ def measure_limits(device: torch.device) -> dict[str, Any]:
 
     Medians on random normal data: on zeros a GPU draws less power and clocks higher.
     """
-    return {
-        "copy_bytes_per_second": _copy_rate(device),
-        "matrix_flops_per_second": {dtype_name(dtype): _product_rate(device, dtype) for dtype in MATRIX_DTYPES},
-    }
+    on_gpu = device.type == "cuda"
+    source = torch.randn(2**29 if on_gpu else 2**25, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = _median_seconds(device, target.copy_, source)
+    size, products = 8192 if on_gpu else 1024, {}
+    for dtype in MATRIX_DTYPES:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        products[dtype_name(dtype)] = 2 * size**3 / _median_seconds(device, torch.mm, a, b)
+    return {"copy_bytes_per_second": 2 * source.nbytes / copy, "matrix_flops_per_second": products}
+
+
+def _median_seconds(device: torch.device, function: Callable[..., object], *tensors: torch.Tensor) -> float:
+    times = kernel_times({function: Call(lambda _: function(*tensors))}, device)[function]
+    return percentiles(times.device)["median"]
 
 
 def result_head(device: torch.device) -> dict[str, Any]:
@@ -102,39 +114,23 @@ def save_results(path: Path, content: dict[str, Any]) -> None:
     write_json(path, content)
 
 
-def _copy_rate(device: torch.device) -> float:
-    source = torch.randn(2**29 if device.type == "cuda" else 2**25, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    times = kernel_times({"copy": Call(lambda _: target.copy_(source))}, device)["copy"]
-    return 2 * source.nbytes / percentiles(times.device)["median"]
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = kernel_times({"product": Call(lambda _: a @ b)}, device)["product"]
-    return 2 * size**3 / percentiles(times.device)["median"]
-
-
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return listed.splitlines()[0].strip() if listed.strip() else None
+        return listed.partition("\n")[0].strip() or None
+    return None
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
+        for line in info:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,8 +1,14 @@
-"""Whole models from several providers with the same weights: training steps and generation."""
+"""Cases, providers and benches of whole models with the same weights: training steps and generation."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +16,210 @@ from torch import Tensor, nn
 
 from benchmarks.cost_model import operators, thop_count
 from benchmarks.cost_model.training_step import StepCost
-from benchmarks.measuring import model_providers
-from benchmarks.measuring.bench import TOLERANCES, Bench, WrongResultError, dtype_name, relative_error, require_close
-from benchmarks.measuring.model_providers import ModelProvider
+from benchmarks.measuring.bench import (
+    TOLERANCES,
+    Bench,
+    UnavailableError,
+    WrongResultError,
+    dtype_name,
+    relative_error,
+    require_close,
+)
 from benchmarks.measuring.timing import Call, Times, peak_bytes, step_times
-from gptfast import TrainStep, flops, hardware
+from gptfast import GPT, GPTConfig, TrainStep, flops, hardware
+from gptfast.quantization import quantize
+from kernels import runtime
 
+MODES = {"training": "step", "generation": "generate"}  # the one pass of each suite
 SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers together
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model's shape and its batch.
+
+    Args:
+        suite: "training" or "generation".
+        model: name of the shape.
+        config: the shape, without dropout, whose random numbers differ in every implementation.
+        batch: sequences.
+        length: tokens of each sequence, or of each prompt.
+        providers: names of the providers to measure; compiling large models takes minutes.
+        new_tokens: tokens to generate.
+        dtype: of the weights when generating on a CPU.
+    """
+
+    suite: str
+    model: str
+    config: GPTConfig
+    batch: int
+    length: int
+    providers: tuple[str, ...] = ("triton", "eager")
+    new_tokens: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def dims(self) -> dict[str, str | int]:
+        dims: dict[str, str | int] = {"model": self.model, "B": self.batch, "T": self.length}
+        return dims | ({"new": self.new_tokens} if self.new_tokens else {})
+
+    def __str__(self) -> str:
+        words = [self.model, *(f"{name}={value}" for name, value in self.dims.items() if name != "model")]
+        return " ".join(words if self.dtype == torch.float32 else [*words, dtype_name(self.dtype)])
+
+    def measurements(self) -> list[tuple[str, str]]:
+        """The mode and the provider of each measurement."""
+        return [(MODES[self.suite], name) for name in self.providers]
+
+
+@dataclass(frozen=True)
+class ModelProvider:
+    """An implementation of GPT: `build(reference)` returns a model with the weights of `reference`.
+
+    Args:
+        name: name in results.
+        build: raises UnavailableError if the implementation cannot run here.
+        loss, logits, generate: the calls of the model's own interface.
+        captured: train by `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
+        int8: the weights of products have 8 bits.
+        tolerance: accepted relative error, if it is above that of the dtype.
+    """
+
+    name: str
+    build: Callable[[GPT], nn.Module]
+    loss: Callable[[Any, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
+    logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
+    generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
+    captured: bool = False
+    int8: bool = False
+    tolerance: float = 0.0
+    modes: tuple[str, ...] = tuple(MODES.values())
+
+
+def twin(reference: GPT, backend: str) -> GPT:
+    """Build a model with another backend on the same parameters: weights and gradients are shared."""
+    with torch.device("meta"):
+        model = GPT(reference.config)
+    # a `state_dict` would copy a padded vocabulary
+    model.load_state_dict(dict(reference.named_parameters(remove_duplicate=False)), assign=True)
+    model.set_backend(backend)
+    return model.train(reference.training)
+
+
+def _ours(name: str) -> ModelProvider:
+    """A provider by one of our backends; `name` is the backend, then "int8", "compiled", "captured" or two of them."""
+    backend, *forms = name.split()
+
+    def build(reference: GPT) -> nn.Module:
+        device = reference.lm_head.weight.device
+        if backend == "cpu" and device.type != "cpu":
+            raise UnavailableError("the backend cpu is measured on a CPU")
+        if backend == "triton":
+            if device.type != "cuda":
+                raise UnavailableError("Triton kernels are measured on a CUDA GPU, and none was found")
+            if (reason := runtime.unsupported_reason(device)) is not None:
+                raise UnavailableError(reason)
+        model = twin(reference, backend)
+        if "compiled" in forms:
+            model.compile()
+        return quantize(model) if "int8" in forms else model
+
+    options: dict[str, Any] = {}
+    if "int8" in forms:
+        options = {"int8": True, "tolerance": 0.05}  # int8 weights change logits by a percent
+    elif "compiled" in forms:
+        options = {"generate": functools.partial(GPT.generate, temperature=0, compiled=True)}
+    return ModelProvider(name, build, captured="captured" in forms, **options)
+
+
+def _hugging_face(reference: GPT) -> nn.Module:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise UnavailableError(f"transformers cannot be imported: {error}") from error
+    config = reference.config
+    if not config.bias or not config.tie_weights or config.norm_position != "pre" or config.position != "learned":
+        raise UnavailableError("Hugging Face's GPT-2 needs biases, tied weights, pre-norm and learned positions")
+    settings = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        # the fused form of "gelu_new", which takes five passes over memory
+        activation_function="gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
+    )
+    weight = reference.lm_head.weight
+    with weight.device:
+        model: Any = GPT2LMHeadModel(settings)
+    model.to(weight.dtype)
+    ours = reference.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Hugging Face stores projections as [in, out]
+            transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            parameter.copy_(ours[name].t() if transposed else ours[name])
+    return model.train(reference.training)
+
+
+def _nanogpt(checkout: str | None, reference: GPT) -> nn.Module:
+    if checkout is None:
+        raise UnavailableError("nanoGPT is not a package: pass the folder of a checkout as --nanogpt")
+    path = Path(checkout, "model.py")
+    if not path.is_file():
+        raise UnavailableError(f"--nanogpt {checkout} has no model.py; a checkout of nanoGPT is accepted")
+    config, weight = reference.config, reference.lm_head.weight
+    if config.activation == "relu":  # the two GELUs differ in the fourth digit
+        raise UnavailableError("nanoGPT's activation is GELU")
+    spec: Any = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
+    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
+        model = module.GPT(module.GPTConfig(**settings))
+    model.load_state_dict(reference.state_dict(), strict=False)  # without the mask of old PyTorch
+    return model.to(weight.device, weight.dtype).train(reference.training)
+
+
+def providers(nanogpt: str | None) -> dict[str, ModelProvider]:
+    """Return all providers by name; `nanogpt` is the folder of a checkout of nanoGPT."""
+    ours = (
+        "triton", "cpu", "eager", "triton captured", "triton compiled", "triton compiled captured", "eager compiled",
+        "triton int8", "cpu int8", "eager int8",
+    )  # fmt: skip
+    built = [
+        *map(_ours, ours),
+        ModelProvider(
+            "Hugging Face",
+            _hugging_face,
+            loss=lambda model, idx, targets: nn.functional.cross_entropy(
+                model(idx, use_cache=False).logits.view(-1, model.config.vocab_size), targets.view(-1)
+            ),
+            logits=lambda model, idx: model(idx).logits,
+            generate=lambda model, idx, count: model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=count, do_sample=False
+            ),
+        ),
+        ModelProvider(
+            "nanoGPT",
+            functools.partial(_nanogpt, nanogpt),
+            generate=lambda model, idx, count: model.generate(idx, count, top_k=1),  # it has no greedy mode
+        ),
+    ]
+    return {provider.name: provider for provider in built}
+
+
+def reference_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Build the eager model with random weights, the same on every run."""
+    torch.manual_seed(0)
+    with device:
+        return GPT(config, backend="eager").to(dtype)
 
 
 class ModelBench(Bench):
@@ -29,9 +232,11 @@ class ModelBench(Bench):
         on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else self.case.dtype  # of the matrix products
         weights = self.gpu_weights if on_gpu else self.case.dtype
-        self.reference = self.source = model_providers.reference_model(self.case, self.device, weights)
-        self.tokens = model_providers.tokens(self.case, self.device)
-        self.idx, self.targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
+        self.reference = self.source = reference_model(self.case.config, self.device, weights)
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (self.case.batch, self.case.length + 1)
+        tokens = torch.randint(self.case.config.vocab_size, shape, generator=generator, device=self.device)
+        self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def check(self, provider: ModelProvider, built: nn.Module) -> float:
         error = self.error(provider, built)
@@ -100,15 +305,13 @@ class TrainingBench(ModelBench):
     @functools.cached_property
     def _flops_by_thop(self) -> int | None:
         """Training FLOPs per token, three times thop's count of the forward; None if thop is not installed."""
-        batch, length = self.case.batch, self.case.length
-        try:
-            return 3 * thop_count.count(self.reference, batch, length) // (batch * length)
-        except ImportError:
-            return None
+        with contextlib.suppress(ImportError):
+            return 3 * thop_count.count(self.reference, 1, self.case.length) // self.case.length
+        return None
 
     def metrics(self, name: str, mode: str, seconds: dict[str, float]) -> dict[str, Any]:
-        case = self.case
-        speed = case.batch * case.length / seconds["whole"]
+        case, tokens = self.case, self.case.batch * self.case.length
+        speed = tokens / seconds["whole"]
         per_token = flops.training_flops_per_token(case.config, case.length)
         causal = flops.training_flops_per_token(case.config, case.length, causal=True)
         peak = hardware.peak_flops(self.device, self.dtype)
@@ -121,7 +324,7 @@ class TrainingBench(ModelBench):
             "flops_per_token_thop": self._flops_by_thop,
             "mfu": flops.utilisation(per_token * speed, peak),
             "mfu_causal": flops.utilisation(causal * speed, peak),
-            "flops": per_token * case.batch * case.length,
+            "flops": per_token * tokens,
             "bytes": sum(cost.bytes for cost in step.by_kind().values()),
             "flops_per_second": per_token * speed,
             "roofline_seconds": sum(step.seconds(matrix, self.limits["copy_bytes_per_second"]).values()),
@@ -138,7 +341,7 @@ class GenerationBench(ModelBench):
     def set_up(self) -> None:
         super().set_up()
         self.reference.eval()
-        wide = model_providers.reference_model(self.case, self.device, torch.float32).eval()
+        wide = reference_model(self.case.config, self.device, torch.float32).eval()
         wide.load_state_dict(self.reference.state_dict())
         self.expected = wide(self.idx)[0][:, -1]
 
@@ -147,21 +350,17 @@ class GenerationBench(ModelBench):
         return relative_error(provider.logits(model, self.idx)[:, -1], self.expected)
 
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
-        model = self.ready[name]
-        calls = {"first": self._call(name, 1), "whole": self._call(name, self.case.new_tokens)}
-        peak = peak_bytes(calls["whole"], self.device)
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return calls, None if peak is None else peak + weights
-
-    def _call(self, name: str, count: int) -> Call:
         provider, model = self.providers[name], self.ready[name]
 
-        def generate(_: None) -> None:
+        def generate(count: int) -> None:
             written = provider.generate(model, self.idx, count).shape[1] - self.idx.shape[1]
             if written != count:
                 raise WrongResultError(f"{name} generated {written} tokens instead of {count}")
 
-        return Call(generate)
+        calls = {"first": Call(lambda _: generate(1)), "whole": Call(lambda _: generate(self.case.new_tokens))}
+        peak = peak_bytes(calls["whole"], self.device)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return calls, None if peak is None else peak + weights
 
     def metrics(self, name: str, mode: str, seconds: dict[str, float]) -> dict[str, Any]:
         case, config = self.case, self.case.config
@@ -180,9 +379,10 @@ class GenerationBench(ModelBench):
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Fused AdamW for every provider; its rate is too small to move the weights."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() >= 2) is decayed], "weight_decay": 0.1 * decayed}
+        for decayed in (True, False)
+    ]
     return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
 
 
@@ -192,3 +392,6 @@ def loss_and_norm(model: nn.Module, loss: Tensor) -> Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     return torch.stack((loss.detach().float(), norm.float()))
+
+
+BENCHES: dict[str, type[ModelBench]] = {"training": TrainingBench, "generation": GenerationBench}

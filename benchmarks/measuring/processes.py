@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,8 +48,21 @@ def run_command(main: Callable[..., None], module: str, arguments: Sequence[str]
         tyro.cli(main, prog=f"python -m {module}", args=arguments)
 
 
+def require_known(kind: str, name: str, accepted: Iterable[str]) -> None:
+    """Raise ValueError unless the name is one of `accepted`."""
+    if name not in (known := list(accepted)):
+        raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(known)}")
+
+
+def require_positive(**values: int) -> None:
+    """Raise ValueError unless all values of command-line options are at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def run_process(name: str, command: Sequence[str], folder: Path, threads: int | None = None) -> tuple[str, float]:
-    """Run a program to its end and return its output and its seconds.
+    """Run a program in `folder` and return its output and its seconds.
 
     Args:
         name: of the program in errors.
@@ -60,14 +73,12 @@ def run_process(name: str, command: Sequence[str], folder: Path, threads: int | 
     Raises:
         RunError: its exit status is not 0; the message has its last lines.
     """
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    limits = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     start = time.perf_counter()
     done = subprocess.run(
         command,
         cwd=folder,
-        env=environment,
+        env=os.environ | limits,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -8,7 +8,7 @@ where such gaps do count. It takes the wall clock between two synchronisations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -70,38 +70,37 @@ class EventClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.device = device
-        self.buffer = torch.empty(max(4 * properties.L2_cache_size, 2**27), dtype=torch.int8, device=device)
+        self.buffer = torch.empty(max(4 * cache, 2**27), dtype=torch.int8, device=device)
         self.host_seconds: dict[Call, float] = {}  # of the last run
-        self.flush_seconds = self._measure_flush()
-
-    def _measure_flush(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.buffer.zero_()
-        start.record()
-        for _ in range(10):
-            self.buffer.zero_()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end) / 10 / 1e3
+        self._flush(1)
+        self.flush_seconds = self._between_events(lambda: self._flush(10)) / 10
 
     def __call__(self, call: Call) -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         prepared = call.prepare()
         torch.cuda.synchronize(self.device)
         # keep the GPU busy for 1.5 times the host's last call, or for 1.5 ms before a first one
         lead = 1.5 * self.host_seconds.get(call, 1e-3)
-        for _ in range(1 + min(int(lead / self.flush_seconds), 1000)):
-            self.buffer.zero_()
-        start.record()
+        self._flush(1 + min(int(lead / self.flush_seconds), 1000))
+        return self._between_events(lambda: self._run(call, prepared)), self.host_seconds[call]
+
+    def _run(self, call: Call, prepared: Any) -> None:
         begin = time.perf_counter()
         call.run(prepared)
-        host = time.perf_counter() - begin
+        self.host_seconds[call] = time.perf_counter() - begin
+
+    def _flush(self, times: int) -> None:
+        for _ in range(times):
+            self.buffer.zero_()
+
+    def _between_events(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
         end.record()
         torch.cuda.synchronize(self.device)
-        self.host_seconds[call] = host
-        return start.elapsed_time(end) / 1e3, host
+        return start.elapsed_time(end) / 1e3
 
 
 def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float = 0.3) -> dict[Key, Times]:
@@ -137,9 +136,11 @@ def interleave(calls: Mapping[Key, Call], clock: Clock, seconds: float, host: bo
             if warm[name] > WARMUP_SECONDS:
                 break
     taken: dict[Key, list[tuple[float, float]]] = {name: [] for name in calls}
-    for order in _orders(list(calls), rounds_within(seconds, sum(warm.values()))):
-        for name in order:
+    names = list(calls)
+    for _ in range(rounds_within(seconds, sum(warm.values()))):
+        for name in names:
             taken[name].append(clock(calls[name]))
+        names = names[1:] + names[:1]  # rotated: no call always inherits the caches and clocks of the same other one
     return {
         name: Times([device for device, _ in pairs], [on_host for _, on_host in pairs] if host else None)
         for name, pairs in taken.items()
@@ -149,13 +150,6 @@ def interleave(calls: Mapping[Key, Call], clock: Clock, seconds: float, host: bo
 def rounds_within(seconds: float, one_round: float) -> int:
     """Compute the number of rounds of `one_round` seconds that fit into `seconds`, from 5 to 50."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-9))))
-
-
-def _orders(names: list[Key], rounds: int) -> Iterator[list[Key]]:
-    """Rotate the names, so that no call always inherits the caches and clocks of the same other one."""
-    for number in range(rounds):
-        shift = number % len(names)
-        yield names[shift:] + names[:shift]
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

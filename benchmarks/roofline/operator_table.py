@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import kernels
-from benchmarks.measuring.operator_cases import Case
+from benchmarks.measuring.operator_bench import Case
 from benchmarks.measuring.processes import run_command
 from benchmarks.operators import OPERATORS
 from benchmarks.reporting.markdown import grid

@@ -10,7 +10,7 @@ import torch
 import kernels
 from benchmarks import gpu_check, profiling
 from benchmarks.gpu_check import run_stage, stages
-from benchmarks.measuring import model_providers
+from benchmarks.measuring import model_bench
 from benchmarks.measuring.processes import run_command
 
 
@@ -116,12 +116,13 @@ def test_every_suite_can_be_collected_for_any_remaining_time(budget):
 @pytest.mark.parametrize(("stage", "arguments", "share"), gpu_check.PROFILES)
 def test_the_profiled_suites_and_providers_exist(monkeypatch, stage, arguments, share):
     seen = []
-    monkeypatch.setattr(profiling, "model_bench", lambda suite, *others: seen.append((suite, others[-2])) or 1 / 0)
+    build = lambda suite, *others: seen.append((suite, others[-2])) or 1 / 0  # noqa: E731
+    monkeypatch.setattr(profiling, "build_model_bench", build)
     with pytest.raises(ZeroDivisionError):
         run_command(profiling.main, "benchmarks.profiling", arguments)
     ((suite, provider),) = seen
-    assert suite in profiling.MODELS
-    assert provider in model_providers.providers(nanogpt=None)
+    assert suite in model_bench.BENCHES
+    assert provider in model_bench.providers(nanogpt=None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")

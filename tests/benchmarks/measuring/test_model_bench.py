@@ -6,10 +6,16 @@ from torch import nn
 
 from benchmarks.cost_model import operators
 from benchmarks.cost_model.training_step import StepCost
-from benchmarks.measuring import model_providers
 from benchmarks.measuring.bench import UnavailableError, WrongResultError
-from benchmarks.measuring.model_bench import GenerationBench, TrainingBench
-from benchmarks.measuring.model_providers import ModelCase, ModelProvider, twin
+from benchmarks.measuring.model_bench import (
+    GenerationBench,
+    ModelCase,
+    ModelProvider,
+    TrainingBench,
+    providers,
+    reference_model,
+    twin,
+)
 from gptfast import GPTConfig, TrainStep, flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,7 +25,7 @@ TRAINING = ModelCase("training", "tiny", CONFIG, batch=2, length=16)
 GENERATION = ModelCase("generation", "tiny", CONFIG, batch=2, length=4, new_tokens=6)
 # large weights, whose errors exceed the tolerance of bfloat16
 LARGE = dataclasses.replace(CONFIG, init_std=0.2)
-KNOWN = model_providers.providers(nanogpt=None)
+KNOWN = providers(nanogpt=None)
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +74,7 @@ def _itemsize() -> int:
 
 @pytest.mark.parametrize("padded", [1, 16])
 def test_a_twin_shares_every_parameter_and_nothing_else(padded: int):
-    config = dataclasses.replace(CONFIG, pad_vocab_size_to=padded)
-    reference = model_providers.reference_model(dataclasses.replace(TRAINING, config=config), DEVICE, torch.float32)
+    reference = reference_model(dataclasses.replace(CONFIG, pad_vocab_size_to=padded), DEVICE, torch.float32)
     other = twin(reference, "eager")
     ours, theirs = dict(reference.named_parameters()), dict(other.named_parameters())
     assert list(ours) == list(theirs)

@@ -6,8 +6,7 @@ import torch
 
 import kernels
 from benchmarks.measuring.bench import UnavailableError, WrongResultError
-from benchmarks.measuring.operator_bench import OperatorBench
-from benchmarks.measuring.operator_cases import MODES, Provider
+from benchmarks.measuring.operator_bench import MODES, OperatorBench, Provider
 from benchmarks.operators import OPERATORS
 from kernels import reference
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measuring import model_providers
+from benchmarks.measuring import model_bench
 from gptfast import GPT, GPTConfig
 from gptfast.generation import beam_search
 from gptfast.generation.beam_search import NO_HYPOTHESIS, BeamSearch, Hypothesis
@@ -123,7 +123,7 @@ def assert_same(mine: list[list[Hypothesis]], expected: list[list[Hypothesis]]) 
 
 
 def hugging_face(model: GPT):
-    return model_providers.providers(None)["Hugging Face"].build(model)
+    return model_bench.providers(None)["Hugging Face"].build(model)
 
 
 # tokens that some beams of these models reach, at different steps

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.measuring import model_providers
+from benchmarks.measuring import model_bench
 from gptfast import GPT, Draft, Sampling
 from gptfast.generation import generate
 from gptfast.generation.autoregressive import decode_n_tokens
@@ -204,7 +204,7 @@ PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
     ids=["greedy", "beams", "length penalty", "penalties", "penalised beams"],
 )  # fmt: skip
 def test_tokens_equal_hugging_face(model, settings):
-    theirs = model_providers.providers(None)["Hugging Face"].build(model.eval())
+    theirs = model_bench.providers(None)["Hugging Face"].build(model.eval())
     idx, samples = prompt(3, 3), min(2, settings.get("num_beams", 1))
     expected = theirs.generate(
         idx, attention_mask=torch.ones_like(idx), max_new_tokens=5, do_sample=False, pad_token_id=0,
