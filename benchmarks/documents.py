@@ -15,8 +15,7 @@ from benchmarks import accuracy
 from benchmarks.report import readme_figures
 from benchmarks.reporting import results, tables, units
 from benchmarks.reporting.markdown import escape, grid, replace_passage, write_text
-from benchmarks.roofline import operator_table, step_table
-from benchmarks.roofline.bounds import gpu_named
+from benchmarks.roofline import gpu_named, operator_table, step_table
 from benchmarks.vs_nanogpt import compare, learning_curves
 from gptfast import GPTConfig
 

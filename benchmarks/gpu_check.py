@@ -24,8 +24,7 @@ import torch
 from benchmarks.measuring.processes import run_command
 
 ROOT = Path(__file__).parents[1]
-# each suite's share of the remaining time
-SUITES = {"operators": 0.5, "training": 0.7, "generation": 0.8}
+SUITES = {"operators": 0.5, "training": 0.7, "generation": 0.8}  # and their shares of the remaining time
 # profiles that explain the figures of whole models, and their share
 PROFILES = (
     ("profile-training", ("training", "--provider", "triton captured", "--batch", "32"), 0.5),
@@ -72,11 +71,11 @@ def main(
     os.environ["GPTFAST_CACHE"] = str(folder / "cache")  # tune afresh, and keep the result with the figures
     # tests start commands in other folders, and the packages need not be installed
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    outcomes = []
+    outcomes: list[Outcome] = []
     for stage, seconds, command in stages(out, time.monotonic() + time_budget, sanitize, skip_tests, skip_tuning):
         print(f"{stage}: at most {seconds:.0f} s", flush=True)
-        outcomes.append(run_stage(stage, command, seconds, folder / f"{stage}.log"))
-        print(f"{stage}: {outcomes[-1].status} after {outcomes[-1].seconds:.0f} s", flush=True)
+        outcomes.append(outcome := run_stage(stage, command, seconds, folder / f"{stage}.log"))
+        print(f"{stage}: {outcome.status} after {outcome.seconds:.0f} s", flush=True)
         text = json.dumps([asdict(outcome) for outcome in outcomes], indent=2)
         (folder / "stages.json").write_text(text + "\n", encoding="utf-8")
     sys.exit(any(outcome.status.startswith("failed") for outcome in outcomes))
@@ -124,38 +123,29 @@ def run_stage(stage: str, command: list[str], seconds: float, log: Path) -> Outc
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             start_new_session=True,
-            preexec_fn=_restore_interrupts,
+            # background jobs of a shell ignore SIGINT, and their children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
-            code = process.wait(timeout=seconds)
-            status = "passed" if code == 0 else f"failed with exit status {code}, see {log.name}"
-        except subprocess.TimeoutExpired:
-            status = _stop(process)
-        except BaseException:
-            _kill(process)
-            raise
+            status = _wait(process, seconds, log)
+        finally:
+            if process.poll() is None:  # compilers run in child processes
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return Outcome(stage, status, time.monotonic() - start)
 
 
-def _restore_interrupts() -> None:
-    """Undo the ignored SIGINT that background jobs of a shell pass on to their children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _stop(process: subprocess.Popen) -> str:
-    process.send_signal(signal.SIGINT)
+def _wait(process: subprocess.Popen, seconds: float, log: Path) -> str:
+    try:
+        code = process.wait(timeout=seconds)
+        return "passed" if code == 0 else f"failed with exit status {code}, see {log.name}"
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=GRACE_SECONDS)
+        return "interrupted: out of time"
     except subprocess.TimeoutExpired:
-        _kill(process)
         return "killed: it did not end within its time"
-    return "interrupted: out of time"
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """Kill the process group: compilers run in child processes."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

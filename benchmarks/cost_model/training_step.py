@@ -20,23 +20,14 @@ NORM, ATTENTION, PROJECTIONS, FFN = "residual and layer norm", "attention", "att
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over memory.
+    """One pass over memory."""
 
-    Args:
-        kind: kind of operation, by which passes are summed.
-        name: of the pass.
-        reads: bytes of each tensor that it reads, by name.
-        writes: bytes of each tensor that it writes.
-        keeps: names of the tensors that it keeps for the backward.
-        flops: of matrix products.
-    """
-
-    kind: str
+    kind: str  # kind of operation, by which passes are summed
     name: str
-    reads: Mapping[str, int]
+    reads: Mapping[str, int]  # bytes of each tensor that it reads, by name
     writes: Mapping[str, int]
-    keeps: tuple[str, ...] = ()
-    flops: int = 0
+    keeps: tuple[str, ...] = ()  # names of the tensors that it keeps for the backward
+    flops: int = 0  # of matrix products
 
     @property
     def cost(self) -> Cost:
@@ -49,21 +40,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The passes of one training step of a GPT on [batch, length] tokens.
-
-    Args:
-        config: the model's shape.
-        batch: sequences.
-        length: tokens of each sequence.
-        itemsize: bytes per element of matrix products.
-        residual_itemsize: bytes per element of the residual stream.
-    """
+    """The passes of one training step of a GPT on [batch, length] tokens."""
 
     config: GPTConfig
     batch: int
     length: int
-    itemsize: int = 2
-    residual_itemsize: int = FLOAT32
+    itemsize: int = 2  # bytes per element of matrix products
+    residual_itemsize: int = FLOAT32  # bytes per element of the residual stream
 
     def passes(self) -> list[Pass]:
         """All passes; those of a block as often as there are blocks."""
@@ -90,30 +73,25 @@ class StepCost:
 
     def block_forward(self) -> list[Pass]:
         """Passes of one block. Its first norm adds the output m of the block before it."""
-        config, width = self.config, self.config.n_embd
         return [
             self._add_norm("ln_1", "m"),
-            self._linear(PROJECTIONS, "c_attn", "y", "qkv", width, 3 * width, config.has_qkv_bias),
+            self._linear("c_attn", "y", "qkv"),
             self._pass(ATTENTION, "attention", "qkv", "o lse", keeps="qkv o lse", flops=self._attention.forward.flops),
-            self._linear(PROJECTIONS, "c_proj", "o", "a", width, width, config.bias),
+            self._linear("c_proj", "o", "a"),
             self._add_norm("ln_2", "a"),
-            self._linear(FFN, "c_fc, activation", "y", "z hidden", width, 4 * width, config.bias, keeps="z"),
-            self._linear(FFN, "mlp.c_proj", "hidden", "m", 4 * width, width, config.bias),
+            self._linear("c_fc", "y", "z hidden", keeps="z", epilogue=", activation"),
+            self._linear("mlp.c_proj", "hidden", "m"),
         ]
 
     def block_backward(self) -> list[Pass]:
         """Passes of one block, from the gradients dm of its output and dh of the residual stream."""
-        config, width = self.config, self.config.n_embd
         return [
-            # the feed-forward sums the gradients of its weights in float32
-            *self._linear_backward(
-                FFN, "mlp.c_proj", "dm", "hidden", "dz", 4 * width, width, config.bias, FLOAT32, "z", "hidden"
-            ),
-            *self._linear_backward(FFN, "c_fc", "dz", "y", "dy", width, 4 * width, False, FLOAT32),
+            *self._linear_backward("mlp.c_proj", "dm", "hidden", "dz", epilogue=("z", "hidden")),
+            *self._linear_backward("c_fc", "dz", "y", "dy")[:2],  # the product before has summed the bias's gradient
             self._add_norm_backward("ln_2", "a"),
-            *self._linear_backward(PROJECTIONS, "c_proj", "da", "o", "do", width, width, config.bias),
+            *self._linear_backward("c_proj", "da", "o", "do"),
             self._pass(ATTENTION, "attention", "qkv o do lse", "dqkv", flops=self._attention.backward.flops),
-            *self._linear_backward(PROJECTIONS, "c_attn", "dqkv", "y", "dy", width, 3 * width, config.has_qkv_bias),
+            *self._linear_backward("c_attn", "dqkv", "y", "dy"),
             self._add_norm_backward("ln_1", "m"),
         ]
 
@@ -149,13 +127,12 @@ class StepCost:
             passes.append(Pass("embedding", "add the head's gradient", {"both": 2 * table}, {"dtable": table}))
         if self.itemsize != FLOAT32:
             attention, ffn = (config.n_layer * count * width**2 for count in (4, 8))
-            weights = attention + ffn + vocabulary * width
-            for name, elements, before, after in (
-                ("to products", weights, FLOAT32, self.itemsize),
-                ("of the feed-forward, again in the backward", ffn, FLOAT32, self.itemsize),
-                ("of the projections' gradients", attention, self.itemsize, FLOAT32),
+            for name, elements in (
+                ("to products", attention + ffn + vocabulary * width),
+                ("of the feed-forward, again in the backward", ffn),
+                ("of the projections' gradients", attention),
             ):
-                passes.append(Pass("weight casts", name, {"numbers": elements * before}, {"numbers": elements * after}))
+                passes.append(Pass("weight casts", name, {"all": elements * (FLOAT32 + self.itemsize)}, {}))
         return passes
 
     @cached_property
@@ -171,10 +148,19 @@ class StepCost:
 
     @property
     def _attention(self) -> operators.Passes:
-        config = self.config
-        return operators.causal_attention(
-            self.batch, config.n_head, self.length, self.length, config.head_size, self.itemsize
-        )
+        heads, head_size = self.config.n_head, self.config.head_size
+        return operators.causal_attention(self.batch, heads, self.length, self.length, head_size, self.itemsize)
+
+    @property
+    def _layers(self) -> dict[str, tuple[str, int, int, bool]]:
+        """Kind, inputs, outputs and bias of each linear layer."""
+        config, width = self.config, self.config.n_embd
+        return {
+            "c_attn": (PROJECTIONS, width, 3 * width, config.has_qkv_bias),
+            "c_proj": (PROJECTIONS, width, width, config.bias),
+            "c_fc": (FFN, width, 4 * width, config.bias),
+            "mlp.c_proj": (FFN, 4 * width, width, config.bias),
+        }
 
     def _pass(
         self, kind: str, name: str, reads: str, writes: str, keeps: str = "", flops: int = 0, **parameters: int
@@ -183,38 +169,33 @@ class StepCost:
 
         The pass reads a parameter "weight", and writes the others.
         """
+        known = self._activations
+        read, written = (
+            {tensor: known[tensor if tensor in known else tensor.removeprefix("d")] for tensor in names.split()}
+            for names in (reads, writes)
+        )
+        for parameter, size in parameters.items():
+            (read if parameter == "weight" else written)[parameter] = size
+        return Pass(kind, name, read, written, tuple(keeps.split()), flops)
 
-        def sizes(names: str) -> dict[str, int]:
-            known = self._activations
-            return {name: known[name if name in known else name.removeprefix("d")] for name in names.split()}
-
-        written = {name: size for name, size in parameters.items() if name != "weight"}
-        read = {name: size for name, size in parameters.items() if name == "weight"}
-        return Pass(kind, name, sizes(reads) | read, sizes(writes) | written, tuple(keeps.split()), flops)
-
-    def _linear(
-        self, kind: str, name: str, x: str, y: str, inputs: int, outputs: int, bias: bool, keeps: str = ""
-    ) -> Pass:
-        weight = (inputs * outputs + (outputs if bias else 0)) * self.itemsize
-        return self._pass(kind, name, x, y, keeps, 2 * self.batch * self.length * inputs * outputs, weight=weight)
+    def _linear(self, layer: str, x: str, y: str, keeps: str = "", epilogue: str = "") -> Pass:
+        kind, inputs, outputs, bias = self._layers[layer]
+        weight, flops = (inputs + bias) * outputs * self.itemsize, 2 * self.batch * self.length * inputs * outputs
+        return self._pass(kind, layer + epilogue, x, y, keeps, flops, weight=weight)
 
     def _linear_backward(
-        self, kind: str, name: str, dy: str, x: str, dx: str, inputs: int, outputs: int, bias: bool,
-        itemsize: int | None = None, reads: str = "", writes: str = "",
-    ) -> list[Pass]:  # fmt: skip
-        """Passes for the gradients of a linear layer's input, weight and bias.
-
-        `itemsize` is that of the parameters' gradients; `reads` and `writes` belong to the first product's epilogue.
-        """
+        self, layer: str, dy: str, x: str, dx: str, epilogue: tuple[str, str] = ("", "")
+    ) -> list[Pass]:
+        """Passes for the gradients of a linear layer's input, weight and bias; the first product has the epilogue."""
+        kind, inputs, outputs, bias = self._layers[layer]
         weight, flops = inputs * outputs, 2 * self.batch * self.length * inputs * outputs
-        itemsize = itemsize or self.itemsize
-        passes = [
-            self._pass(
-                kind, f"{name}, {dx}", f"{dy} {reads}", f"{dx} {writes}", flops=flops, weight=weight * self.itemsize
-            ),
-            self._pass(kind, f"{name}, dweight", f"{dy} {x}", "", flops=flops, dweight=weight * itemsize),
+        itemsize = FLOAT32 if kind == FFN else self.itemsize  # the feed-forward sums its weights' gradients in float32
+        reads, writes = f"{dy} {epilogue[0]}", f"{dx} {epilogue[1]}"
+        return [
+            self._pass(kind, f"{layer}, {dx}", reads, writes, flops=flops, weight=weight * self.itemsize),
+            self._pass(kind, f"{layer}, dweight", f"{dy} {x}", "", flops=flops, dweight=weight * itemsize),
+            *[self._pass(kind, f"{layer}, dbias", dy, "", dbias=outputs * itemsize)] * bias,
         ]
-        return passes + [self._pass(kind, f"{name}, dbias", dy, "", dbias=outputs * itemsize)] * bias
 
     def _add_norm(self, name: str, sublayer: str) -> Pass:
         outputs = "h y statistics"

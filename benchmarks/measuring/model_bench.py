@@ -82,7 +82,7 @@ class ModelProvider:
         loss, logits, generate: the calls of the model's own interface.
         captured: train by `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
         int8: the weights of products have 8 bits.
-        tolerance: accepted relative error, if it is above that of the dtype.
+        tolerance: accepted relative error of the logits, if it is above that of the dtype.
     """
 
     name: str
@@ -225,7 +225,6 @@ def reference_model(config: GPTConfig, device: torch.device, dtype: torch.dtype)
 class ModelBench(Bench):
     """Base of the model benches: random weights and tokens, and wall-clock times."""
 
-    checked: str
     gpu_weights: torch.dtype
 
     def set_up(self) -> None:
@@ -238,15 +237,6 @@ class ModelBench(Bench):
         tokens = torch.randint(self.case.config.vocab_size, shape, generator=generator, device=self.device)
         self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def check(self, provider: ModelProvider, built: nn.Module) -> float:
-        error = self.error(provider, built)
-        require_close(self.checked, error, max(TOLERANCES[self.dtype], provider.tolerance))
-        return error
-
-    def error(self, provider: ModelProvider, model: nn.Module) -> float:
-        """Return the relative error of what is checked."""
-        raise NotImplementedError
-
     def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
         return step_times(calls, self.device, SECONDS[self.device.type])
 
@@ -258,7 +248,6 @@ class ModelBench(Bench):
 class TrainingBench(ModelBench):
     """Steps of forward, backward, gradient clipping and AdamW: bf16 autocast on a GPU, float32 on a CPU."""
 
-    checked = "the loss or the norm of its gradient"
     gpu_weights = torch.float32
 
     def set_up(self) -> None:
@@ -269,10 +258,12 @@ class TrainingBench(ModelBench):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
 
-    def error(self, provider: ModelProvider, model: nn.Module) -> float:
+    def check(self, provider: ModelProvider, built: nn.Module) -> float:
         with self.autocast():
-            loss = provider.loss(model, self.idx, self.targets)
-        return ((loss_and_norm(model, loss) - self.expected) / self.expected).abs().max().item()
+            loss = provider.loss(built, self.idx, self.targets)
+        error = ((loss_and_norm(built, loss) - self.expected) / self.expected).abs().max().item()
+        require_close("the loss or the norm of its gradient", error, TOLERANCES[self.dtype])
+        return error
 
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
         model = self.ready[name]
@@ -334,7 +325,6 @@ class TrainingBench(ModelBench):
 class GenerationBench(ModelBench):
     """Greedy continuations of a prompt: bf16 weights on a GPU, the case's dtype on a CPU."""
 
-    checked = "the prompt's logits"
     gpu_weights = torch.bfloat16
 
     @torch.no_grad()
@@ -346,8 +336,10 @@ class GenerationBench(ModelBench):
         self.expected = wide(self.idx)[0][:, -1]
 
     @torch.no_grad()
-    def error(self, provider: ModelProvider, model: nn.Module) -> float:
-        return relative_error(provider.logits(model, self.idx)[:, -1], self.expected)
+    def check(self, provider: ModelProvider, built: nn.Module) -> float:
+        error = relative_error(provider.logits(built, self.idx)[:, -1], self.expected)
+        require_close("the prompt's logits", error, max(TOLERANCES[self.dtype], provider.tolerance))
+        return error
 
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
         provider, model = self.providers[name], self.ready[name]

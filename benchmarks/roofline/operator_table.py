@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import kernels
-from benchmarks.measuring.operator_bench import Case
 from benchmarks.measuring.processes import run_command
 from benchmarks.operators import OPERATORS
 from benchmarks.reporting.markdown import grid
-from benchmarks.roofline.bounds import gpu_named, require_matrix_peak
+from benchmarks.roofline import gpu_named, matrix_peak
 from gptfast.hardware import GPU
-
-START, END = "<!-- operators:start -->", "<!-- operators:end -->"
 
 
 def main(gpu: str = "H200 SXM") -> None:
@@ -25,32 +22,28 @@ def main(gpu: str = "H200 SXM") -> None:
 def table(gpu: GPU) -> str:
     """Return the table in Markdown, the first case of each operator.
 
+    Each has a line for its forward, and one for its backward or, without such a pass, for both.
+
     Raises:
         ValueError: the GPU's matrix peak in bfloat16 is unknown.
     """
-    cases = [operator.cases[0] for name, operator in OPERATORS.items() if name in kernels.__all__]
-    lines = [line for case in cases for line in _lines(case, gpu)]
-    return grid(("operator", "shape", "pass", "GFLOP", "MB", "least time", "bound by"), lines) + "\n"
-
-
-def _lines(case: Case, gpu: GPU) -> list[tuple[str, ...]]:
-    """A line for the forward, and one for the backward, or for both where the backward has no pass of its own."""
-    peak = require_matrix_peak(gpu, case.dtype)
-    sizes = " ".join(f"{name}={size:,}" for name, size in case.dims.items())
-    lines: list[tuple[str, ...]] = []
-    for mode in case.operator.modes[:2]:  # without "both" where there is a backward
-        cost = case.cost(mode)
-        lines.append(
-            (
-                *((f"`{case.suite}`", sizes) if mode == "forward" else ("", "")),
-                "forward and backward" if mode == "both" else mode,
-                f"{cost.flops / 1e9:,.1f}",
-                f"{cost.bytes / 1e6:,.0f}",
-                f"{1e6 * cost.seconds(peak, gpu.bandwidth):,.0f} us",
-                cost.bound(peak, gpu.bandwidth),
+    lines = []
+    for case in (operator.cases[0] for name, operator in OPERATORS.items() if name in kernels.__all__):
+        peak = matrix_peak(gpu, case.dtype)
+        sizes = " ".join(f"{name}={size:,}" for name, size in case.dims.items())
+        for mode in case.operator.modes[:2]:
+            cost = case.cost(mode)
+            lines.append(
+                (
+                    *((f"`{case.suite}`", sizes) if mode == "forward" else ("", "")),
+                    "forward and backward" if mode == "both" else mode,
+                    f"{cost.flops / 1e9:,.1f}",
+                    f"{cost.bytes / 1e6:,.0f}",
+                    f"{1e6 * cost.seconds(peak, gpu.bandwidth):,.0f} us",
+                    cost.bound(peak, gpu.bandwidth),
+                )
             )
-        )
-    return lines
+    return grid(("operator", "shape", "pass", "GFLOP", "MB", "least time", "bound by"), lines) + "\n"
 
 
 if __name__ == "__main__":
