@@ -61,18 +61,11 @@ def test_a_stage_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch):
 
 def test_stages_are_planned_tests_first_within_the_remaining_time():
     planned = list(stages("out", time.monotonic() + 400))
-    assert [(stage, round(seconds)) for stage, seconds, _ in planned] == [
-        ("tests", 152),
-        ("large-tests", 38),
-        ("tuning", 95),
-        ("accuracy", 38),
-        ("operators", 190),
-        ("training", 266),
-        ("generation", 304),
-        ("profile-training", 190),
-        ("profile-generation", 380),
-        ("report", 400),
+    assert [stage for stage, _, _ in planned] == [
+        *("tests", "large-tests", "tuning", "accuracy", "operators", "training", "generation"),
+        *("profile-training", "profile-generation", "report"),
     ]
+    assert all(0 < seconds <= 400 for _, seconds, _ in planned)
     assert next(stages("out", 0.0, skip_tests=True))[0] == "tuning"
     assert next(stages("out", 0.0, skip_tests=True, skip_tuning=True))[0] == "accuracy"
 
@@ -89,14 +82,6 @@ def test_every_operator_goes_through_the_sanitizer():
         assert f"[{name}-" in tests
 
 
-def test_a_missing_sanitizer_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert exit_status("--out", str(tmp_path / "out"), "--sanitize") == 2
-    assert "--sanitize needs compute-sanitizer" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_test_stages_leave_out_only_slow_tests():
     """Tests that fill a GPU's memory run alone, the others in parallel."""
     marked = [command[command.index("-m", 3) + 1] for _, _, command in list(stages("out", 0.0))[:2]]
@@ -107,9 +92,8 @@ def test_the_test_stages_leave_out_only_slow_tests():
     assert others + large == whole
 
 
-@pytest.mark.parametrize("budget", [400, 1])
-def test_every_suite_can_be_collected_for_any_remaining_time(budget):
-    planned = {stage: command for stage, _, command in stages("out", time.monotonic() + budget)}
+def test_every_suite_can_be_collected_without_any_time_left():
+    planned = {stage: command for stage, _, command in stages("out", time.monotonic() + 1)}
     assert all(collect(*planned[suite]) for suite in gpu_check.SUITES)
 
 
@@ -125,10 +109,19 @@ def test_the_profiled_suites_and_providers_exist(monkeypatch, stage, arguments, 
     assert provider in model_bench.providers(nanogpt=None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
-def test_without_a_gpu_the_command_ends_in_one_line(tmp_path, capsys):
-    assert exit_status("--out", str(tmp_path / "out")) == 2
-    assert capsys.readouterr().err == "benchmarks.gpu_check: no CUDA GPU was found; `make bench` measures a CPU\n"
+@pytest.mark.parametrize(
+    ("on_gpu", "arguments", "message"),
+    [
+        (False, [], "no CUDA GPU was found; `make bench` measures a CPU"),
+        (True, ["--sanitize"], "--sanitize needs compute-sanitizer of the CUDA toolkit on the PATH"),
+        (True, ["--time-budget", "0"], "--time-budget must be above 0, got 0.0"),
+    ],
+)
+def test_a_check_that_cannot_run_ends_in_one_line(on_gpu, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert exit_status("--out", str(tmp_path / "out"), *arguments) == 2
+    assert capsys.readouterr().err == f"benchmarks.gpu_check: {message}\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -39,19 +39,23 @@ def calls_by_name(printed: str) -> dict[str, int]:
     return {line.split(maxsplit=3)[3]: int(line.split()[2].replace(",", "")) for line in lines}
 
 
-def test_profiling_an_operators_pass_leaves_out_its_forward(capsys):
-    run("layer_norm", "--case", "N=80 float32", "--mode", "backward", "--repeats", "2")
+@pytest.mark.parametrize(
+    ("arguments", "title", "counted", "absent"),
+    [
+        (  # without the forward
+            ["--case", "N=80 float32", "--mode", "backward"],
+            *("float32 N=80 C=48, eager, backward", "native_layer_norm_backward", "native_layer_norm"),
+        ),
+        ([], "float32 N=40 C=48, eager, forward", "native_layer_norm", "native_layer_norm_backward"),
+    ],
+)
+def test_profiling_an_operators_pass(arguments, title, counted, absent, capsys):
+    run("layer_norm", *arguments, "--repeats", "2")
     printed = capsys.readouterr().out
-    assert printed.startswith("layer_norm, float32 N=80 C=48, eager, backward\n")
-    assert calls_by_name(printed)["aten::native_layer_norm_backward"] == 1
-    assert "aten::native_layer_norm" not in calls_by_name(printed)
-
-
-def test_profiling_takes_the_first_case_and_the_forward_by_default(capsys):
-    run("layer_norm", "--repeats", "1")
-    printed = capsys.readouterr().out
-    assert printed.startswith("layer_norm, float32 N=40 C=48, eager, forward\n")
-    assert calls_by_name(printed)["aten::native_layer_norm"] == 1
+    assert printed.startswith(f"layer_norm, {title}\n")
+    calls = calls_by_name(printed)
+    assert calls[f"aten::{counted}"] == 1
+    assert f"aten::{absent}" not in calls
 
 
 def test_profiling_a_training_step(capsys):
