@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -116,7 +117,8 @@ def profile_kernels(call: Call, device: torch.device, repeats: int) -> list[Kern
     """Profile runs without their `prepare`, and return the kernels by time, the longest first."""
     on_gpu = device.type == "cuda"
     activity, kind = (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
-    found: dict[str, KernelTime] = {}
+    calls: Counter[str] = Counter()
+    microseconds: Any = Counter()  # floats
     for _ in range(repeats):
         prepared = call.prepare()
         synchronize(device)
@@ -126,11 +128,9 @@ def profile_kernels(call: Call, device: torch.device, repeats: int) -> list[Kern
         for event in profiled.key_averages():
             # user annotations are spans around kernels that are counted themselves
             if event.device_type == kind and not event.is_user_annotation:
-                microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                _, calls, seconds = found.get(event.key, KernelTime(event.key, 0.0, 0.0))
-                seconds += microseconds / 1e6 / repeats
-                found[event.key] = KernelTime(event.key, calls + event.count / repeats, seconds)
-    return sorted(found.values(), key=lambda row: -row.seconds)
+                calls[event.key] += event.count
+                microseconds[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    return [KernelTime(name, calls[name] / repeats, us / repeats / 1e6) for name, us in microseconds.most_common()]
 
 
 def run_once(call: Call, device: torch.device) -> None:

@@ -54,12 +54,11 @@ class Passes:
 
 def layer_norm(rows: int, width: int, itemsize: int, bias: bool = True) -> Passes:
     """Layer norm of [rows, width] elements of `itemsize` bytes."""
-    elements, parameters = rows * width * itemsize, (2 if bias else 1) * width * itemsize
-    statistics = 2 * rows * _STATISTIC
+    n, parameters, statistics = rows * width, (1 + bias) * width * itemsize, 2 * rows * _STATISTIC
     # mean 1, centre 1, square and sum 2, scale 1, weight 1, bias 1
-    inference = Cost((7 if bias else 6) * rows * width, 2 * elements + parameters)
+    inference = Cost((6 + bias) * n, 2 * n * itemsize + parameters)
     # normalise again 2, times weight 1, two row sums 3, dx 4, dweight 2, dbias 1
-    backward = Cost((13 if bias else 12) * rows * width, 3 * elements + statistics + width * itemsize + parameters)
+    backward = Cost((12 + bias) * n, 3 * n * itemsize + statistics + width * itemsize + parameters)
     return Passes(inference, inference + Cost(0, statistics), backward)
 
 
@@ -71,19 +70,16 @@ def add_layer_norm(
     The backward reads the gradients of both results and the sum. It writes one gradient for x and the residual, or two
     if the residual stream has another itemsize than x and the norm.
     """
-    norm, elements = layer_norm(rows, width, itemsize, bias), rows * width
-    stream = residual_itemsize or itemsize
-    added = Cost(elements, 2 * elements * stream)
-    # reads dy, dh and h, writes the gradients of the stream and of x
-    moved = elements * (itemsize + 3 * stream + (itemsize if stream != itemsize else 0))
-    backward = Cost(norm.backward.flops + elements, norm.backward.bytes - 3 * elements * itemsize + moved)
-    return Passes(norm.inference + added, norm.forward + added, backward)
+    norm, n, stream = layer_norm(rows, width, itemsize, bias), rows * width, residual_itemsize or itemsize
+    added = Cost(n, 2 * n * stream)
+    # reads dh, reads and writes in `stream` bytes what the norm does in `itemsize`, writes the gradient of x
+    wider = 3 * stream - 2 * itemsize + (itemsize if stream != itemsize else 0)
+    return Passes(norm.inference + added, norm.forward + added, norm.backward + Cost(n, n * wider))
 
 
 def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = True) -> Passes:
     """A product [rows, inputs] x [inputs, outputs] and the gradients of both."""
-    x, weight, y = rows * inputs, inputs * outputs, rows * outputs
-    b = outputs if bias else 0
+    x, weight, y, b = rows * inputs, inputs * outputs, rows * outputs, outputs * bias
     forward = Cost(2 * rows * weight, (x + weight + b + y) * itemsize)
     # dx reads dy and the weight, dweight reads dy and x
     backward = Cost(4 * rows * weight, (2 * y + 2 * weight + 2 * x + b) * itemsize)
@@ -92,7 +88,7 @@ def linear(rows: int, inputs: int, outputs: int, itemsize: int, bias: bool = Tru
 
 def int8_linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Passes:
     """A product [rows, inputs] x [inputs, outputs] with int8 weights and a scale per output, without a backward."""
-    moved = (rows * inputs + rows * outputs) * itemsize + inputs * outputs + outputs * _STATISTIC
+    moved = rows * (inputs + outputs) * itemsize + inputs * outputs + outputs * _STATISTIC
     forward = Cost(2 * rows * inputs * outputs, moved)
     return Passes(forward, forward, Cost(0, 0))
 
@@ -102,8 +98,7 @@ def gelu_ffn(rows: int, width: int, hidden: int, itemsize: int, bias: bool = Tru
 
     The backward recomputes the activation in the epilogue of dy @ w_down, and writes it beside its gradient.
     """
-    x, h, weight = rows * width, rows * hidden, width * hidden
-    b = width + hidden if bias else 0
+    x, h, weight, b = rows * width, rows * hidden, width * hidden, (width + hidden) * bias
     inference = Cost(4 * rows * weight, (2 * x + 2 * h + 2 * weight + b) * itemsize)
     forward = inference + Cost(0, h * itemsize)
     # four products: dh (reads dy, w_down, z; writes dz, h), dw_down (dy, h), dx (dz, w_up), dw_up (dz, x)
@@ -152,14 +147,12 @@ def adamw(parameters: int) -> Cost:
 
 def parameters(config: GPTConfig) -> int:
     """Count the parameters of a GPT, tied ones once."""
-    width, bias = config.n_embd, config.bias
-    norm = width * (2 if bias else 1)
-    block = 12 * width**2 + 2 * norm
-    block += 3 * width if config.has_qkv_bias else 0
-    block += (width + 4 * width + width) if bias else 0  # attention's projection and both layers of the feed-forward
+    width, norm = config.n_embd, config.n_embd * (1 + config.bias)
+    # attention's projection and both layers of the feed-forward have biases of 1, 4 and 1 widths
+    block = 12 * width**2 + 2 * norm + 3 * width * config.has_qkv_bias + 6 * width * config.bias
     count = config.n_layer * block + config.vocab_size * width * (1 if config.tie_weights else 2)
-    count += config.block_size * width if config.position == "learned" else 0
-    return count + (norm if config.norm_position == "pre" else 0)
+    count += config.block_size * width * (config.position == "learned")
+    return count + norm * (config.norm_position == "pre")
 
 
 def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int, int8_weights: bool = False) -> int:

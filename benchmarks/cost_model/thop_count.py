@@ -21,11 +21,6 @@ def count(model: GPT, batch: int, length: int) -> int:
 
     thop runs a copy of the model on the meta device: its hooks and buffers never reach the model, whatever its size.
 
-    Args:
-        model: the GPT, not compiled.
-        batch: sequences.
-        length: tokens of each sequence.
-
     Raises:
         ImportError: thop is not installed, or the setuptools that it needs since Python 3.12.
         ValueError: a length beyond the model's `block_size`.

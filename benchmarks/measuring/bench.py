@@ -35,11 +35,8 @@ class WrongResultError(RuntimeError):
 class Bench(ABC):
     """Measurements of one case. A provider that fails keeps its exception and leaves the others alone.
 
-    Args:
-        case: the shapes, with `suite`, `dims` and a name as `str(case)`.
-        providers: implementations to compare, with `name`, `modes` and `build`.
-        device: where they run.
-        limits: measured copy and matrix product rates, see `machine.measure_limits`.
+    A case has `suite`, `dims` and a name as `str(case)`; a provider has `name`, `modes` and `build`. `limits` are the
+    copy and matrix product rates of `machine.measure_limits`.
     """
 
     dtype: torch.dtype

@@ -97,7 +97,7 @@ def _median_seconds(device: torch.device, function: Callable[..., object], *tens
 
 
 def result_head(device: torch.device) -> dict[str, Any]:
-    """Return the fields that `benchmarks.report` needs of a file that pytest-benchmark does not write."""
+    """Return the fields that `benchmarks.report` needs in a file that pytest-benchmark does not write."""
     return {
         "gptfast_results": RESULTS_FORMAT,
         "datetime": datetime.now(UTC).isoformat(),

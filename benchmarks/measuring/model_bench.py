@@ -25,7 +25,7 @@ from benchmarks.measuring.bench import (
     relative_error,
     require_close,
 )
-from benchmarks.measuring.timing import Call, Times, peak_bytes, step_times
+from benchmarks.measuring.timing import Call, Times, WallClock, interleave, peak_bytes
 from gptfast import GPT, GPTConfig, TrainStep, flops, hardware
 from gptfast.quantization import quantize
 from kernels import runtime
@@ -36,27 +36,16 @@ SECONDS = {"cpu": 6.0, "cuda": 3.0}  # measured for each case, all providers tog
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model's shape and its batch.
+    """A model's shape and its batch."""
 
-    Args:
-        suite: "training" or "generation".
-        model: name of the shape.
-        config: the shape, without dropout, whose random numbers differ in every implementation.
-        batch: sequences.
-        length: tokens of each sequence, or of each prompt.
-        providers: names of the providers to measure; compiling large models takes minutes.
-        new_tokens: tokens to generate.
-        dtype: of the weights when generating on a CPU.
-    """
-
-    suite: str
-    model: str
-    config: GPTConfig
+    suite: str  # "training" or "generation"
+    model: str  # name of the shape
+    config: GPTConfig  # without dropout, whose random numbers differ in every implementation
     batch: int
-    length: int
-    providers: tuple[str, ...] = ("triton", "eager")
+    length: int  # tokens of each sequence, or of each prompt
+    providers: tuple[str, ...] = ("triton", "eager")  # the ones to measure; compiling large models takes minutes
     new_tokens: int = 0
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the weights when generating on a CPU
 
     @property
     def dims(self) -> dict[str, str | int]:
@@ -76,13 +65,7 @@ class ModelCase:
 class ModelProvider:
     """An implementation of GPT: `build(reference)` returns a model with the weights of `reference`.
 
-    Args:
-        name: name in results.
-        build: raises UnavailableError if the implementation cannot run here.
-        loss, logits, generate: the calls of the model's own interface.
-        captured: train by `gptfast.TrainStep` in CUDA graphs, else by a plain loop.
-        int8: the weights of products have 8 bits.
-        tolerance: accepted relative error of the logits, if it is above that of the dtype.
+    `build` raises UnavailableError if it cannot run here; `loss`, `logits` and `generate` call the model.
     """
 
     name: str
@@ -90,9 +73,9 @@ class ModelProvider:
     loss: Callable[[Any, Tensor, Tensor], Tensor] = lambda model, idx, targets: model(idx, targets)[1]
     logits: Callable[[Any, Tensor], Tensor] = lambda model, idx: model(idx)[0]
     generate: Callable[[Any, Tensor, int], Tensor] = lambda model, idx, count: model.generate(idx, count, temperature=0)
-    captured: bool = False
-    int8: bool = False
-    tolerance: float = 0.0
+    captured: bool = False  # train by `gptfast.TrainStep` in CUDA graphs, else by a plain loop
+    int8: bool = False  # the weights of products have 8 bits
+    tolerance: float = 0.0  # accepted relative error of the logits, if it is above that of the dtype
     modes: tuple[str, ...] = tuple(MODES.values())
 
 
@@ -238,7 +221,7 @@ class ModelBench(Bench):
         self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def time(self, calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], Times]:
-        return step_times(calls, self.device, SECONDS[self.device.type])
+        return interleave(calls, WallClock(self.device), SECONDS[self.device.type])  # gaps between launches count
 
     def close(self) -> None:
         del self.reference, self.source
@@ -266,24 +249,16 @@ class TrainingBench(ModelBench):
         return error
 
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
-        model = self.ready[name]
-        step, optimizer = self._step(self.providers[name], model)
-        step.run(None)  # allocates the optimizer's moments
-        peak = peak_bytes(step, self.device)
-        step.run(None)  # CUDA graphs are captured at the third call; their memory is that of the step before
-        state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
-        persistent = sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
-        return {"whole": step}, None if peak is None else peak + persistent
-
-    def _step(self, provider: ModelProvider, model: nn.Module) -> tuple[Call, torch.optim.Optimizer]:
+        provider, model = self.providers[name], self.ready[name]
         shared = next(model.parameters()) is next(self.reference.parameters())
         # a captured step makes its learning rate a tensor, so it needs an optimizer of its own
         optimizer = self.optimizer if shared and not provider.captured else make_optimizer(model)
-        if provider.captured:
-            captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype)
-            return Call(lambda _: captured(self.idx, self.targets)), optimizer
+        captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype) if provider.captured else None
 
         def step(_: None) -> None:
+            if captured is not None:
+                captured(self.idx, self.targets)
+                return
             with self.autocast():
                 loss = provider.loss(model, self.idx, self.targets)
             loss.backward()
@@ -291,7 +266,13 @@ class TrainingBench(ModelBench):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return Call(step), optimizer
+        call = Call(step)
+        step(None)  # allocates the optimizer's moments
+        peak = peak_bytes(call, self.device)
+        step(None)  # CUDA graphs are captured at the third call; their memory is that of the step before
+        state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+        persistent = sum(tensor.nbytes for tensor in [*model.parameters(), *state] if isinstance(tensor, Tensor))
+        return {"whole": call}, None if peak is None else peak + persistent
 
     @functools.cached_property
     def _flops_by_thop(self) -> int | None:

@@ -50,34 +50,24 @@ class Operator:
     """An entry of the operator table. The values of `dims` are the arguments of `shapes` and `cost`.
 
     Args:
-        name: the function's name in `kernels` and `kernels.reference`.
-        dims: names of the sizes.
-        shapes: shapes of the tensor arguments, by name. Names that start with "w_" are weights of matrix products.
-        cost: FLOPs and bytes; its last argument is the itemsize of the dtype.
         sizes: the cases of the benchmarks, the most informative first: a short time budget drops the last ones.
         accuracy_sizes: sizes for `benchmarks.accuracy` on a GPU, and in Triton's interpreter.
-        peers: implementations besides Triton and eager PyTorch.
-        modes: the passes that are timed.
-        bind: adapts the operator to the tensors of `shapes` alone, by adding its other arguments.
-        kernel: builds the Triton implementation, if that is not the function in `kernels`.
-        reference: the function that defines the result, if that is not the one in `kernels.reference`.
-        layout: makes an argument's strides from a contiguous tensor.
         compared: the part of a result that is checked, where the reference would not fit into memory. It must depend
             on the same part of the inputs only.
     """
 
-    name: str
-    dims: tuple[str, ...]
-    shapes: Callable[..., dict[str, tuple[int, ...]]]
-    cost: Callable[..., Passes]
+    name: str  # the function's name in `kernels` and `kernels.reference`
+    dims: tuple[str, ...]  # names of the sizes
+    shapes: Callable[..., dict[str, tuple[int, ...]]]  # of the tensors; "w_" names are weights of matrix products
+    cost: Callable[..., Passes]  # its last argument is the itemsize of the dtype
     sizes: tuple[Sizes, ...]
     accuracy_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None
-    peers: tuple[Provider, ...] = ()
-    modes: tuple[str, ...] = MODES
-    bind: Callable[[Function, Case], Function] = lambda function, case: function
-    kernel: Callable[[Case], Function] | None = None
-    reference: Function | None = None
-    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    peers: tuple[Provider, ...] = ()  # implementations besides Triton and eager PyTorch
+    modes: tuple[str, ...] = MODES  # the passes that are timed
+    bind: Callable[[Function, Case], Function] = lambda function, case: function  # adds arguments besides the tensors
+    kernel: Callable[[Case], Function] | None = None  # builds what is not the function in `kernels`
+    reference: Function | None = None  # what is not the function in `kernels.reference`
+    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor  # makes an argument's strides from a contiguous tensor
     compared: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def case(self, *values: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Case:

@@ -37,12 +37,9 @@ def exit_on_error(module: str) -> Iterator[None]:
 
 
 def run_command(main: Callable[..., None], module: str, arguments: Sequence[str] | None = None) -> None:
-    """Call `main` with command-line arguments, which tyro reads from its signature and docstring.
+    """Call `main` with arguments, by default of the process, which tyro reads by its signature and docstring.
 
-    Args:
-        main: the command; see `exit_on_error` for its failures.
-        module: its name in help and errors, such as "benchmarks.tune".
-        arguments: those of the process if None.
+    `module` is the command's name in help and errors, such as "benchmarks.tune"; see `exit_on_error` for failures.
     """
     with exit_on_error(module):
         tyro.cli(main, prog=f"python -m {module}", args=arguments)
@@ -62,16 +59,10 @@ def require_positive(**values: int) -> None:
 
 
 def run_process(name: str, command: Sequence[str], folder: Path, threads: int | None = None) -> tuple[str, float]:
-    """Run a program in `folder` and return its output and its seconds.
-
-    Args:
-        name: of the program in errors.
-        command: the program and its arguments.
-        folder: working directory.
-        threads: of its arithmetic; PyTorch's default if None.
+    """Run a program in `folder`, on `threads` threads if given, and return its output and its seconds.
 
     Raises:
-        RunError: its exit status is not 0; the message has its last lines.
+        RunError: the exit status of `name` is not 0; the message has its last lines.
     """
     limits = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     start = time.perf_counter()

@@ -1,8 +1,8 @@
 """Time and memory of calls that are compared: warmed up, interleaved, synchronised.
 
 `kernel_times` is for operators. It takes the GPU's time between two events, with cold caches and a full queue, so that
-gaps between launches do not count; the host's time for the call is kept beside it. `step_times` is for whole steps,
-where such gaps do count. It takes the wall clock between two synchronisations.
+gaps between launches do not count; the host's time for the call is kept beside it. Whole steps, where such gaps do
+count, are timed by `interleave` with the wall clock between two synchronisations.
 """
 
 from __future__ import annotations
@@ -110,22 +110,11 @@ def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float
     return interleave(calls, WallClock(device), seconds)
 
 
-def step_times(calls: Mapping[Key, Call], device: torch.device, seconds: float) -> dict[Key, Times]:
-    """Time whole steps in turns by the wall clock, see `interleave`."""
-    return interleave(calls, WallClock(device), seconds)
-
-
 def interleave(calls: Mapping[Key, Call], clock: Clock, seconds: float, host: bool = False) -> dict[Key, Times]:
     """Time calls in turns, so that drifts of clocks, heat and other load affect all of them alike.
 
-    Args:
-        calls: by name. All are warmed up before the first is measured.
-        clock: runs and times one call.
-        seconds: approximate duration of the measured rounds of all calls together; each call gets 5 to 50 rounds.
-        host: keep the time of the host as well.
-
-    Returns:
-        The times of each call in measured order.
+    All calls are warmed up before the first is measured. The measured rounds of all calls take about `seconds` together;
+    each call gets 5 to 50 rounds. `host` keeps the time of the host as well.
     """
     warm = {}
     for name, call in calls.items():
