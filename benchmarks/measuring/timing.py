@@ -113,7 +113,7 @@ def kernel_times(calls: Mapping[Key, Call], device: torch.device, seconds: float
 def interleave(calls: Mapping[Key, Call], clock: Clock, seconds: float, host: bool = False) -> dict[Key, Times]:
     """Time calls in turns, so that drifts of clocks, heat and other load affect all of them alike.
 
-    All calls are warmed up before the first is measured. The measured rounds of all calls take about `seconds` together;
+    All calls are warmed up before the first is measured. Their measured rounds take about `seconds` together;
     each call gets 5 to 50 rounds. `host` keeps the time of the host as well.
     """
     warm = {}
