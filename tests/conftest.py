@@ -24,7 +24,7 @@ else:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """Skip modules that need the report's packages where those are not installed, as on a machine that only measures."""
+    """Skip modules that need the report's packages on a machine without them, which can still measure."""
     report = yield
     if report.failed and re.search(r"No module named '(pandas|jinja2|matplotlib|pydantic)'", str(report.longrepr)):
         report.outcome = "skipped"

