@@ -251,7 +251,7 @@ class TrainingBench(ModelBench):
     def prepare(self, name: str, mode: str) -> tuple[dict[str, Call], int | None]:
         provider, model = self.providers[name], self.ready[name]
         shared = next(model.parameters()) is next(self.reference.parameters())
-        # a captured step makes its learning rate a tensor, so it needs an optimizer of its own
+        # a captured step makes its learning rate a tensor, so it needs another optimizer
         optimizer = self.optimizer if shared and not provider.captured else make_optimizer(model)
         captured = TrainStep(model, optimizer, grad_clip=1.0, dtype=self.dtype) if provider.captured else None
 

@@ -65,8 +65,8 @@ class Operator:
     peers: tuple[Provider, ...] = ()  # implementations besides Triton and eager PyTorch
     modes: tuple[str, ...] = MODES  # the passes that are timed
     bind: Callable[[Function, Case], Function] = lambda function, case: function  # adds arguments besides the tensors
-    kernel: Callable[[Case], Function] | None = None  # builds what is not the function in `kernels`
-    reference: Function | None = None  # what is not the function in `kernels.reference`
+    kernel: Callable[[Case], Function] | None = None  # else the function in `kernels`
+    reference: Function | None = None  # else the function in `kernels.reference`
     layout: Callable[[Tensor], Tensor] = lambda tensor: tensor  # makes an argument's strides from a contiguous tensor
     compared: Callable[[Tensor], Tensor] = lambda tensor: tensor
 

@@ -36,8 +36,7 @@ def test_models_are_measured_and_written_with_the_machine(tmp_path):
     rows = {(row["extra_info"]["suite"], row["extra_info"]["provider"]): row for row in results["benchmarks"]}
     providers = {"cpu", "eager", "Hugging Face"}
     assert set(rows) >= {(suite, provider) for suite in ("training", "generation") for provider in providers}
-    for row in rows.values():
-        # pytest-benchmark's statistics are those of the measured times
+    for row in rows.values():  # pytest-benchmark's statistics describe the measured times
         assert row["stats"]["median"] == pytest.approx(row["extra_info"]["seconds"]["median"])
         assert row["extra_info"]["error"] < 1e-4
     training = rows["training", "cpu"]["extra_info"]

@@ -30,7 +30,7 @@ def test_the_products_of_a_step_are_those_of_the_model_count(name):
 
 @pytest.mark.parametrize("residual", [2, 4])
 def test_the_passes_of_a_block_move_the_bytes_of_its_operators(residual: int):
-    """Gradients of biases are passes of their own here, which the operators' least does not count."""
+    """The gradient of a bias is a separate pass here, which the operator's least does not count."""
     config, batch, length = GPTConfig.preset("gpt2"), 2, 1024
     rows, width = batch * length, config.n_embd
     step = StepCost(config, batch, length, residual_itemsize=residual)

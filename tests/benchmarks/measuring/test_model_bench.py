@@ -23,8 +23,6 @@ LIMITS = {"copy_bytes_per_second": 1e12, "matrix_flops_per_second": {"float32": 
 CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 TRAINING = ModelCase("training", "tiny", CONFIG, batch=2, length=16)
 GENERATION = ModelCase("generation", "tiny", CONFIG, batch=2, length=4, new_tokens=6)
-# large weights, whose errors exceed the tolerance of bfloat16
-LARGE = dataclasses.replace(CONFIG, init_std=0.2)
 KNOWN = providers(nanogpt=None)
 
 
@@ -103,25 +101,25 @@ def forget_the_mask(model) -> None:
     model.transformer.h[0].attn.backend = type("Broken", (), {"causal_attention_qkvpacked": staticmethod(attention)})()
 
 
-def test_training_with_a_wrong_gradient_has_no_speed():
-    def freeze(model):
-        """Drop one gradient; the loss and all others are right."""
-        shared = model.transformer.h[0].mlp.c_proj.weight
-        model.transformer.h[0].mlp.c_proj.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
-
-    case = dataclasses.replace(TRAINING, config=LARGE)
-    bench = TrainingBench(case, [wrong(freeze), KNOWN["eager"]], DEVICE, LIMITS)
-    with pytest.raises(WrongResultError, match="the loss or the norm of its gradient"):
-        bench.row("wrong", "step")
-    assert bench.row("eager", "step")[1]["provider"] == "eager"
+def drop_a_gradient(model) -> None:
+    """The loss and all other gradients are right."""
+    weight = model.transformer.h[0].mlp.c_proj.weight
+    model.transformer.h[0].mlp.c_proj.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
-def test_generation_without_the_mask_has_no_speed():
-    case = dataclasses.replace(GENERATION, config=LARGE)
-    bench = GenerationBench(case, [wrong(forget_the_mask), KNOWN["eager"]], DEVICE, LIMITS)
-    with pytest.raises(WrongResultError, match="the prompt's logits"):
-        bench.row("wrong", "generate")
-    assert bench.row("eager", "generate")[1]["provider"] == "eager"
+@pytest.mark.parametrize(
+    ("bench", "case", "mode", "change", "what"),
+    [
+        (TrainingBench, TRAINING, "step", drop_a_gradient, "the loss or the norm of its gradient"),
+        (GenerationBench, GENERATION, "generate", forget_the_mask, "the prompt's logits"),
+    ],
+)
+def test_a_wrong_model_has_no_speed(bench, case, mode, change, what):
+    large = dataclasses.replace(CONFIG, init_std=0.2)  # with errors that exceed the tolerance of bfloat16
+    built = bench(dataclasses.replace(case, config=large), [wrong(change), KNOWN["eager"]], DEVICE, LIMITS)
+    with pytest.raises(WrongResultError, match=what):
+        built.row("wrong", mode)
+    assert built.row("eager", mode)[1]["provider"] == "eager"
 
 
 def test_generation_that_ends_early_has_no_speed():

@@ -122,7 +122,7 @@ def detached_mean(x, weight, bias):
         (NORM, lambda *tensors: 1.01 * reference.layer_norm(*tensors), MODES, r"the result .* 1\.00e-02"),
         (NORM, lambda *tensors: math.nan * reference.layer_norm(*tensors), MODES, "the result .* nan"),
         (NORM, detached_mean, MODES, "the gradient of x "),
-        # the backward of a loss is not a pass of its own
+        # a loss has no separate backward
         (LOSS, lambda x, w: LOSS.reference(x, w.detach()) + 0 * w.sum(), ("forward", "both"), "the gradient of w_head"),
         # one of two results
         (
