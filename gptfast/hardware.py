@@ -192,10 +192,10 @@ def describe(device: torch.device) -> str:
     return f"{name}: {compute} ({compute_source}), {memory} ({memory_source})"
 
 
-def _figure(value: float | None, unit: str, label: str, what: str, variable: str, source: str) -> tuple[str, str]:
+def _figure(value: float | None, unit: str, label: str, kind: str, variable: str, source: str) -> tuple[str, str]:
     """Format one peak; return the text and its source."""
     if value is None:
-        return f"no {what}", f"set {variable}"
+        return f"no {kind}", f"set {variable}"
     if variable in os.environ:
         return _with_prefix(value, unit), variable  # the variable names no dtype
     return _with_prefix(value, unit) + label, source

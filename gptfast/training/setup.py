@@ -204,8 +204,8 @@ def _require_same_data(saved: Checkpoint, data: Dataset, config: TrainConfig, pa
     for split, fingerprint in data.fingerprints.items():
         if saved.state["data"][split] != fingerprint:
             raise ValueError(
-                f"{config.data} is not what the run in {path} was trained on: {split} was "
-                f"{saved.state['data'][split]}, and is {fingerprint}"
+                f"{config.data} is not the data of the run in {path}: {split} was {saved.state['data'][split]}, and is "
+                f"{fingerprint}; give the same data, or a new --out"
             )
 
 

@@ -45,7 +45,7 @@ OTHERS = [
     "NVIDIA GH200 480GB", "NVIDIA H20-3e", "NVIDIA H800", "NVIDIA B300", "NVIDIA", "GeForce", "",
 ]  # fmt: skip
 # processors, clock in GHz of the data sheet, and FLOPs per cycle of a processor's matrix units by CUDA's tables.
-# The H20 is limited below what its clock would give.
+# The H20 is limited to less than its clock allows.
 RATES = {
     **dict.fromkeys(("V100 SXM2 16GB", "V100 SXM2 32GB"), (80, 1.53, 1024)),
     **dict.fromkeys(("V100 PCIe 16GB", "V100 PCIe 32GB"), (80, 1.37, 1024)),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def words(command: str) -> list[str]:
-    """Translate a command to this interpreter, whose scripts need not be on the path."""
+    """Translate a command to this interpreter's modules: its scripts may not be on the path."""
     first, *rest = shlex.split(command)
     module = {"torchrun": "torch.distributed.run"}.get(first, first)
     return [sys.executable, *rest] if first == "python" else [sys.executable, "-m", module, *rest]

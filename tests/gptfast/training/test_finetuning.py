@@ -121,12 +121,6 @@ def test_load_pretrained_crops_positions_that_are_not_learned(tmp_path, position
     torch.testing.assert_close(logits(model), logits(whole))
 
 
-def test_load_pretrained_rejects_a_context_that_is_too_short(base, hugging_face):
-    for source, size in ((base, 16), (hugging_face, 24)):
-        with pytest.raises(ValueError, match=rf"{source} has block_size={size}, .*25.*--block-size {size}$"):
-            load_pretrained(source, block_size=25)
-
-
 def test_select_trainable_adapts_every_linear_layer_by_default():
     model = GPT(GPTConfig(vocab_size=31, **SIZES), "eager")
     finetuning.select_trainable(model, TrainConfig(lora_rank=1))
@@ -219,7 +213,7 @@ def test_finetuning_takes_a_tokenizer_for_hugging_faces_layout(hugging_face, tmp
 def test_finetuning_rejects_what_does_not_fit_and_leaves_no_folder(base, hugging_face, tmp_path):
     cases = [
         (hugging_face, {"tokenizer": "char"}, "has a vocabulary of 257 tokens, the tokenizer has"),
-        (base, {"model": GPTConfig(block_size=17)}, "has block_size=16, less than the 17 asked for"),
+        (base, {"model": GPTConfig(block_size=17)}, r"has block_size=16, .*17.*--block-size 16$"),
         (base, {"freeze": ("*",)}, "leave nothing to train"),
         (base, {"lora_rank": 2, "lora_targets": ("lm_head",)}, "which is the token embedding"),
     ]

@@ -161,7 +161,7 @@ def test_resume_rejects_other_settings(config, tmp_path, settings, message):
 def test_resume_rejects_another_text(config, tmp_path):
     train_until(config, 5)
     (tmp_path / "text.txt").write_text(TEXT.replace("be", "eb", 1))
-    with pytest.raises(ValueError, match=r"text.txt is not what the run in .*run was trained on: train was 1548 "):
+    with pytest.raises(ValueError, match=r"text.txt is not the data of the run in .*run: train was 1548 "):
         resume(config)
 
 

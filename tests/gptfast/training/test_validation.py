@@ -53,7 +53,7 @@ def loss_by_hand(sequences: EvalSet, model: GPT) -> float:
 
 
 def test_mean_loss_weighs_every_sequence_the_same():
-    """Also those of a smaller last batch."""
+    """Even if the last batch is smaller."""
     sequences, model = random_sequences(13, batch_size=6), build()
     assert [len(idx) for idx, _ in sequences.split.eval_batches(100, 6)] == [6, 6, 1]
     assert mean_loss(sequences, model) == pytest.approx(loss_by_hand(sequences, model), rel=1e-5)
