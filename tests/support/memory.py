@@ -13,7 +13,7 @@ from tests.support.oracle import DEVICE
 def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) -> int:
     """Return peak bytes of tensors on `device` during a call, beyond those allocated before."""
     if device.type == "cuda":
-        _warm_up_products(device)
+        _warm_up_matmuls(device)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -30,7 +30,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device = DEVICE) ->
     return peak
 
 
-def _warm_up_products(device: torch.device) -> None:
+def _warm_up_matmuls(device: torch.device) -> None:
     """Make cuBLAS allocate its workspaces: 8 MiB and more per thread, autograd's included."""
     a, b = (torch.ones(16, 16, device=device, requires_grad=True) for _ in range(2))
     torch.nn.functional.linear(a, b, torch.ones(16, device=device)).sum().backward()
