@@ -22,7 +22,7 @@ def command(start: str) -> list[str]:
     return words(found)
 
 
-@pytest.mark.parametrize(("code", "output"), zip(PYTHON, OUTPUTS, strict=True), ids=["train", "step", "switch"])
+@pytest.mark.parametrize(("code", "output"), [*zip(PYTHON, OUTPUTS, strict=True)], ids=["train", "step", "switch"])
 def test_code_runs(tmp_path, code, output):
     assert run([sys.executable, "-c", code], tmp_path).startswith(output)
 
