@@ -38,7 +38,7 @@ def patches() -> dict[str, list[tuple[str, str]]]:
 
 
 def apply(language: str, block: str, path: Path) -> None:
-    """Append Python code. Of a diff, add its lines with + at the lines without, which must occur once."""
+    """Append Python code, or apply a diff, whose context must occur once."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if language == "python":
         path.write_text(f"{text}\n\n{block}" if text else block, encoding="utf-8")

@@ -40,15 +40,7 @@ def commands(path: Path) -> list[str]:
     return [line for block in blocks(path, "sh") for line in block.splitlines()]
 
 
-COMMANDS = [
-    pytest.param(line, id=f"{path.name}-{line}")
-    for path in DOCUMENTS
-    if path not in IN_ORDER
-    for line in commands(path)
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [line for path in DOCUMENTS if path not in IN_ORDER for line in commands(path)])
 def test_commands_run(command: str):
     assert run(words(command), ROOT)
 
@@ -77,7 +69,7 @@ def test_generated_tables_are_current(document, name):
 
 
 def test_rounding_moves_the_loss_less_than_the_seed():
-    """By the factor that docs/numerics.md claims."""
+    """docs/numerics.md claims the factor."""
     path = documents.RESULTS / "cpu" / f"{documents.LEARNING}.json"
     first, *others = json.loads(path.read_text(encoding="utf-8"))["runs"]
     rounding, seed = (max(abs(above) for _, above in learning_curves.differences(run, first)) for run in others)
@@ -103,14 +95,13 @@ def test_tuning_log_has_the_launched_tiles():
 
 
 def test_documents_name_existing_files_and_code():
-    """Files by their paths, and modules and functions by their names."""
     for path in [ROOT / "README.md", *DOCUMENTS]:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:kernels|gptfast|benchmarks|tests|examples|docs)/[\w/-]+(?:\.\w+)?)`", text):
-            # a table of launches is there when a GPU was measured
+            # kernels/launches exists once a GPU was measured
             assert (ROOT / name).exists() or name == "kernels/launches", f"{path.name}: {name}"
         for name in re.findall(r"\b((?:kernels|gptfast|benchmarks)(?:\.\w+)+)\b(?![/.])", text):
-            # a page adds rms_norm to a copy of the project
+            # docs/adding-an-operator.md adds rms_norm to a copy of the project
             assert pydoc.locate(name) is not None or name.endswith(".rms_norm"), f"{path.name}: {name}"
 
 
@@ -119,10 +110,9 @@ VOCABULARIES = {"shakespeare-char-cpu": 65, "shakespeare-char-gpu": 65, "word-gp
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", RECIPES], ids=lambda path: path.name)
 def test_recipe_tables_have_the_models_parameters(path):
-    """In the tables, of every recipe but the sizes between GPT-2's smallest and largest."""
-    rows = {
-        name: row for row in path.read_text(encoding="utf-8").splitlines() for name in re.findall(r"#([\w-]+)\)", row)
-    }
+    """The tables leave out the sizes between GPT-2's smallest and largest."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = {name: row for row in lines for name in re.findall(r"#([\w-]+)\)", row)}
     for name, recipe in recipes_by_name.RECIPES.items():
         shape = dataclasses.replace(recipe.model, vocab_size=VOCABULARIES.get(name, 50257))
         row = rows[re.sub("-(cpu|gpu|medium|large|xl)$", "", name)]

@@ -1,4 +1,4 @@
-"""A model from `gptfast export` answers questions in `transformers` as in `gptfast eval`."""
+"""`transformers`, by the rules of lm-evaluation-harness, scores an exported model as `gptfast eval` does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from gptfast import GPT, GPTConfig, cli, load_model
+from gptfast import GPT, GPTConfig, load_model
 from gptfast.evaluation import multiple_choice
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
+from tests.support.command_line import output
 from tests.support.small_tokenizers import small_tiktoken
 
 WORDS = ["the", "cat", "to", "be", "Zürich", "東京", "that's", "."]
@@ -45,8 +46,7 @@ class Harness:
 
 
 @pytest.mark.parametrize("tokens", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_exported_folder_answers_as_eval_does(tmp_path, monkeypatch, capsys, tokens):
-    monkeypatch.chdir(tmp_path)
+def test_exported_folder_answers_as_eval_does(here, capsys, tokens):
     torch.manual_seed(0)
     shape = {"block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.5}
     GPT(GPTConfig(vocab_size=tokens.vocab_size, **shape), "eager").save_pretrained("out", tokens)
@@ -59,18 +59,24 @@ def test_exported_folder_answers_as_eval_does(tmp_path, monkeypatch, capsys, tok
     questions[3]["ctx"] = ""
     Path("questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
 
-    harness, right = Harness(tmp_path / "out"), {"acc": [], "acc_norm": []}
+    harness, right = Harness(here / "out"), {"acc": [], "acc_norm": [], "acc_bytes": []}
     assert (harness.max_length, harness.tokenizer.model_max_length) == (40, 40)
     model, own = load_model.load("out", torch.device("cpu"))
     for question in questions:
         sums = np.array([harness.log_likelihood(question["ctx"], f" {ending}") for ending in question["endings"]])
         rows = [multiple_choice.encode(own, question["ctx"], ending, 40) for ending in question["endings"]]
         assert multiple_choice.log_likelihoods(model, rows, torch.float32, 3) == pytest.approx(sums, rel=1e-5)
-        lengths = np.array([len(ending) for ending in question["endings"]])
-        for name, by in (("acc", sums), ("acc_norm", sums / lengths)):
-            right[name].append(np.argmax(by) == question["label"])
+        lengths = {
+            "acc": [1] * 4,
+            "acc_norm": [len(ending) for ending in question["endings"]],
+            "acc_bytes": [len(ending.encode()) for ending in question["endings"]],
+        }
+        for name, length in lengths.items():
+            right[name].append(np.argmax(sums / length) == question["label"])
 
-    cli.main(["eval", "out", "--choices", "questions.jsonl", "--device", "cpu", "--dtype", "float32", "--json"])
-    found = json.loads(capsys.readouterr().out)["choices"]
-    assert {name: found[name] for name in right} == {name: np.mean(answers) for name, answers in right.items()}
+    options = ["--choices", "questions.jsonl", "--device", "cpu", "--dtype", "float32", "--json"]
+    found = json.loads(output(capsys, "eval", "out", *options))["choices"]
+    for name, answers in right.items():
+        assert found[name] == pytest.approx(np.mean(answers)), name
+        assert found[f"{name}_stderr"] == pytest.approx(np.std(answers, ddof=1) / np.sqrt(24)), name
     assert right["acc"] != right["acc_norm"], "the metrics should differ"

@@ -1,9 +1,8 @@
-"""Multiple choice: files, tokens of an ending, log-likelihoods and answers."""
+"""Multiple choice: files, tokens of an ending, log-likelihoods and answers. `test_exported.py` has the harness."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -169,60 +168,6 @@ def test_log_likelihoods_batch_by_length():
     assert shapes == [(3, 16), (3, 8), (1, 1)]
 
 
-def harness_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """lm-evaluation-harness's `TemplateLM._encode_pair` for a context that is not empty."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces > 0:
-        continuation = context[-spaces:] + continuation
-        context = context[:-spaces]
-    whole, before = tokenizer.encode(context + continuation).tolist(), tokenizer.encode(context).tolist()
-    return before, whole[len(before) :]
-
-
-def test_score_is_that_of_transformers_by_the_rules_of_the_harness(tmp_path):
-    """One ending at a time, in float64."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape = {"vocab_size": 260, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, initializer_range=0.3))
-    theirs.save_pretrained(tmp_path)
-    theirs.double().eval()
-    model = GPT.from_pretrained(str(tmp_path), backend="eager")
-    generator = np.random.default_rng(4)
-    words = ["tea", "the", "ab", "Zürich", "東京", "ééé", "cat", "."]
-
-    def text(longest: int) -> str:
-        return " ".join(generator.choice(words, size=generator.integers(1, longest)))
-
-    questions = [Question(text(9), tuple(text(6) for _ in range(4)), number % 4) for number in range(20)]
-    expected: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
-    truncated = 0
-    for question in questions:
-        sums = []
-        for ending in question.endings:
-            before, after = harness_pair(PAIRS, question.context, " " + ending)
-            kept = torch.tensor([(before + after)[-25:]])
-            truncated += len(before + after) > 25
-            with torch.no_grad():
-                log_probs = theirs(kept[:, :-1]).logits.log_softmax(-1)[0]  # [T, V]
-            sums.append(log_probs.gather(1, kept[0, 1:, None])[-len(after) :].sum().item())
-        encoded = [multiple_choice.encode(PAIRS, question.context, ending, 24) for ending in question.endings]
-        assert multiple_choice.log_likelihoods(model, encoded, torch.float32, 3) == pytest.approx(sums, rel=1e-5)
-        lengths = {
-            "acc": [1] * 4,
-            "acc_norm": [len(ending) for ending in question.endings],
-            "acc_bytes": [len(ending.encode()) for ending in question.endings],
-        }
-        for name, length in lengths.items():
-            expected[name].append(int(np.argmax(np.array(sums) / length)) == question.label)
-    assert truncated > 3
-    found = multiple_choice.score(model, PAIRS, questions, torch.float32, 5)
-    for name, right in expected.items():
-        assert getattr(found, name).value == pytest.approx(np.mean(right)), name
-        assert getattr(found, name).stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(20)), name
-    assert len({tuple(right) for right in expected.values()}) == 3, "the metrics should differ"
-
-
 @pytest.mark.parametrize(
     ("questions", "log_likelihoods", "accuracies"),
     [
@@ -247,19 +192,6 @@ def test_score_of_given_log_likelihoods(
     found = multiple_choice.score(build(), BYTES, questions, torch.float32, 8)
     assert found.questions == len(questions)
     assert (found.acc.value, found.acc_norm.value, found.acc_bytes.value) == pytest.approx(accuracies)
-
-
-def test_score_of_a_model_that_has_learned_the_answers():
-    model = build()
-    ids = torch.tensor([[*b"to be or not to b"]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:])[1].backward()
-        optimizer.step()
-    questions = [Question("to be or", ("not to", "to not", "two"), 0), Question("to be", ("xx", "or"), 1)]
-    found = multiple_choice.score(model, BYTES, questions, torch.float32, 2)
-    assert (found.acc.value, found.acc_norm.value, found.acc_bytes.value) == (1, 1, 1)
 
 
 def test_score_names_the_question_that_it_rejects():
