@@ -144,12 +144,12 @@ def _unmet_requirements() -> Iterator[str]:
 
 def _satisfies(version: str, specifiers: str) -> bool:
     """Compare releases only: 2.12.0a0 satisfies >=2.12, unlike for pip."""
+
+    def release(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", text)[0]))
+
     bounds = re.findall(r"(>=|<)\s*([\d.]+)", specifiers)
-    return all((_release(version) >= _release(bound)) == (operator == ">=") for operator, bound in bounds)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+    return all((release(version) >= release(bound)) == (operator == ">=") for operator, bound in bounds)
 
 
 def check_peaks(available: list[torch.device]) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,7 +18,7 @@ from gptfast.quantization import quantize
 class EvalConfig:
     """Measure perplexity and bits per byte of a text, or accuracy on multiple-choice questions."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Run folder, Hugging Face folder, hub repository OWNER/MODEL, or gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     data: str | None = None
     """Text: stdlib, shakespeare, chatbot, clinic, sentences, a UTF-8 text file or a folder of them, or a folder that
@@ -95,13 +95,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         block_size = model.config.block_size
         tokens = perplexity.load_tokens(config.data, config.split, tokenizer)
         windows = perplexity.Windows(tokens, block_size, config.stride or block_size)
-        text = perplexity.score(model, tokenizer, windows, dtype, config.batch_size, config.limit, progress=True)
+        text = perplexity.score(model, tokenizer, windows, dtype, config.batch_size, config.limit)
         origin = {"source": config.data, "block_size": block_size, "stride": windows.stride}
         results["data"] = origin | text.fields()
     if questions:
-        answers = multiple_choice.score(
-            model, tokenizer, questions, dtype, config.batch_size, config.delimiter, progress=True
-        )
+        answers = multiple_choice.score(model, tokenizer, questions, dtype, config.batch_size, config.delimiter)
         results["choices"] = {"file": config.choices, **answers.fields()}
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -13,9 +14,9 @@ from gptfast import load_model
 class ExportConfig:
     """Write a run's model and tokenizer to a folder that Hugging Face transformers loads with `from_pretrained`."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not exist or be empty."""
     tokenizer: bool = True
     """Write the tokenizer as well."""

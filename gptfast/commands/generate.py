@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ _BATCH = 64  # continuations per batch
 class GenerateConfig:
     """Continue prompts with a trained model."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Run folder, Hugging Face folder, hub repository OWNER/MODEL, or gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     prompt: str = "\n"
     """Text to continue."""
@@ -52,7 +52,7 @@ class GenerateConfig:
     num_samples: int = 1
     """Continuations of each prompt."""
     stop: tuple[str, ...] = ()
-    """Stop strings: a continuation ends before the first of them."""
+    """Stop strings. A continuation ends before the first match."""
     num_beams: int = 1
     """Beams of a beam search for the likeliest continuations; 1 samples instead."""
     length_penalty: float = 1.0
@@ -230,17 +230,8 @@ class _Writer:
         config, first = self.config, None
         if self.prints_pieces:
             print(found[0].prompt, end="", flush=True)
-        for _, piece in texts.stream(
-            self.model,
-            self.tokenizer,
-            found,
-            config.max_new_tokens,
-            config.sampling,
-            config.stop,
-            self.generator,
-            self.draft,
-            config.compile,
-        ):
+        settings = (config.max_new_tokens, config.sampling, config.stop, self.generator, self.draft, config.compile)
+        for _, piece in texts.stream(self.model, self.tokenizer, found, *settings):
             first = first or time.perf_counter()
             if self.prints_pieces:
                 print(piece, end="", flush=True)

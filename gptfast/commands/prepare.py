@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,7 +18,7 @@ from gptfast.data import prepare as engine
 class PrepareConfig:
     """Tokenize text into a folder of token shards, which `gptfast train --data` reads."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """stdlib, shakespeare, chatbot, clinic, sentences, a text or JSON-lines file (.gz is decompressed), a folder of
     such files, or a glob pattern."""
     out: str
@@ -50,7 +50,12 @@ class PrepareConfig:
 
 def run(config: PrepareConfig) -> None:
     """Prepare the data, then print a summary and the next command."""
-    print(describe(prepare(config), config.out))
+    index = prepare(config)
+    for split, written in index["splits"].items():
+        per_token = written["text_bytes"] / written["tokens"]
+        contents = f"documents: {written['documents']:,}, files: {len(written['shards'])}"
+        print(f"{split}: {written['tokens']:,} tokens, {per_token:.2f} bytes of text each; {contents}")
+    print(f"vocabulary {index['vocab_size']:,}, {index['dtype']}, in {config.out}")
     print(f"gptfast train PRESET --data {config.out}")
 
 
@@ -68,15 +73,3 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         config.tokenizer, source.documents(), end_of_text=not source.one_document, vocabulary=config.vocabulary
     )
     return engine.prepare(source, tokenizer, out, config.held_out, config.workers, config.shard_tokens, config.seed)
-
-
-def describe(index: dict[str, Any], out: str) -> str:
-    """Summarise an index in a few lines."""
-    lines = []
-    for split, written in index["splits"].items():
-        per_token = written["text_bytes"] / written["tokens"]
-        lines.append(
-            f"{split}: {written['tokens']:,} tokens, {per_token:.2f} bytes of text each; documents: "
-            f"{written['documents']:,}, files: {len(written['shards'])}"
-        )
-    return "\n".join([*lines, f"vocabulary {index['vocab_size']:,}, {index['dtype']}, in {out}"])

@@ -119,18 +119,13 @@ def _question(line: bytes) -> Question:
         raise ValueError(f"'context' or 'ctx' must be a string; the line has: {', '.join(entry)}")
     endings = entry.get("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f"'endings' must be at least two non-empty strings, got {_abbreviated(endings)}")
+        raise ValueError(f"'endings' must be at least two non-empty strings, got {json.dumps(endings)[:60]}")
     label = entry.get("label")
     # the hub's copy of HellaSwag has string labels
     number = int(label) if isinstance(label, str) and label.isdecimal() else label
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(endings):
-        raise ValueError(f"'label' must be an integer from 0 to {len(endings) - 1}, got {_abbreviated(label)}")
+        raise ValueError(f"'label' must be an integer from 0 to {len(endings) - 1}, got {json.dumps(label)[:60]}")
     return Question(context, tuple(endings), number)
-
-
-def _abbreviated(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, delimiter: str = " ") -> EncodedEnding:
@@ -164,17 +159,17 @@ def encode(tokenizer: Tokenizer, context: str, ending: str, block_size: int, del
     return EncodedEnding((before + after)[-block_size - 1 :], min(len(after), block_size))
 
 
-def log_likelihoods(
-    model: GPT, endings: Sequence[EncodedEnding], dtype: torch.dtype, batch_size: int, progress: bool = False
-) -> np.ndarray:
-    """Compute the log-likelihood of each ending after its context, [N] float64 in nats.
+def log_likelihoods(model: GPT, endings: Sequence[EncodedEnding], dtype: torch.dtype, batch_size: int) -> np.ndarray:
+    """Compute the log-likelihood of each ending after its context. A terminal shows a progress bar.
 
     Args:
         model: the GPT; its mode is restored.
         endings: at most `block_size` + 1 tokens each. Batches are sorted by length and padded on the right.
         dtype: dtype of matmuls.
         batch_size: endings per forward pass.
-        progress: show a progress bar if standard error is a terminal.
+
+    Returns:
+        [N] float64, in nats.
 
     Raises:
         ValueError: a token id is out of range.
@@ -182,9 +177,7 @@ def log_likelihoods(
     """
     order = sorted(range(len(endings)), key=lambda number: -len(endings[number].ids))
     sums = np.empty(len(endings), dtype=np.float64)
-    with tqdm(
-        total=len(endings), unit="ending", dynamic_ncols=True, disable=None if progress else True, leave=False
-    ) as bar:
+    with tqdm(total=len(endings), unit="ending", dynamic_ncols=True, disable=None, leave=False) as bar:
         for first in range(0, len(order), batch_size):
             numbers = order[first : first + batch_size]
             longest = len(endings[numbers[0]].ids) - 1
@@ -206,7 +199,6 @@ def score(
     dtype: torch.dtype,
     batch_size: int,
     delimiter: str = " ",
-    progress: bool = False,
 ) -> ChoiceScore:
     """Compute the accuracy of a model on questions. The first of equally likely endings is the answer.
 
@@ -217,7 +209,6 @@ def score(
         dtype: dtype of matmuls.
         batch_size: endings per forward pass.
         delimiter: see `encode`.
-        progress: show a progress bar if standard error is a terminal.
 
     Raises:
         ValueError: `encode` rejects a question; the message has its number.
@@ -232,7 +223,7 @@ def score(
             ]
         except ValueError as error:
             raise ValueError(f"question {number}: {error}") from error
-    remaining = log_likelihoods(model, encoded, dtype, batch_size, progress)
+    remaining = log_likelihoods(model, encoded, dtype, batch_size)
     right: dict[str, list[float]] = {name: [] for name in ACCURACIES}
     for question in questions:
         sums, remaining = np.split(remaining, [len(question.endings)])

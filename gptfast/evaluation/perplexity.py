@@ -114,15 +114,9 @@ class TextScore:
 
 
 def score(
-    model: GPT,
-    tokenizer: Tokenizer,
-    windows: Windows,
-    dtype: torch.dtype,
-    batch_size: int,
-    limit: int | None = None,
-    progress: bool = False,
+    model: GPT, tokenizer: Tokenizer, windows: Windows, dtype: torch.dtype, batch_size: int, limit: int | None = None
 ) -> TextScore:
-    """Compute loss and bits per byte of a text, summed in float64.
+    """Compute loss and bits per byte of a text, summed in float64, with a progress bar on a terminal.
 
     Args:
         model: the GPT; its mode is restored.
@@ -131,7 +125,6 @@ def score(
         dtype: dtype of matmuls.
         batch_size: windows per forward pass.
         limit: number of windows; None for all.
-        progress: show a progress bar if standard error is a terminal.
 
     Raises:
         ValueError: a token id is out of range.
@@ -141,7 +134,7 @@ def score(
     counts: list[int] = []
     n_bytes: int | None = 0
     total = min(len(windows), limit or len(windows))
-    with tqdm(total=total, unit="window", dynamic_ncols=True, disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=total, unit="window", dynamic_ncols=True, disable=None, leave=False) as bar:
         for idx, targets in windows.batches(batch_size, limit):
             sums += token_losses(model, idx, targets, dtype).sum(1).tolist()
             counts += (targets >= 0).sum(1).tolist()

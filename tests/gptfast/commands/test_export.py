@@ -137,7 +137,7 @@ def test_bad_folders_are_rejected(here, capsys):
     write_run(here / "run")
     assert refused(capsys, "export", "none", "out") == "none is not a run folder with weights: it has no config.json"
     assert refused(capsys, "export", "run", "run") == "run is not empty; give a new folder"
-    assert refused(capsys, "export", "run").startswith("Missing from gptfast export: STR Folder to write")
+    assert refused(capsys, "export", "run").startswith("Missing from gptfast export: FOLDER")
     content = bytearray(Path("run/model.safetensors").read_bytes())
     content[-5] ^= 1
     Path("run/model.safetensors").write_bytes(content)

@@ -60,7 +60,7 @@ def test_generate_rejects_bad_options(trained, here, capsys, options, message):
 
 
 def test_generate_needs_a_model(here, capsys):
-    assert error(capsys, "generate").startswith("Missing from gptfast generate: STR Run folder")
+    assert error(capsys, "generate").startswith("Missing from gptfast generate: MODEL")
     assert error(capsys, "generate", ".").endswith("is not a run folder with weights: it has no config.json")
 
 
