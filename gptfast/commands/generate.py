@@ -173,13 +173,10 @@ def _ask() -> Iterator[str]:
         readline.read_history_file(history)
     try:
         while True:
-            try:
-                line = input("> ")
-            except EOFError:
-                print()
-                return
-            if line:
+            if line := input("> "):
                 yield line
+    except EOFError:
+        print()
     finally:
         if readline is not None:
             history.parent.mkdir(parents=True, exist_ok=True)

@@ -265,13 +265,6 @@ def test_cache_folder_that_cannot_be_written(machine, monkeypatch, variable: str
     assert [row for row in section("cache folders").values() if "not writable" in row] == [f"{path}, not writable"]
 
 
-def test_peak_that_is_not_a_number(gpus, monkeypatch):
-    monkeypatch.setenv(hardware.FLOPS_VARIABLE, "much")
-    (problem,) = problems()
-    assert problem.startswith("GPTFAST_PEAK_FLOPS is 'much'")
-    assert section("devices")["cpu"] == "no peak"
-
-
 def test_package_of_hugging_face_beside_ours(machine, monkeypatch):
     folder = machine / "kernels"
     monkeypatch.setattr(hf_kernels, "installed", lambda: (folder, "0.18.2"))
@@ -352,7 +345,7 @@ def test_command_prints_the_sections_and_then_the_problems(capsys, monkeypatch):
         cli.main(["doctor"])
     assert ended.value.code == 1
     printed = capsys.readouterr()
-    assert printed.out.startswith("versions\n")
+    assert re.search("devices\n  cpu +no peak\n", printed.out)
     assert [line.split()[:2] for line in printed.err.splitlines()] == [
         ["gptfast:", "GPTFAST_PEAK_FLOPS"],
         ["gptfast:", "/dev/null/cache"],
