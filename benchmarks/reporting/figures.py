@@ -118,7 +118,7 @@ def draw_bars(rows: DataFrame, origin: float, label: str) -> Canvas:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}{units.TIMES}")
     low, high = axes.get_xlim()
-    is_wide = origin > 0 and high / low > 8
+    is_wide = origin > 0 and high / low > 12
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.set_yticks(y, rows["provider"], color=color("ink"), fontsize=8.5)
     axes.tick_params(axis="y", length=0)

@@ -114,21 +114,15 @@ class Run:
 
     def gptfast_command(self, data: str, out: str) -> list[str]:
         """Arguments of `gptfast`: the preset with this run's length and evaluations."""
-        lengths = (
-            "--steps",
-            self.steps,
-            "--eval-interval",
-            self.eval_interval,
-            "--eval-batches",
-            self.eval_batches or 1,
-        )
-        places = ("--data", data, "--out", out, "--device", self.device)
-        return ["train", self.recipe.preset, *places, *map(str, lengths)]
+        places = {"data": data, "out": out, "device": self.device}
+        lengths = {"steps": self.steps, "eval-interval": self.eval_interval, "eval-batches": self.eval_batches or 1}
+        options = [word for name, value in (places | lengths).items() for word in (f"--{name}", str(value))]
+        return ["train", self.recipe.preset, *options]
 
     def commands(self) -> dict[str, str]:
         """Both command lines as a user types them."""
-        ours = self.gptfast_command("FILE", "RUN")
-        return {NANOGPT: " ".join(["python", *self.nanogpt_command()]), GPTFAST: " ".join(["gptfast", *ours])}
+        nanogpt, gptfast = self.nanogpt_command(), self.gptfast_command("FILE", "RUN")
+        return {NANOGPT: f"python {' '.join(nanogpt)}", GPTFAST: f"gptfast {' '.join(gptfast)}"}
 
 
 @dataclass(frozen=True)
@@ -163,17 +157,16 @@ class Race:
 
     def __init__(self, folder: Path, checkout: Path, data: Path, threads: int | None) -> None:
         self.folder, self.data, self.threads = folder, data.resolve(), threads
+        self.nanogpt_folder = folder / "nanogpt"
         for name in FILES:
             if not (checkout / name).is_file():
                 raise ValueError(f"{checkout} has no {name}; --nanogpt takes a checkout of nanoGPT")
-        if not data.is_file():
-            raise ValueError(f"no such file: {data}; --data takes a text file")
-        self.text = corpus.load_text(str(self.data))
-        self.nanogpt_folder = folder / "nanogpt"
-        for name in FILES:
             copy = self.nanogpt_folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkout / name, copy)
+        if not data.is_file():
+            raise ValueError(f"no such file: {data}; --data takes a text file")
+        self.text = corpus.load_text(str(self.data))
         self.vocab_size, self.held_out = write_tokens(self.text, self.nanogpt_folder / "data" / "shakespeare_char")
 
     def checksums(self) -> dict[str, str]:
@@ -182,17 +175,12 @@ class Race:
 
     def run(self, side: str, run: Run) -> Outcome:
         """Train with "nanoGPT" or "gptfast". Raises RunError if the run fails or differs from the requested one."""
-        return self._nanogpt(run) if side == NANOGPT else self._gptfast(run)
-
-    def _nanogpt(self, run: Run) -> Outcome:
-        command = [sys.executable, *run.nanogpt_command()]
-        printed, seconds = run_process(NANOGPT, command, self.nanogpt_folder, self.threads)
-        found = re.search(r"^found vocab_size = (\d+) ", printed, re.MULTILINE)
-        if found is None or int(found[1]) != self.vocab_size:
-            raise RunError(f"nanoGPT's model is another: it does not print found vocab_size = {self.vocab_size}")
-        return nanogpt_outcome(printed, run, seconds)
-
-    def _gptfast(self, run: Run) -> Outcome:
+        if side == NANOGPT:
+            command = [sys.executable, *run.nanogpt_command()]
+            printed, seconds = run_process(NANOGPT, command, self.nanogpt_folder, self.threads)
+            if not re.search(rf"^found vocab_size = {self.vocab_size} ", printed, re.MULTILINE):
+                raise RunError(f"nanoGPT's model is another: it does not print found vocab_size = {self.vocab_size}")
+            return nanogpt_outcome(printed, run, seconds)
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:
             out = Path(parent, "run")
             command = [sys.executable, "-m", "gptfast", *run.gptfast_command(str(self.data), str(out))]
@@ -400,20 +388,17 @@ def compare_loss(race: Race, name: str, run: Run) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Format all recipes in Markdown."""
-    columns = ["recipe", *(f"{side}, tokens/s" for side in SIDES), "ratio", "p20 to p80"]
-    columns += [*(f"{side}, validation loss" for side in SIDES), "difference"]
+    speeds, losses = ([f"{side}, {what}" for side in SIDES] for what in ("tokens/s", "validation loss"))
     lines = []
     for name, result in results.items():
         speed, loss = result["speed"], result["loss"]
-        ratio = {name: units.ratio(value) for name, value in speed["ratio"].items()}
+        p20, median, p80 = (units.ratio(speed["ratio"][part]) for part in ("p20", "median", "p80"))
         cells = [name, *(units.count(speed["tokens_per_second"][side]["median"]) for side in SIDES)]
-        cells += [ratio["median"], f"{ratio['p20']} to {ratio['p80']}"]
-        if loss is None:
-            cells += [units.NOTHING] * 3
-        else:
-            cells += [*(f"{loss[side]['val_loss']:.4f}" for side in SIDES), f"{loss['difference']:+.4f}"]
+        cells += [median, f"{p20} to {p80}", *[units.NOTHING] * 3]
+        if loss is not None:
+            cells[-3:] = [*(f"{loss[side]['val_loss']:.4f}" for side in SIDES), f"{loss['difference']:+.4f}"]
         lines.append(cells)
-    return grid(columns, lines)
+    return grid(["recipe", *speeds, "ratio", "p20 to p80", *losses, "difference"], lines)
 
 
 def passage(content: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
+import functools
 import math
 import re
 import subprocess
 import sys
+from operator import getitem, setitem
 from pathlib import Path
 
 import pytest
@@ -102,21 +104,11 @@ def test_rows_are_in_the_order_of_the_report(gpu_folder):
 
 
 def drop(*path):
-    def edit(data):
-        for name in path[:-1]:
-            data = data[name]
-        del data[path[-1]]
-
-    return edit
+    return lambda data: functools.reduce(getitem, path[:-1], data).pop(path[-1])
 
 
 def put(value, *path):
-    def edit(data):
-        for name in path[:-1]:
-            data = data[name]
-        data[path[-1]] = value
-
-    return edit
+    return lambda data: setitem(functools.reduce(getitem, path[:-1], data), path[-1], value)
 
 
 ROW = ("benchmarks", 3, "extra_info")
