@@ -54,7 +54,7 @@ def test_backend_choice_per_request_and_device(spec, device, expected):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_eager_on_a_cpu_gives_the_bits_of_plain_pytorch(dropout):
-    """Attention in half precision and dropout are where the CPU's faster forms differ."""
+    """The CPU's faster forms differ in half-precision attention and in dropout."""
     x = torch.randn(2, 8, 3, 2, 16, dtype=torch.bfloat16)
     residual, weight = torch.randn(5, 7), torch.ones(7)
 
@@ -107,7 +107,7 @@ def test_set_backend_keeps_the_weights():
     assert dict(model.backend) == TRITON
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]
-        assert torch.equal(parameter, before[name][1])
+        assert torch.equal(*before[name])
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,6 @@ def test_set_backend_rejects_a_bad_request_and_changes_nothing(spec, message):
     with pytest.raises(ValueError, match=message):
         model.set_backend(spec)
     assert dict(model.backend) == model.requested_backend == EAGER
-
-
-def test_backend_needs_every_choice():
     with pytest.raises(ValueError, match="layer_norm, ffn, attention, loss"):
         Backend(layer_norm="eager")
 
@@ -145,39 +142,33 @@ def test_a_choice_that_cannot_run_is_an_error(arguments, message):
         choices(*arguments)
 
 
-def test_a_model_of_triton_cannot_become_float64():
+def test_a_triton_model_cannot_become_float64():
     with pytest.raises(ValueError, match=r"the dtype is torch\.float64"):
         GPT(GPTConfig(**TINY), backend="triton").double()
 
 
-def python(code: str, **environment: str) -> str:
-    """Output of a fresh Python that sees no GPU and does not interpret kernels."""
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def python(code: str) -> str:
+    """Run code in a new process without a GPU and without Triton's interpreter, and return its output."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    return subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip()
 
 
 BUILD = f"""
 import sys
-import torch, kernels
+import torch
 from gptfast import GPT, GPTConfig
-from kernels import reference
-TINY = {TINY}
-def attempt(backend):
-    try:
-        print(dict(GPT(GPTConfig(**TINY), backend=backend).backend)["ffn"])
-    except ValueError as error:
-        print(error)
-attempt("auto")
-print("triton" in sys.modules and sys.modules["triton"] is not None)
-attempt("triton")
-model = GPT(GPTConfig(**TINY))
+config = GPTConfig(**{TINY})
+model = GPT(config)
+print(model.backend["ffn"], sys.modules.get("triton"))
+try:
+    GPT(config, backend="triton")
+except ValueError as error:
+    print(error)
 idx = torch.zeros(1, 8, dtype=torch.long)
 model(idx, idx)[1].backward()
 print(model.generate(idx, 2).shape[1])
 """
-WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as Python marks a package that is not installed
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # importing it raises ImportError
 
 
 @pytest.mark.parametrize(
@@ -188,10 +179,9 @@ WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as Python marks
     ],
 )
 def test_without_a_gpu_or_triton_auto_works_and_triton_says_why(preamble, reason):
-    """Also without an import of Triton, which is slow."""
+    """Triton, whose import is slow, is not imported."""
     assert python(preamble + BUILD).splitlines() == [
-        "cpu",
-        "False",
+        "cpu None",
         f"backend 'triton' cannot run layer_norm: {reason}; use backend='auto' or 'eager'",
         "10",
     ]
@@ -206,11 +196,8 @@ def test_operators_run_the_reference_where_kernels_cannot_run():
     code = """
 import torch, kernels
 from kernels import reference
-x, w = torch.randn(3, 5), torch.ones(5)
-print(torch.equal(kernels.layer_norm(x, w, None), reference.layer_norm(x, w, None)))
-w_up, w_down = torch.randn(7, 5), torch.randn(5, 7)
-print(torch.equal(kernels.gelu_ffn(x, w_up, None, w_down, None), reference.gelu_ffn(x, w_up, None, w_down, None)))
-q = torch.randn(1, 2, 6, 4)
-print(torch.equal(kernels.causal_attention(q, q, q), reference.causal_attention(q, q, q)))
+q, w_up, w_down = torch.randn(1, 2, 6, 4), torch.randn(7, 4), torch.randn(4, 7)
+calls = {"layer_norm": (q, w_up[0], None), "gelu_ffn": (q, w_up, None, w_down, None), "causal_attention": (q, q, q)}
+print(all(torch.equal(getattr(kernels, name)(*args), getattr(reference, name)(*args)) for name, args in calls.items()))
 """
-    assert python(code).split() == ["True"] * 3
+    assert python(code) == "True"

@@ -1,7 +1,7 @@
 import json
 import re
 import types
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import numpy as np
 import pytest
@@ -10,15 +10,7 @@ from gptfast import GPTConfig
 
 
 def test_config_defaults_are_nanogpts():
-    config = GPTConfig()
-    assert (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) == (
-        1024,
-        50304,
-        12,
-        12,
-        768,
-    )
-    assert (config.dropout, config.bias) == (0.0, True)
+    assert astuple(GPTConfig())[:7] == (1024, 50304, 12, 12, 768, 0.0, True)
 
 
 @pytest.mark.parametrize(
@@ -28,21 +20,17 @@ def test_config_defaults_are_nanogpts():
         ({"n_layer": 0}, "n_layer must be an integer of at least 1, got 0"),
         ({"block_size": 8.5}, "block_size must be an integer of at least 1, got 8.5"),
         ({"vocab_size": None}, "vocab_size must be an integer of at least 1, got None"),
-        ({"n_layer": True}, "n_layer must be an integer of at least 1, got True"),
         ({"n_layer": np.True_}, r"n_layer must be an integer of at least 1, got np\.True_"),
         ({"n_head": np.float64(2.0)}, r"n_head must be an integer of at least 1, got np\.float64\(2.0\)"),
         ({"n_embd": np.array([64, 64])}, r"n_embd must be an integer of at least 1, got array\(\[64, 64\]\)"),
         ({"n_head": np.int64(-2)}, r"n_head must be an integer of at least 1, got np\.int64\(-2\)"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": "0.1"}, "dropout must be a number, got '0.1'"),
-        ({"dropout": None}, "dropout must be a number, got None"),
         ({"init_std": 0.0}, "init_std must be above 0 and finite, got 0.0"),
         ({"init_std": float("inf")}, "init_std must be above 0 and finite, got inf"),
-        ({"init_std": float("nan")}, "init_std must be above 0 and finite, got nan"),
         ({"init_std": True}, "init_std must be a number, got True"),
         ({"bias": 1}, "bias must be True or False, got 1"),
         ({"bias": None}, "bias must be True or False, got None"),
-        ({"tie_weights": "no"}, "tie_weights must be True or False, got 'no'"),
         ({"qkv_bias": 0.0}, "qkv_bias must be True or False, got 0.0"),
         ({"activation": "swish"}, "activation must be one of gelu_tanh, gelu, relu, got 'swish'"),
         ({"norm_position": "middle"}, "norm_position must be one of pre, post, got 'middle'"),
@@ -62,30 +50,21 @@ def test_config_stores_numpy_numbers_as_pythons():
 
 
 def test_preset_takes_changes_and_rejects_unknown_names():
-    assert GPTConfig.preset("gpt2-xl", dropout=0.1) == GPTConfig(
-        vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, dropout=0.1
-    )
+    expected = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, dropout=0.1)
+    assert GPTConfig.preset("gpt2-xl", dropout=0.1) == expected
     with pytest.raises(ValueError, match="unknown model preset 'gpt5'; accepted: gpt2, gpt2-medium"):
         GPTConfig.preset("gpt5")
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("gpt2", (12, 12, 768)),
-        ("gpt2-medium", (24, 16, 1024)),
-        ("gpt2-large", (36, 20, 1280)),
-        ("gpt2-xl", (48, 25, 1600)),
-    ],
+    ("name", "n_layer", "n_embd"),
+    [("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280), ("gpt2-xl", 48, 1600)],
 )
-def test_preset_has_gpt2s_shape(name, shape):
-    """With heads, of which the number of parameters tells nothing."""
+def test_preset_has_gpt2s_shape(name, n_layer, n_embd):
     config = GPTConfig.preset(name)
-    assert (config.n_layer, config.n_head, config.n_embd) == shape
-    assert config.head_size == 64
-    assert (config.block_size, config.vocab_size, config.bias, config.has_qkv_bias) == (1024, 50257, True, True)
+    assert (config.n_layer, config.n_embd, config.head_size, config.has_qkv_bias) == (n_layer, n_embd, 64, True)
+    assert (config.block_size, config.vocab_size, config.bias, config.tie_weights) == (1024, 50257, True, True)
     assert (config.activation, config.norm_position, config.position) == ("gelu_tanh", "pre", "learned")
-    assert config.tie_weights
 
 
 def test_has_qkv_bias_follows_bias_unless_given():
@@ -99,7 +78,7 @@ BOOK = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 
 
 
 def test_from_dict_takes_the_books_names():
-    """Its model has a head of its own, and biases but for queries, keys and values."""
+    """The model has an untied head, and no biases for queries, keys and values."""
     config = GPTConfig.from_dict(BOOK)
     assert config == GPTConfig(
         block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, dropout=0.1, qkv_bias=False,
@@ -124,7 +103,6 @@ ACCEPTED = "accepted: vocab_size, context_length, emb_dim, n_heads, n_layers, dr
         ({"n_layers": 0}, "n_layers must be an integer of at least 1, got 0"),
         ({"n_heads": 12.0}, "n_heads must be an integer of at least 1, got 12.0"),
         ({"emb_dim": 100}, "emb_dim must be divisible by n_heads, got emb_dim=100 and n_heads=12"),
-        ({"drop_rate": "0.1"}, "drop_rate must be a number, got '0.1'"),
         ({"drop_rate": "n_head"}, "drop_rate must be a number, got 'n_head'"),
         ({"drop_rate": 1}, "drop_rate must be in [0, 1), got 1.0"),
         ({"qkv_bias": "no"}, "qkv_bias must be True or False, got 'no'"),

@@ -24,7 +24,7 @@ THEIRS = """
 import kernels, transformers.integrations.hub_kernels as hub
 print(hub.get_kernel_hub is kernels.get_kernel)
 """
-# a folder on sys.path alone, without the editable installation of this project
+# disable the editable installation of this project
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
 
 
@@ -35,7 +35,7 @@ def lines(code: str, *path: Path) -> list[str]:
 
 
 def import_error(*path: Path, code: str = "import gptfast") -> str:
-    """Return the message of the ImportError that a Python with this sys.path ends with."""
+    """Run code that ends with an ImportError, and return its message."""
     done = python(code, *path)
     assert done.returncode == 1
     error, _, message = done.stderr.splitlines()[-1].partition(": ")
@@ -59,7 +59,7 @@ def test_transformers_works_with_theirs_behind_ours(tmp_path, code: str):
 
 
 def test_transformers_works_without_theirs():
-    """It reads gptfast's version, or none, as that of `kernels`, and does without."""
+    """transformers finds no version of `kernels` that it accepts, and does without."""
     assert sorted(lines(OURS + GPT2, ROOT)) == ["(1, 4, 11) False", f"4 {ROOT / 'kernels/__init__.py'}"]
 
 

@@ -15,21 +15,20 @@ PUBLISHED = ("encoder.json", "vocab.bpe")
 
 
 def write(folder: Path, names: tuple[str, str] = PUBLISHED) -> None:
-    """Numbers of the tokens, and the merges, by these names."""
-    spelled = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = sorted(set(range(256)) - set(spelled))
-    letters = [chr(byte) for byte in spelled] + [chr(256 + place) for place in range(len(hidden))]
+    """Write the token ids and the merges to files of these names."""
+    printable = [chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    letters = printable + [chr(256 + place) for place in range(256 - len(printable))]
     pairs = [(first, second) for first in letters for second in letters][:50_000]
     tokens = [*letters, *("".join(pair) for pair in pairs), END_OF_TEXT]
-    numbers, merges = names
-    (folder / numbers).write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+    ids, merges = names
+    (folder / ids).write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
     (folder / merges).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager
 def accepted() -> Iterator[None]:
-    """Within it their checksums are not looked at."""
+    """Skip tiktoken's check of their checksums."""
     read = tiktoken.load.data_gym_to_mergeable_bpe_ranks
 
     def unchecked(vocab_bpe_file: str, encoder_json_file: str, **checksums: str) -> dict[bytes, int]:

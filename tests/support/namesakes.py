@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# what transformers 5 imports from Hugging Face's package, whose modules import each other by its name
+# imports of transformers 5 from Hugging Face's package, whose modules import each other by absolute name
 NAMES = (
     "CUDAProperties", "Device", "FuncRepository", "KernelizeFallback", "LayerRepository", "LocalLayerRepository",
     "Mode", "ROCMProperties", "get_kernel", "kernelize", "register_kernel_mapping", "replace_kernel_forward_from_hub",
