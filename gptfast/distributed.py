@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -99,21 +100,26 @@ class World:
             dist.destroy_process_group()
 
     def run_on_main(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on the main process and broadcast its result, or its ValueError."""
+        """Call `function` on the main process and broadcast its result, which JSON can hold, or its ValueError."""
         if self.is_single:
             return function()
-        outcome: list[Any] = [None, None]  # result and error
+        outcome: dict[str, Any] = {}
         if self.is_main:
             try:
-                outcome[0] = function()
+                outcome["result"] = function()
             except ValueError as error:
-                outcome[1] = str(error)
+                outcome["error"] = str(error)
+        # as JSON: `broadcast_object_list` would pickle it
+        text = torch.tensor(list(json.dumps(outcome).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(text))
         with self.collective_errors():
-            dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        result, message = outcome
-        if message is not None:
-            raise ValueError(message)
-        return result
+            dist.broadcast(length, 0)
+            text = text if self.is_main else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(text, 0)
+        outcome = json.loads(bytes(text.tolist()))
+        if "error" in outcome:
+            raise ValueError(outcome["error"])
+        return outcome["result"]
 
     def any(self, flag: bool) -> bool:
         """Return True if the flag is set on any rank. Collective: every rank must call it."""
