@@ -447,9 +447,8 @@ def _operands(config: Config, head_size: int, *tensors: tuple[Tensor, str]) -> l
     """Return the tensors [B, H, rows, D], or their descriptors; each comes with the size of its tiles, BM or BN."""
     if not config["DESCRIPTORS"]:
         return [tensor for tensor, _ in tensors]
-    return [
-        make_descriptor(tensor, 1, 1, config[rows], runtime.padded_head_size(head_size)) for tensor, rows in tensors
-    ]
+    width = runtime.padded_head_size(head_size)
+    return [make_descriptor(tensor, 1, 1, config[rows], width) for tensor, rows in tensors]
 
 
 def _launch_forward(
@@ -492,16 +491,8 @@ def _launch_backward(
     n_padded = runtime.cdiv(n_queries, _PADDED_QUERIES) * _PADDED_QUERIES
     padded_lse, delta = torch.empty(2, batch, heads, n_padded, dtype=torch.float32, device=q.device)
     strides = [stride for tensor in (q, k, v, do) for stride in tensor.stride()[:3]]
-    sizes = (
-        heads,
-        batch * heads,
-        n_queries,
-        n_keys,
-        n_padded,
-        scale,
-        scale * runtime.LOG2_E,
-        *philox.dropout_constants(dropout_p),
-    )
+    sizes = (heads, batch * heads, n_queries, n_keys, n_padded)
+    factors = (scale, scale * runtime.LOG2_E, *philox.dropout_constants(dropout_p))
     rows = max(16, 2048 // runtime.padded_head_size(head_size))
     with runtime.on_device(q):
         _attention_delta_kernel[(n_padded // rows * batch * heads,)](
@@ -515,7 +506,7 @@ def _launch_backward(
         )
         with runtime.on_device(q):
             _attention_dk_dv_kernel[(runtime.cdiv(n_keys, config["BN"]) * batch * heads,)](
-                *inputs, padded_lse, delta, dk_out, dv_out, seed, *strides, *dk.stride()[:3], *sizes,
+                *inputs, padded_lse, delta, dk_out, dv_out, seed, *strides, *dk.stride()[:3], *sizes, *factors,
                 **_constants(q, seed, config),
             )  # fmt: skip
 
@@ -523,7 +514,7 @@ def _launch_backward(
         *inputs, dq_out = _operands(config, head_size, (q, "BM"), (k, "BN"), (v, "BN"), (do, "BM"), (dq, "BM"))
         with runtime.on_device(q):
             _attention_dq_kernel[(runtime.cdiv(n_queries, config["BM"]) * batch * heads,)](
-                *inputs, padded_lse, delta, dq_out, seed, *strides, *dq.stride()[:3], *sizes,
+                *inputs, padded_lse, delta, dq_out, seed, *strides, *dq.stride()[:3], *sizes, *factors,
                 **_constants(q, seed, config),
             )  # fmt: skip
 
@@ -542,9 +533,8 @@ def _compute(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     o = _empty_like_heads(q)
-    return o, _launch_forward(
-        runtime.unit_stride(q), runtime.unit_stride(k), runtime.unit_stride(v), o, scale, dropout_p, seed
-    )
+    q, k, v = runtime.unit_stride(q), runtime.unit_stride(k), runtime.unit_stride(v)
+    return o, _launch_forward(q, k, v, o, scale, dropout_p, seed)
 
 
 _forward = torch.library.custom_op("gptfast::causal_attention", _compute, mutates_args=())
@@ -667,37 +657,17 @@ def _packed_backward_flops(do_shape, qkv_shape, *args, **kwargs) -> int:
     return 10 * qkv_shape.numel() // 3 * qkv_shape[1]
 
 
+@reference.document_arguments
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute softmax(scale * q @ k.T + causal mask) @ v, with the mask aligned to the end.
 
     Query i attends to the keys j <= i + S - T. The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691), with memory
-    that grows with T, not T * S. Inputs are read by their strides. Results and gradients are bitwise reproducible.
-    float32 inputs follow `torch.get_float32_matmul_precision()`. Where Triton cannot run (CPU tensors), this is
-    `kernels.reference.causal_attention`.
-
-    Args:
-        q: [B, H, T, D], D at most 256, float32, float16 or bfloat16.
-        k: [B, H, S, D] with S >= T.
-        v: [B, H, S, D].
-        scale: multiplies the scores; None is D**-0.5.
-        dropout_p: the probability, in [0, 1), that a softmax weight is zeroed; the others are divided by 1 - dropout_p.
-        seed: of the dropout mask (Philox), an int or a one-element int64 tensor on the device of q. None draws one from
-            PyTorch's generator of that device, without synchronising.
-
-    Returns:
-        [B, H, T, D] in the dtype of the inputs, or autocast's. It is stored as [B, T, H, D]: `o.transpose(1, 2)` is
-        contiguous.
-
-    Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype or device.
-        RuntimeError: a second derivative.
+    that grows with T, not T * S. The head size D is at most 256. Inputs are read by their strides, and the result is
+    stored as [B, T, H, D]: `o.transpose(1, 2)` is contiguous. float32 inputs follow
+    `torch.get_float32_matmul_precision()`. A second derivative raises RuntimeError.
     """
     checks.causal_attention(q, k, v, scale, dropout_p, seed)
     if not tile.launchable(q.device):
@@ -712,30 +682,14 @@ def causal_attention(
     return o
 
 
+@reference.document_arguments
 def causal_attention_qkvpacked(
-    qkv: Tensor,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    qkv: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None
 ) -> Tensor:
     """Compute causal attention of packed queries, keys and values, as one projection writes them.
 
     The result is bitwise that of `causal_attention`. The backward writes one gradient of qkv, which saves the copy that
-    joins three.
-
-    Args:
-        qkv: [B, T, 3, H, D], D at most 256, float32, float16 or bfloat16. The third dimension holds queries, keys and
-            values.
-        scale: multiplies the scores; None is D**-0.5.
-        dropout_p: as in `causal_attention`.
-        seed: as in `causal_attention`.
-
-    Returns:
-        [B, T, H, D], contiguous, in the dtype of qkv, or autocast's.
-
-    Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype or device.
-        RuntimeError: a second derivative.
+    joins three. The head size D is at most 256. A second derivative raises RuntimeError.
     """
     checks.causal_attention_qkvpacked(qkv, scale, dropout_p, seed)
     if not tile.launchable(qkv.device):

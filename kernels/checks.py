@@ -26,9 +26,7 @@ def add_layer_norm(
     _tensors("add_layer_norm", ("weight", "bias"), x=x, residual=residual, weight=weight, bias=bias)
     _norm_parameters("add_layer_norm", x, weight, bias, eps, dtype)
     if residual.shape != x.shape:
-        raise ValueError(
-            f"add_layer_norm: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
+        raise _wrong_shape("add_layer_norm", "residual", residual, f"{tuple(x.shape)}, the shape of x")
     _dropout("add_layer_norm", dropout_p, seed, "x", x.device)
 
 
@@ -39,10 +37,7 @@ def _norm_parameters(
     width = x.shape[-1]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != (width,):
-            raise ValueError(
-                f"{operator}: {name} must be [C] = [{width}] for x of shape {tuple(x.shape)}, "
-                f"got shape {tuple(tensor.shape)}"
-            )
+            raise _wrong_shape(operator, name, tensor, f"[C] = [{width}] for x of shape {tuple(x.shape)}")
     if not eps >= 0:
         raise ValueError(f"{operator}: eps must be at least 0, got {eps}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -55,16 +50,10 @@ def gelu_ffn(
 ) -> None:  # fmt: skip
     _tensors("gelu_ffn", ("b_up", "b_down"), x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     _same_dtype("gelu_ffn", x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"gelu_ffn: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if implementation not in FFN_IMPLEMENTATIONS:
-        accepted = ", ".join(FFN_IMPLEMENTATIONS)
-        raise ValueError(f"gelu_ffn: implementation must be one of {accepted}, got {implementation!r}")
+    _one_of("gelu_ffn", "activation", activation, ACTIVATIONS)
+    _one_of("gelu_ffn", "implementation", implementation, FFN_IMPLEMENTATIONS)
     _rows("gelu_ffn", x)
-    if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1] or w_up.shape[0] == 0:
-        raise ValueError(
-            f"gelu_ffn: w_up must be [F, C] = [F, {x.shape[-1]}] with F >= 1, got shape {tuple(w_up.shape)}"
-        )
+    _weight("gelu_ffn", "w_up", w_up, x, "[F, C]")
     hidden, width = w_up.shape
     for name, tensor, shape in (
         ("w_down", w_down, (width, hidden)),
@@ -72,7 +61,7 @@ def gelu_ffn(
         ("b_down", b_down, (width,)),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"gelu_ffn: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+            raise _wrong_shape("gelu_ffn", name, tensor, shape)
 
 
 def causal_attention(
@@ -81,17 +70,11 @@ def causal_attention(
     _tensors("causal_attention", q=q, k=k, v=v)
     _same_dtype("causal_attention", q=q, k=k, v=v)
     if q.dim() != 4 or q.shape[3] == 0:
-        raise ValueError(f"causal_attention: q must be [B, H, T, D] with D >= 1, got shape {tuple(q.shape)}")
-    batch, heads, queries, head_size = q.shape
-    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_size):
+        raise _wrong_shape("causal_attention", "q", q, "[B, H, T, D] with D >= 1")
+    _keys_and_values("causal_attention", q, "k", k, "v", v)
+    if q.shape[2] > k.shape[2]:
         raise ValueError(
-            f"causal_attention: k must be [B, H, S, D] = [{batch}, {heads}, S, {head_size}], got {tuple(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"causal_attention: v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    if queries > k.shape[2]:
-        raise ValueError(
-            f"causal_attention: q has T = {queries} rows and k only S = {k.shape[2]}; T <= S is needed, "
+            f"causal_attention: q has T = {q.shape[2]} rows and k only S = {k.shape[2]}; T <= S is needed, "
             "the last query belongs to the last key"
         )
     _scale("causal_attention", scale)
@@ -101,9 +84,7 @@ def causal_attention(
 def causal_attention_qkvpacked(qkv: Tensor, scale: float | None, dropout_p: float, seed: int | Tensor | None) -> None:
     _tensors("causal_attention_qkvpacked", qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
-        raise ValueError(
-            f"causal_attention_qkvpacked: qkv must be [B, T, 3, H, D] with D >= 1, got shape {tuple(qkv.shape)}"
-        )
+        raise _wrong_shape("causal_attention_qkvpacked", "qkv", qkv, "[B, T, 3, H, D] with D >= 1")
     _scale("causal_attention_qkvpacked", scale)
     _dropout("causal_attention_qkvpacked", dropout_p, seed, "qkv", qkv.device)
 
@@ -112,26 +93,12 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     _tensors("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     _same_dtype("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0:
-        raise ValueError(f"decode_attention: q must be [B, H, T, D] with T >= 1 and D >= 1, got shape {tuple(q.shape)}")
-    batch, heads, _, head_size = q.shape
-    if k_cache.dim() != 4 or (k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]) != (batch, heads, head_size):
-        raise ValueError(
-            f"decode_attention: k_cache must be [B, H, S, D] = [{batch}, {heads}, S, {head_size}], "
-            f"got {tuple(k_cache.shape)}"
-        )
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"decode_attention: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, "
-            f"got {tuple(v_cache.shape)}"
-        )
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        given = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"decode_attention: lengths must be an int32 or int64 tensor, got {given}")
-    if lengths.shape != (batch,) or lengths.device != q.device:
-        raise ValueError(
-            f"decode_attention: lengths must be [B] = [{batch}] on {q.device}, "
-            f"got shape {tuple(lengths.shape)} on {lengths.device}"
-        )
+        raise _wrong_shape("decode_attention", "q", q, "[B, H, T, D] with T >= 1 and D >= 1")
+    _keys_and_values("decode_attention", q, "k_cache", k_cache, "v_cache", v_cache)
+    _integers("decode_attention", "lengths", lengths, torch.int32, torch.int64)
+    if lengths.shape != q.shape[:1] or lengths.device != q.device:
+        expected = f"[B] = [{q.shape[0]}] on {q.device}"
+        raise _wrong_shape("decode_attention", "lengths", lengths, expected, f" on {lengths.device}")
     _scale("decode_attention", scale)
 
 
@@ -141,30 +108,22 @@ def quantize_int8(weight: Tensor) -> None:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"quantize_int8: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"quantize_int8: weight must be [N, K] with N and K of at least 1, got shape {tuple(weight.shape)}"
-        )
+        raise _wrong_shape("quantize_int8", "weight", weight, "[N, K] with N >= 1 and K >= 1")
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     operator = "int8_linear"
     _tensors(operator, ("bias",), x=x, scale=scale, bias=bias)
-    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"{operator}: weight must be an int8 tensor, got {given}; kernels.quantize_int8 makes one")
+    _integers(operator, "weight (of kernels.quantize_int8)", weight, torch.int8)
     if scale.dtype != torch.float32:
         raise TypeError(f"{operator}: scale must be float32, got {scale.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{operator}: x must be [..., K] with K >= 1, got shape {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{operator}: weight must be [N, K] = [N, {x.shape[-1]}] with N >= 1, got shape {tuple(weight.shape)}"
-        )
+    _rows(operator, x, "K")
+    _weight(operator, "weight", weight, x, "[N, K]")
     if weight.device != x.device:
         raise ValueError(f"{operator}: weight is on {weight.device} and x on {x.device}; one device is needed")
     for name, tensor in (("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.shape != weight.shape[:1]:
-            raise ValueError(f"{operator}: {name} must be [N] = [{weight.shape[0]}], got shape {tuple(tensor.shape)}")
+            raise _wrong_shape(operator, name, tensor, f"[N] = [{weight.shape[0]}]")
     for name, tensor in (("x", x), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -181,18 +140,11 @@ def linear_cross_entropy(
     _tensors(operator, x=x, weight=weight)
     _same_dtype(operator, x=x, weight=weight)
     _rows(operator, x)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{operator}: weight must be [V, C] = [V, {x.shape[-1]}] with V >= 1, got shape {tuple(weight.shape)}"
-        )
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        given = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"{operator}: targets must be an int64 tensor, got {given}")
+    _weight(operator, "weight", weight, x, "[V, C]")
+    _integers(operator, "targets", targets, torch.int64)
     if targets.shape != x.shape[:-1] or targets.device != x.device:
-        raise ValueError(
-            f"{operator}: targets must be {list(x.shape[:-1])} on {x.device} for x of shape {tuple(x.shape)}, "
-            f"got shape {tuple(targets.shape)} on {targets.device}"
-        )
+        expected = f"{list(x.shape[:-1])} on {x.device} for x of shape {tuple(x.shape)}"
+        raise _wrong_shape(operator, "targets", targets, expected, f" on {targets.device}")
     for name, number, lowest in (
         ("ignore_index", ignore_index, -(2**63)), ("vocab_size", vocab_size, 1), ("workspace_bytes", workspace_bytes, 1)
     ):  # fmt: skip
@@ -202,30 +154,54 @@ def linear_cross_entropy(
             raise ValueError(f"{operator}: {name} must be an integer of at least {lowest}, got {number!r}")
     if vocab_size is not None and vocab_size > weight.shape[0]:
         raise ValueError(f"{operator}: vocab_size must be at most V = {weight.shape[0]}, got {vocab_size}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{operator}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _one_of(operator, "reduction", reduction, REDUCTIONS)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{operator}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"{operator}: z_loss must be at least 0 and finite, got {z_loss}")
-    _classes(operator, targets, ignore_index, weight.shape[0] if vocab_size is None else vocab_size)
+    # elsewhere reading the targets would synchronise with the device or break the graph
+    if type(targets) is Tensor and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        classes = weight.shape[0] if vocab_size is None else vocab_size
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
+        if wrong.numel() > 0:
+            accepted = f"in [0, {classes}) or ignore_index = {ignore_index}"
+            raise ValueError(f"{operator}: targets must be {accepted}, got {int(wrong[0])}")
 
 
-def _classes(operator: str, targets: Tensor, ignore_index: int, classes: int) -> None:
-    """Require targets in range, if that takes no host synchronisation and no graph break."""
-    if type(targets) is not Tensor or targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
-    if wrong.any():
-        raise ValueError(
-            f"{operator}: targets must be in [0, {classes}) or ignore_index = {ignore_index}, "
-            f"got {int(targets[wrong][0])}"
-        )
+def _wrong_shape(operator: str, name: str, tensor: Tensor, expected: object, where: str = "") -> ValueError:
+    return ValueError(f"{operator}: {name} must be {expected}, got shape {tuple(tensor.shape)}{where}")
 
 
-def _rows(operator: str, x: Tensor) -> None:
+def _one_of(operator: str, name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{operator}: {name} must be one of {', '.join(choices)}, got {choice!r}")
+
+
+def _rows(operator: str, x: Tensor, width: str = "C") -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{operator}: x must be [..., C] with C >= 1, got shape {tuple(x.shape)}")
+        raise _wrong_shape(operator, "x", x, f"[..., {width}] with {width} >= 1")
+
+
+def _weight(operator: str, name: str, weight: Tensor, x: Tensor, expected: str) -> None:
+    """Require a matrix of at least one row, as long as those of x."""
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise _wrong_shape(operator, name, weight, f"{expected} with a row or more, for x of shape {tuple(x.shape)}")
+
+
+def _integers(operator: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        accepted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{operator}: {name} must be a tensor of {accepted}, got {given}")
+
+
+def _keys_and_values(operator: str, q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
+    """Require keys [B, H, S, D] for q [B, H, T, D], and values of the same shape."""
+    batch, heads, _, head_size = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_size):
+        raise _wrong_shape(operator, k_name, k, f"[B, H, S, D] = [{batch}, {heads}, S, {head_size}]")
+    if v.shape != k.shape:
+        raise _wrong_shape(operator, v_name, v, f"{tuple(k.shape)}, the shape of {k_name}")
 
 
 def _scale(operator: str, scale: float | None) -> None:

@@ -170,11 +170,9 @@ def _launch(
     x: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, ignore_index: int, vocab_size: int,
     label_smoothing: float, z_loss: float, workspace_bytes: int, x_gradient: bool, weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the losses of N rows and the gradients of their sum weighted by `upstream` [N], ones if None.
+    """Compute losses [N] in float32, and the gradients of their sum weighted by `upstream` [N], ones if None.
 
-    Returns:
-        Losses [N] in float32, dx [N, C] in the dtype of x, dweight [V, C] in float32. A gradient that is not needed
-        is empty.
+    dx is [N, C] in the dtype of x, dweight [V, C] in float32. A gradient that is not needed is empty.
     """
     x, weight, targets = x.reshape(-1, x.shape[-1]), weight.to(x.dtype), targets.reshape(-1).contiguous()
     upstream = None if upstream is None else upstream.reshape(-1).to(torch.float32).contiguous()
@@ -318,48 +316,19 @@ def _backward_flops(dloss_shape, x_shape, weight_shape, *args, out_shape=None, *
     return 2 * (1 + sum(needed)) * x_shape.numel() * weight_shape[0] if reduction == "none" else 0
 
 
+@reference.document_arguments
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    workspace_bytes: int = 2**29,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean",
+    vocab_size: int | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, workspace_bytes: int = 2**29,
+) -> Tensor:  # fmt: skip
     """Compute the cross-entropy of softmax(x @ weight.T) and targets without holding all logits.
 
     Rows are processed in chunks: cuBLAS computes the logits, one kernel turns them into losses and, in place, into
     their gradient (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), and two matmuls compute the
     gradients of x and weight, the latter summed in float32. Both gradients are ready after the forward, and the
     backward multiplies them by a scalar. With reduction "none" the backward computes the logits a second time. Without
-    gradients nothing is saved. float32 inputs follow `torch.get_float32_matmul_precision()`. Where Triton cannot run
-    (CPU tensors), this is `kernels.reference.linear_cross_entropy`, which holds all logits.
-
-    Args:
-        x: [..., C], float32, float16 or bfloat16.
-        weight: [V, C], as in `nn.Linear(C, V)`.
-        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`. On a GPU they are not checked, which would
-            synchronise: one out of range makes the loss and the gradients NaN.
-        ignore_index: the target of rows that do not count.
-        reduction: `mean` over the rows that count (NaN where none does), `sum`, or `none`.
-        vocab_size: the number of classes; rows of weight beyond it are padding. V if None.
-        label_smoothing: the share of the target spread evenly over all classes (Szegedy et al. 2015,
-            arXiv:1512.00567), in [0, 1].
-        z_loss: the weight of log(Z)^2, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022,
-            arXiv:2204.02311, section 5).
-        workspace_bytes: the maximum size of a chunk's logits, at least one row. Matmuls need about 2,000 rows to be
-            fast.
-
-    Returns:
-        The loss in float32, a scalar, or [...] with reduction "none", where ignored rows have 0.
-
-    Raises:
-        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit, named with what is
-            accepted.
-        RuntimeError: a second derivative.
+    gradients nothing is saved. float32 inputs follow `torch.get_float32_matmul_precision()`. A second derivative raises
+    RuntimeError.
     """
     arguments = (targets, ignore_index, reduction, vocab_size, label_smoothing, z_loss, workspace_bytes)
     checks.linear_cross_entropy(x, weight, *arguments)

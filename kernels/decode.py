@@ -166,30 +166,15 @@ def _flops(q_shape, k_shape, *args, **kwargs) -> int:
     return 4 * q_shape.numel() * k_shape[2]
 
 
+@reference.document_arguments
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
     """Compute softmax(scale * q @ k.T) @ v of each sequence's last T tokens over the first `lengths` keys of its cache.
 
-    The keys include those of the T tokens: the last query attends to all of them, each query before it to one less. For
-    generation, without gradients. The keys are split (Dao et al. 2023, "Flash-Decoding"), and results are bitwise
-    reproducible. The host never reads the lengths: CUDA graphs may replay the call while they grow. Where Triton cannot
-    run (CPU tensors), this is `kernels.reference.decode_attention`.
-
-    Args:
-        q: [B, H, T, D], T at least 1 and usually 1, D at most 256, float32, float16 or bfloat16.
-        k_cache: [B, H, S, D], any strides.
-        v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, on the device of q: the number of keys of each sequence. Lengths above S count as
-            S. A query without keys returns 0.
-        scale: multiplies the scores; None is D**-0.5.
-
-    Returns:
-        [B, H, T, D], contiguous, in the dtype of the inputs, or autocast's.
-
-    Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype or device.
-        RuntimeError: a derivative.
+    For generation: T is usually 1, the head size D is at most 256, and a derivative raises RuntimeError. The keys are
+    split (Dao et al. 2023, "Flash-Decoding"). The host never reads the lengths: CUDA graphs may replay the call while
+    they grow. The result is contiguous.
     """
     checks.decode_attention(q, k_cache, v_cache, lengths, scale)
     if not tile.launchable(q.device):

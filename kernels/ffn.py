@@ -70,21 +70,6 @@ def _activate_with_slope(b_z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _store_up(
-    b_z, row, col, bias_ptr, h, z, n_rows, n_hidden,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Epilogue of a tile [BM, BN] of x @ w.T: bias, z and activation."""
-    cols = col + tl.arange(0, BN)
-    if HAS_BIAS:
-        b_z += tl.load(bias_ptr + cols, mask=cols < n_hidden, other=0.0).to(tl.float32)[None, :]  # [BN]
-    if SAVE_Z:
-        tile.store(z, b_z, row, col, n_rows, n_hidden, DESCRIPTORS, BM, BN)
-    tile.store(h, _activate(b_z, ACTIVATION), row, col, n_rows, n_hidden, DESCRIPTORS, BM, BN)
-
-
-@triton.jit
 def _up_tile(
     index, x, w, bias_ptr, h, z, n_rows, n_hidden, width,
     stride_x_row, stride_x_col, stride_w_row, stride_w_col,
@@ -92,17 +77,22 @@ def _up_tile(
     DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Write one tile: a matmul, and an epilogue with bias and activation."""
     row, col = tile.grouped_tile(index, n_rows, n_hidden, BM, BN, GROUP)
     b_z = tile.matmul(
         x, w, row, col, n_rows, n_hidden, width, stride_x_row, stride_x_col, stride_w_col, stride_w_row,
         DESCRIPTORS, True, BM, BN, BK, PRECISION,
     )  # [BM, BN]  # fmt: skip
-    parts = tile.halves(b_z, BM, BN) if PARTS == 2 else (b_z,)  # [BM, BN / PARTS] each
+    WIDTH: tl.constexpr = BN // PARTS
+    parts = tile.halves(b_z, BM, BN) if PARTS == 2 else (b_z,)  # [BM, WIDTH] each
     for part in tl.static_range(PARTS):
-        _store_up(
-            parts[part], row, col + part * (BN // PARTS), bias_ptr, h, z, n_rows, n_hidden,
-            ACTIVATION, HAS_BIAS, SAVE_Z, DESCRIPTORS, BM, BN // PARTS,
-        )  # fmt: skip
+        b_part, first_col = parts[part], col + part * WIDTH
+        cols = first_col + tl.arange(0, WIDTH)
+        if HAS_BIAS:
+            b_part += tl.load(bias_ptr + cols, mask=cols < n_hidden, other=0.0).to(tl.float32)[None, :]  # [WIDTH]
+        if SAVE_Z:
+            tile.store(z, b_part, row, first_col, n_rows, n_hidden, DESCRIPTORS, BM, WIDTH)
+        tile.store(h, _activate(b_part, ACTIVATION), row, first_col, n_rows, n_hidden, DESCRIPTORS, BM, WIDTH)
 
 
 @triton.jit
@@ -135,27 +125,6 @@ def _ffn_up_kernel(
 
 
 @triton.jit
-def _store_down_backward(
-    b_dh, row, col, z, dz, h, sums_ptr, n_rows, n_hidden,
-    ACTIVATION: tl.constexpr, STORE_H: tl.constexpr, BIAS_GRADIENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Epilogue of a tile [BM, BN] of dy @ w: h and dz from z, and the tile's share of the bias gradient."""
-    b_z = tile.load(z, row, col, n_rows, n_hidden, DESCRIPTORS, BM, BN).to(tl.float32)  # [BM, BN]
-    b_h, slope = _activate_with_slope(b_z, ACTIVATION)
-    if STORE_H:
-        tile.store(h, b_h, row, col, n_rows, n_hidden, DESCRIPTORS, BM, BN)
-    b_dz = b_dh * slope
-    tile.store(dz, b_dz, row, col, n_rows, n_hidden, DESCRIPTORS, BM, BN)
-    if BIAS_GRADIENT:
-        if not DESCRIPTORS:  # rows past the end wrap around to the first ones
-            b_dz = tl.where((row + tl.arange(0, BM) < n_rows)[:, None], b_dz, 0.0)
-        cols = col + tl.arange(0, BN)
-        p_sums = sums_ptr + (row // BM).to(tl.int64) * n_hidden + cols
-        tl.store(p_sums, tl.sum(b_dz, axis=0), mask=cols < n_hidden)
-
-
-@triton.jit
 def _down_backward_tile(
     index, dy, w, z, dz, h, sums_ptr, n_rows, n_hidden, width,
     stride_dy_row, stride_dy_col, stride_w_row, stride_w_col,
@@ -163,17 +132,28 @@ def _down_backward_tile(
     DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Write one tile: a matmul, and an epilogue that computes h and dz from z, and the tile's sums of dz."""
     row, col = tile.grouped_tile(index, n_rows, n_hidden, BM, BN, GROUP)
     b_dh = tile.matmul(
         dy, w, row, col, n_rows, n_hidden, width, stride_dy_row, stride_dy_col, stride_w_row, stride_w_col,
         DESCRIPTORS, False, BM, BN, BK, PRECISION,
     )  # [BM, BN]  # fmt: skip
-    parts = tile.halves(b_dh, BM, BN) if PARTS == 2 else (b_dh,)  # [BM, BN / PARTS] each
+    WIDTH: tl.constexpr = BN // PARTS
+    parts = tile.halves(b_dh, BM, BN) if PARTS == 2 else (b_dh,)  # [BM, WIDTH] each
     for part in tl.static_range(PARTS):
-        _store_down_backward(
-            parts[part], row, col + part * (BN // PARTS), z, dz, h, sums_ptr, n_rows, n_hidden,
-            ACTIVATION, STORE_H, BIAS_GRADIENT, DESCRIPTORS, BM, BN // PARTS,
-        )  # fmt: skip
+        first_col = col + part * WIDTH
+        b_z = tile.load(z, row, first_col, n_rows, n_hidden, DESCRIPTORS, BM, WIDTH).to(tl.float32)  # [BM, WIDTH]
+        b_h, slope = _activate_with_slope(b_z, ACTIVATION)
+        if STORE_H:
+            tile.store(h, b_h, row, first_col, n_rows, n_hidden, DESCRIPTORS, BM, WIDTH)
+        b_dz = parts[part] * slope
+        tile.store(dz, b_dz, row, first_col, n_rows, n_hidden, DESCRIPTORS, BM, WIDTH)
+        if BIAS_GRADIENT:
+            if not DESCRIPTORS:  # rows past the end wrap around to the first ones
+                b_dz = tl.where((row + tl.arange(0, BM) < n_rows)[:, None], b_dz, 0.0)
+            cols = first_col + tl.arange(0, WIDTH)
+            p_sums = sums_ptr + (row // BM).to(tl.int64) * n_hidden + cols
+            tl.store(p_sums, tl.sum(b_dz, axis=0), mask=cols < n_hidden)
 
 
 @triton.jit
@@ -558,40 +538,19 @@ def _backward_flops(dy_shape, x_shape, w_up_shape, w_down_shape, z_shape, activa
     return 2 * matmuls * x_shape.numel() * w_up_shape[0]
 
 
+@reference.document_arguments
 def gelu_ffn(
-    x: Tensor,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    activation: str = "gelu_tanh",
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str = "gelu_tanh",
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Apply the feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
 
     GELU is from Hendrycks and Gimpel 2016 (arXiv:1606.08415). The backward recomputes the activation from the saved
     pre-activation. Two implementations: "fused" runs Triton matmuls with the bias and the activation, or its
     derivative, in their epilogues; "unfused" runs cuBLAS and one kernel for the activation. Fusion saves a pass over
     the hidden layer and costs some of the matmul's speed, so it wins where C is small. All other matmuls are cuBLAS's.
-    Matmuls accumulate in float32; float32 inputs follow `torch.get_float32_matmul_precision()`. Where Triton cannot
-    run (CPU tensors), this is `kernels.reference.gelu_ffn`.
-
-    Args:
-        x: [..., C], float32, float16 or bfloat16, any strides.
-        w_up: [F, C], as in `nn.Linear(C, F)`.
-        b_up: [F] or None.
-        w_down: [C, F], as in `nn.Linear(F, C)`.
-        b_down: [C] or None.
-        activation: `gelu_tanh` (GPT-2's), `gelu` (erf) or `relu`.
-        implementation: `fused` or `unfused` for forward and backward. `auto` takes for each the one that was measured
-            to be faster for this dtype, shape and chip, or is estimated to be faster without a measurement.
-
-    Returns:
-        [..., C], contiguous, in the dtype of the inputs, or autocast's.
-
-    Raises:
-        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
-        RuntimeError: a second derivative.
+    Matmuls accumulate in float32; float32 inputs follow `torch.get_float32_matmul_precision()`. The result is
+    contiguous. A second derivative raises RuntimeError.
     """
     checks.gelu_ffn(x, w_up, b_up, w_down, b_down, activation, implementation)
     if not tile.launchable(x.device):

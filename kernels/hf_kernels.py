@@ -49,15 +49,9 @@ def overwritten(version: str) -> str:
 
 
 def attribute(name: str, operators: Iterable[str]) -> Any:
-    """Return the attribute `name` of their package.
+    """Return the attribute `name` of their package. An AttributeError lists our `operators`.
 
-    Args:
-        name: a name that this package lacks.
-        operators: the names of this package, for the error message.
-
-    Raises:
-        AttributeError: their package is not installed, or lacks the name too.
-        ImportError: this package was installed over theirs.
+    Raises ImportError if this package was installed over theirs.
     """
     # Python asks for a submodule's name before it imports the submodule, and for many dunder names
     own = (OURS / f"{name}.py").is_file() or (name.startswith("__") and name != "__version__")

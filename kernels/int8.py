@@ -144,13 +144,19 @@ _ROW = Tunable("int8_row", _row_configs)
 _ROWS = Tunable("int8_rows", _rows_configs)
 
 
-def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x @ weight.T * scale + bias, [M, N], for x [M, K] with M >= 1 and contiguous weight [N, K]."""
-    (n_rows, width), outputs = x.shape, weight.shape[0]
+def _compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    outputs, width = weight.shape
+    shape = (*x.shape[:-1], outputs)
+    n_rows = x.numel() // width
+    if n_rows == 0:
+        return x.new_empty(shape)
     if n_rows > _MAX_ROWS:
-        return _matmul(x, weight, scale, bias)
-    x = x.contiguous()
-    y = x.new_empty(n_rows, outputs)
+        dequantized = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+        torch.mul(weight, scale[:, None], out=dequantized)  # multiplied in float32, rounded once
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x.reshape(-1, width), dequantized, bias).view(shape)
+    x, weight, scale, bias = x.contiguous(), weight.contiguous(), scale.contiguous(), runtime.contiguous(bias)
+    y = x.new_empty(shape)
 
     def run(config: Config) -> None:
         tiles = "BM" in config
@@ -168,21 +174,6 @@ def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     return y
 
 
-def _matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    dequantized = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-    torch.mul(weight, scale[:, None], out=dequantized)  # multiplied in float32, rounded once
-    return torch.nn.functional.linear(x, dequantized, None if bias is None else bias.to(x.dtype))
-
-
-def _compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = weight.shape[0]
-    if x.numel() == 0:
-        return x.new_empty(*x.shape[:-1], outputs)
-    bias = runtime.contiguous(bias)
-    y = _launch(x.reshape(-1, x.shape[-1]), weight.contiguous(), scale.contiguous(), bias)  # [M, N]
-    return y.view(*x.shape[:-1], outputs)
-
-
 _forward = torch.library.custom_op("gptfast::int8_linear", _compute, mutates_args=())
 
 
@@ -196,27 +187,15 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * x_shape.numel() * weight_shape[0]
 
 
+@reference.document_arguments
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute (x @ weight.T) * scale + bias with int8 weights from `kernels.quantize_int8`.
 
     For generation, without a derivative. One row takes the time of reading its weights, at one byte each half of
     bfloat16's. x is not quantized: this is weight-only quantization, "W8A16" (Frantar et al. 2022, arXiv:2210.17323,
     with 4 bits). Up to 64 rows run in kernels that read int8 and whose products are exact in float32 before they are
-    added. For more rows the weights are dequantized to the dtype of x, with rounding, for PyTorch's matmul. Bitwise
-    the same on every run. Where Triton cannot run (CPU tensors), this is `kernels.reference.int8_linear`.
-
-    Args:
-        x: [..., K], float32, float16 or bfloat16, any strides.
-        weight: [N, K] int8.
-        scale: [N] float32, of each output.
-        bias: [N] in any floating dtype, or None.
-
-    Returns:
-        [..., N], contiguous, in the dtype of x, or autocast's.
-
-    Raises:
-        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted, or
-            that requires a gradient in grad mode.
+    added. For more rows the weights are dequantized to the dtype of x, with rounding, for PyTorch's matmul. The
+    result is contiguous.
     """
     checks.int8_linear(x, weight, scale, bias)
     if not tile.launchable(x.device):

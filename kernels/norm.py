@@ -166,12 +166,10 @@ def _store_sums(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dresidual_ptr, dx_ptr, sums_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dresidual_ptr, dx_ptr, sums_ptr,
     n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, keep_threshold, dropout_scale,
-    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Differentiate blocks of BM whole rows in a persistent program, which keeps partial sums for weight and bias."""
     cols = tl.arange(0, BN)
@@ -203,12 +201,10 @@ def _layer_norm_backward_kernel(
 
 @triton.jit
 def _layer_norm_backward_chunked_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dresidual_ptr, dx_ptr, sums_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dresidual_ptr, dx_ptr, sums_ptr,
     n_rows, width, stride_dy_row, stride_dh_row, stride_h_row, keep_threshold, dropout_scale,
-    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    HAS_DH: tl.constexpr, DROPOUT: tl.constexpr, STORE_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Differentiate one row (BM = 1) in chunks of BN columns: first both projections, then the gradients."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, BM)
@@ -238,8 +234,7 @@ def _layer_norm_backward_chunked_kernel(
 
 @triton.jit
 def _layer_norm_parameters_kernel(
-    dy_ptr, h_ptr, mean_ptr, rstd_ptr, sums_ptr, n_rows, width, rows_per_program,
-    stride_dy_row, stride_h_row,
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, sums_ptr, n_rows, width, rows_per_program, stride_dy_row, stride_h_row,
     WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of weight and bias over `rows_per_program` rows, for a block of BN columns."""
@@ -335,9 +330,7 @@ def _launch_forward(
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     weight, bias = runtime.contiguous(weight), runtime.contiguous(bias)
     n_rows, width = rows.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    y, (mean, rstd) = torch.empty(x.shape, dtype=dtype, device=x.device), _statistics(x)
 
     def launch(config: Config) -> None:
         whole = config["BN"] >= width
@@ -451,10 +444,8 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, weight_gradient: bool, bias_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Return dx, and the requested gradients of weight and bias as rows [0 to 2, C] in float32."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, _launch_backward(
-        dy, None, x, weight, mean, rstd, weight_gradient, bias_gradient, None, 0.0, dx, None
-    )  # fmt: skip
+    dx, requested = torch.empty(x.shape, dtype=x.dtype, device=x.device), (weight_gradient, bias_gradient)
+    return dx, _launch_backward(dy, None, x, weight, mean, rstd, *requested, None, 0.0, dx, None)
 
 
 @_backward.register_fake
@@ -553,28 +544,14 @@ def _add_gradients(ctx, dy, dh, _dmean, _drstd):
 _add_forward.register_autograd(_add_gradients, setup_context=_add_save_for_backward)
 
 
+@reference.document_arguments
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
-    x is read once and y is written once. Statistics and parameter gradients are in float32, and results are bitwise
-    reproducible. Where Triton cannot run (CPU tensors), this is `kernels.reference.layer_norm`.
-
-    Args:
-        x: [..., C], float32, float16 or bfloat16, any strides.
-        weight: [C], or None for ones.
-        bias: [C], or None for zeros.
-        eps: added to the biased variance, inside the root.
-        dtype: of y. None is the dtype of x, or float32 under CUDA's `torch.autocast`, as in PyTorch. Pass a following
-            matmul's dtype to save a cast.
-
-    Returns:
-        [..., C], contiguous, in `dtype`.
-
-    Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype or device.
-        RuntimeError: a second derivative.
+    x is read once and y, contiguous, is written once. Statistics and parameter gradients are in float32. A second
+    derivative raises RuntimeError.
     """
     checks.layer_norm(x, weight, bias, eps, dtype)
     if not tile.launchable(x.device):
@@ -591,39 +568,16 @@ def _autocasts_to_float32(x: Tensor) -> bool:
     return x.device.type == "cuda" and runtime.autocast_dtype(x.device) is not None
 
 
+@reference.document_arguments
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add a sublayer's output to the residual stream and normalise the sum, in one pass over memory.
 
     h = residual + dropout(x); y = layer_norm(h). The backward adds the gradient from other readers of h in the same
     pass. The dropout mask is a function of the seed and the element's position (Philox, Salmon et al. 2011): the
-    backward recomputes it. Where Triton cannot run (CPU tensors), this is `kernels.reference.add_layer_norm`.
-
-    Args:
-        x: [..., C], float32, float16 or bfloat16, any strides.
-        residual: [..., C], the shape of x, in any of these dtypes.
-        weight: [C], or None for ones.
-        bias: [C], or None for zeros.
-        eps: added to the biased variance, inside the root.
-        dropout_p: the probability, in [0, 1), that an element of x is zeroed; the others are divided by 1 - dropout_p.
-        seed: of the dropout mask, an int or a one-element int64 tensor on the device of x, which CUDA graphs and
-            activation checkpointing replay. None draws one from PyTorch's generator.
-        dtype: of y. None is the dtype of h; then both are float32 under CUDA's `torch.autocast`.
-
-    Returns:
-        y and h, both [..., C], contiguous; y in `dtype`, h in the wider dtype of x and residual.
-
-    Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype or device.
-        RuntimeError: a second derivative.
+    backward recomputes it. y and h are contiguous. A second derivative raises RuntimeError.
     """
     checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
     if not tile.launchable(x.device):

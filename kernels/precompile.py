@@ -13,14 +13,9 @@ from kernels.workload import ModelShape, Workload
 
 
 def warmup(
-    config: ModelShape,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cuda",
-    batch_size: int = 1,
-    autotune: bool = False,
-    residual_dtype: torch.dtype | None = None,
-    int8: bool = False,
-) -> None:
+    config: ModelShape, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cuda", batch_size: int = 1,
+    autotune: bool = False, residual_dtype: torch.dtype | None = None, int8: bool = False,
+) -> None:  # fmt: skip
     """Compile every kernel that a model's training and generation launch, and autotune if requested.
 
     Triton compiles a kernel when it first runs and caches the result on disk. This call moves those pauses, and those

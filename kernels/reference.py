@@ -1,12 +1,15 @@
 """The operators in plain PyTorch: the definition of correct, and the backend "eager".
 
-Names and signatures are those of `kernels`. Every floating dtype (in float64 this file is the tests' oracle), every
-device of PyTorch, and every derivative that PyTorch has.
+Names and signatures are those of `kernels`, whose docstrings take the sections from Args on from here. Every floating
+dtype (in float64 this file is the tests' oracle), every device of PyTorch, and every derivative that PyTorch has.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor
 from kernels import checks, runtime
 
 _INT8_MAX = 127  # symmetric: -128 has no opposite
+_Operator = TypeVar("_Operator", bound=Callable)
 
 # each operator, and the module of `kernels` with its Triton kernels
 OPERATORS = {
@@ -29,20 +33,32 @@ OPERATORS = {
 }
 
 
+def document_arguments(operator: _Operator) -> _Operator:
+    """Append the sections Args, Returns and Raises of the reference to the docstring of a Triton operator."""
+    sections = (inspect.getdoc(globals()[operator.__name__]) or "").partition("Args:")
+    operator.__doc__ = f"""{inspect.cleandoc(operator.__doc__ or "")}
+
+Floating tensors are float32, float16 or bfloat16, with any strides. Results are bitwise reproducible. Where Triton
+cannot run (CPU tensors), this is `kernels.reference.{operator.__name__}`.
+
+{"".join(sections[1:])}"""
+    return operator
+
+
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Normalise each row: (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
-    The variance is biased and eps is inside the root. Parameters may have another dtype than x: the arithmetic is then
-    in float32.
+    Parameters may have another dtype than x: the arithmetic is then in float32.
 
     Args:
         x: [..., C].
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
-        eps: added to the variance.
-        dtype: dtype of the result; None for that of x, or autocast's.
+        eps: added to the biased variance, inside the root.
+        dtype: of the result; None for that of x, or float32 under CUDA's `torch.autocast`. Pass a following matmul's
+            dtype to save a cast.
 
     Returns:
         [..., C] in `dtype`.
@@ -66,27 +82,22 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dty
 
 
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Residual addition and layer norm: h = residual + dropout(x), y = layer_norm(h).
 
     Args:
         x: [..., C], the output of a sublayer.
-        residual: [..., C], the residual stream before it.
+        residual: [..., C], the residual stream before it, in any floating dtype.
         weight: [C], or None for ones.
         bias: [C], or None for zeros.
-        eps: added to the variance.
-        dropout_p: the share of x set to zero, in [0, 1); the rest is scaled by 1 / (1 - dropout_p).
-        seed: makes the dropout repeatable; None draws from PyTorch's generator. The mask differs from that of the
-            Triton operator with the same seed, which uses Philox.
-        dtype: dtype of y; None for that of h, or autocast's.
+        eps: added to the biased variance, inside the root.
+        dropout_p: the probability, in [0, 1), that an element of x is zeroed; the others are divided by 1 - dropout_p.
+        seed: of the dropout mask, an int or a one-element int64 tensor on the device of x, which CUDA graphs and
+            activation checkpointing replay. None draws from PyTorch's generator. With one seed, the reference and the
+            Triton operator (Philox) have different masks.
+        dtype: of y; None for that of h. Then both are float32 under CUDA's `torch.autocast`.
 
     Returns:
         y and h, both [..., C]; y in `dtype`, h in the wider dtype of x and residual.
@@ -120,14 +131,9 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def gelu_ffn(
-    x: Tensor,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    activation: str = "gelu_tanh",
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, activation: str = "gelu_tanh",
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Apply the feed-forward of a transformer block: activation(x @ w_up.T + b_up) @ w_down.T + b_down.
 
     Args:
@@ -137,10 +143,12 @@ def gelu_ffn(
         w_down: [C, F], as in `nn.Linear(F, C)`.
         b_down: [C] or None.
         activation: `gelu_tanh` (GPT-2's), `gelu` (erf) or `relu`.
-        implementation: `auto`, `fused` or `unfused`; ignored here.
+        implementation: `fused` or `unfused` for forward and backward. `auto` takes for each the one that was measured
+            to be faster for this dtype, shape and chip, or is estimated to be faster without a measurement. The
+            reference ignores it.
 
     Returns:
-        [..., C].
+        [..., C] in the dtype of the inputs, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
@@ -150,13 +158,9 @@ def gelu_ffn(
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute softmax(scale * q @ k.T + causal mask) @ v (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
     The mask is aligned to the end: query i attends to keys j <= i + S - T.
@@ -166,12 +170,11 @@ def causal_attention(
         k: [B, H, S, D] with S >= T.
         v: [B, H, S, D].
         scale: multiplies the scores; D**-0.5 if None.
-        dropout_p: the share of probabilities set to zero, in [0, 1); the others are scaled by 1 / (1 - dropout_p).
-        seed: makes the dropout repeatable; None draws from PyTorch's generator. The mask differs from that of the
-            Triton operator with the same seed, which uses Philox.
+        dropout_p: the probability, in [0, 1), that a softmax weight is zeroed; the others are divided by 1 - dropout_p.
+        seed: of the dropout mask, as in `add_layer_norm`.
 
     Returns:
-        [B, H, T, D].
+        [B, H, T, D] in the dtype of the inputs, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
@@ -192,10 +195,7 @@ def causal_attention(
 
 
 def causal_attention_qkvpacked(
-    qkv: Tensor,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    qkv: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None
 ) -> Tensor:
     """Compute `causal_attention` of queries, keys and values packed in one tensor, the output of one projection.
 
@@ -206,7 +206,7 @@ def causal_attention_qkvpacked(
         seed: as in `causal_attention`.
 
     Returns:
-        [B, T, H, D], contiguous.
+        [B, T, H, D], contiguous, in the dtype of qkv, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
@@ -225,12 +225,12 @@ def decode_attention(
         q: [B, H, T, D]. The last query attends to all of those keys, each earlier one to one fewer.
         k_cache: [B, H, S, D].
         v_cache: [B, H, S, D].
-        lengths: [B] int32 or int64, the number of valid keys of each sequence, clamped to S. A query without keys has
-            the result 0.
+        lengths: [B] int32 or int64, on the device of q: the number of valid keys of each sequence, clamped to S. A
+            query without keys returns 0.
         scale: multiplies the scores; D**-0.5 if None.
 
     Returns:
-        [B, H, T, D].
+        [B, H, T, D] in the dtype of the inputs, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted.
@@ -304,22 +304,16 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    workspace_bytes: int = 2**29,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean",
+    vocab_size: int | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, workspace_bytes: int = 2**29,
+) -> Tensor:  # fmt: skip
     """Compute the cross-entropy of softmax(x @ weight.T) and targets. Half-precision logits are cast to float32.
 
     Args:
         x: [..., C].
         weight: [V, C], as in `nn.Linear(C, V)`.
-        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`.
+        targets: [...] int64 classes, in [0, vocab_size) or `ignore_index`. On a GPU they are not checked, which would
+            synchronise: in the Triton operator, one out of range makes the loss and the gradients NaN.
         ignore_index: the target of rows that do not count.
         reduction: `mean` over the rows that count (NaN where none does), `sum`, or `none`.
         vocab_size: the number of classes; rows of weight beyond it are padding. V if None.
@@ -327,7 +321,8 @@ def linear_cross_entropy(
             arXiv:1512.00567), in [0, 1].
         z_loss: the weight of log(Z)^2, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022,
             arXiv:2204.02311, section 5).
-        workspace_bytes: ignored here, all logits are in memory.
+        workspace_bytes: the maximum size of a chunk's logits, at least one row. Matmuls need about 2,000 rows to be
+            fast. The reference ignores it: all logits are in memory.
 
     Returns:
         The loss, a scalar, or [...] with reduction "none", where ignored rows have 0; float32, or float64 for float64
@@ -345,13 +340,9 @@ def linear_cross_entropy(
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute `linear_cross_entropy` from logits [..., classes]."""
     rows = logits.reshape(-1, logits.shape[-1])  # [N, classes]
     rows = rows.float() if rows.dtype.itemsize < 4 else rows

@@ -59,15 +59,9 @@ def _dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float) -> tupl
 
 
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `kernels.reference.add_layer_norm` with a faster dropout."""
     if dropout_p > 0.0 and seed is None:
         checks.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)

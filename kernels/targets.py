@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -107,10 +108,7 @@ def _program_bytes(ttir: str) -> tuple[int, int]:
     """Return the bytes that a program loads and stores. Loop bodies count once, and masks do not count."""
     total = {"load": 0, "store": 0}
     for kind, shape, dtype in re.findall(r"tt\.(load|store) .*: (?:tensor<([\dx]*)x)?!tt\.ptr<(\w+)>", ttir):
-        elements = 1
-        for size in shape.split("x") if shape else []:
-            elements *= int(size)
-        total[kind] += elements * _BITS[dtype] // 8
+        total[kind] += math.prod(map(int, shape.split("x") if shape else [])) * _BITS[dtype] // 8
     return total["load"], total["store"]
 
 

@@ -28,49 +28,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _matmul_by_strides(
-    a_ptr, b_ptr, row, col, n_rows, n_cols, n_inner,
-    stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute `matmul` of operands with pointers and strides.
-
-    Rows and columns past the end wrap around, which saves the loads a mask: their results are not stored.
-    """
-    inner = tl.arange(0, BK)
-    rows = ((row + tl.arange(0, BM)) % n_rows).to(tl.int64)
-    cols = ((col + tl.arange(0, BN)) % n_cols).to(tl.int64)
-    p_a = a_ptr + rows[:, None] * stride_a_row + inner[None, :].to(tl.int64) * stride_a_inner  # [BM, BK]
-    p_b = b_ptr + inner[:, None].to(tl.int64) * stride_b_inner + cols[None, :] * stride_b_col  # [BK, BN]
-    acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for start in range(0, n_inner, BK):
-        b_a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
-        b_b = tl.load(p_b, mask=inner[:, None] < n_inner - start, other=0.0)
-        acc = dot(b_a, b_b, acc, PRECISION)
-        # a stride of 1 is a constant without .to(); tl.cast takes both
-        p_a += BK * tl.cast(stride_a_inner, tl.int64)
-        p_b += BK * tl.cast(stride_b_inner, tl.int64)
-    return acc
-
-
-@triton.jit
-def _matmul_by_descriptors(
-    a, b, row, col, n_inner, B_BY_COLUMNS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute `matmul` of operands with tensor descriptors: TMA copies whole tiles, with zeros past the end."""
-    acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for start in range(0, n_inner, BK):
-        b_a = a.load([row, start])  # [BM, BK]
-        if B_BY_COLUMNS:
-            b_b = tl.trans(b.load([col, start]))  # [BK, BN]
-        else:
-            b_b = b.load([start, col])  # [BK, BN]
-        acc = dot(b_a, b_b, acc, PRECISION)
-    return acc
-
-
-@triton.jit
 def matmul(
     a, b, row, col, n_rows, n_cols, n_inner,
     stride_a_row, stride_a_inner, stride_b_inner, stride_b_col,
@@ -82,13 +39,27 @@ def matmul(
     a and b are pointers with strides, or descriptors if DESCRIPTORS; b's descriptor is of [n_cols, n_inner] if
     B_BY_COLUMNS.
     """
-    if DESCRIPTORS:
-        acc = _matmul_by_descriptors(a, b, row, col, n_inner, B_BY_COLUMNS, BM, BN, BK, PRECISION)
+    if DESCRIPTORS:  # TMA copies whole tiles, with zeros past the end
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for start in range(0, n_inner, BK):
+            b_a = a.load([row, start])  # [BM, BK]
+            b_b = tl.trans(b.load([col, start])) if B_BY_COLUMNS else b.load([start, col])  # [BK, BN]
+            acc = dot(b_a, b_b, acc, PRECISION)
     else:
-        acc = _matmul_by_strides(
-            a, b, row, col, n_rows, n_cols, n_inner,
-            stride_a_row, stride_a_inner, stride_b_inner, stride_b_col, BM, BN, BK, PRECISION,
-        )  # fmt: skip
+        inner = tl.arange(0, BK)
+        # rows and columns past the end wrap around, which saves the loads a mask: their results are not stored
+        rows = ((row + tl.arange(0, BM)) % n_rows).to(tl.int64)
+        cols = ((col + tl.arange(0, BN)) % n_cols).to(tl.int64)
+        p_a = a + rows[:, None] * stride_a_row + inner[None, :].to(tl.int64) * stride_a_inner  # [BM, BK]
+        p_b = b + inner[:, None].to(tl.int64) * stride_b_inner + cols[None, :] * stride_b_col  # [BK, BN]
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for start in range(0, n_inner, BK):
+            b_a = tl.load(p_a, mask=inner[None, :] < n_inner - start, other=0.0)
+            b_b = tl.load(p_b, mask=inner[:, None] < n_inner - start, other=0.0)
+            acc = dot(b_a, b_b, acc, PRECISION)
+            # a stride of 1 is a constant without .to(); tl.cast takes both
+            p_a += BK * tl.cast(stride_a_inner, tl.int64)
+            p_b += BK * tl.cast(stride_b_inner, tl.int64)
     return acc
 
 

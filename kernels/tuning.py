@@ -83,7 +83,8 @@ class Tunable:
         candidates = self.candidates(device, *key)
         if _candidate is not None:
             return candidates[min(_candidate, len(candidates) - 1)]
-        measured = _measured(device).get(self.name, {}).get(_text(key))
+        cached = device.type == "cuda" and _assumed_architecture is None
+        measured = _read_cache(cache_file(device)).get(self.name, {}).get(_text(key)) if cached else None
         if measured not in candidates:
             measured = None
             # a measurement synchronises, which would invalidate a capture
@@ -181,12 +182,8 @@ def cache_file(device: torch.device) -> Path:
     return folder / "launches" / f"{gpu}-triton-{triton.__version__}.json"
 
 
-def _measured(device: torch.device) -> dict[str, dict[str, Config]]:
-    """Return the measurements on this machine, by launch and key."""
-    return _read_cache(cache_file(device)) if device.type == "cuda" and _assumed_architecture is None else {}
-
-
 def _read_cache(path: Path) -> dict[str, dict[str, Config]]:
+    """Return the measurements on this machine, by launch and key."""
     try:
         launches = dict(json.loads(path.read_text(encoding="utf-8"))["launches"])
         return {name: dict(by_key) for name, by_key in launches.items()}
@@ -202,7 +199,8 @@ def _fastest(name: str, key: str, run: Callable[[Config], object], candidates: l
     times = []
     for config in candidates:
         try:
-            times.append(_milliseconds(functools.partial(run, config)))
+            launch = functools.partial(run, config)
+            times.append(triton.testing.do_bench(launch, warmup=5, rep=25, return_mode="median"))
         except OutOfResources:  # made for a larger GPU
             times.append(float("inf"))
     _on_measured(name, key, list(zip(candidates, times, strict=True)))
@@ -210,10 +208,6 @@ def _fastest(name: str, key: str, run: Callable[[Config], object], candidates: l
     if times[best] == float("inf"):
         raise RuntimeError(f"{name}: none of {len(candidates)} launch configurations fits this GPU")
     return candidates[best]
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    return triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
 
 
 def _save(device: torch.device, name: str, key: tuple, config: Config) -> None:
