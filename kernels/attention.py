@@ -397,14 +397,6 @@ _TMA_DROPOUT: dict[str, tuple[tuple[Blocks, ...], ...]] = {
 }
 
 
-def _pointer_blocks(pass_name: str, architecture: str, size: int, dtype: torch.dtype, dropout: bool) -> Blocks:
-    if architecture.startswith("gfx"):
-        return (_AMD_FLOAT32 if dtype == torch.float32 else _AMD_HALF)[pass_name][size]
-    if dtype == torch.float32:
-        return (_FLOAT32_DROPOUT if dropout else _FLOAT32)[pass_name][size]
-    return _POINTERS_HALF[pass_name][size]
-
-
 def _configs(
     pass_name: str, architecture: str, head_size: int, keys: int, dtype: torch.dtype, dropout: bool, tma: bool
 ) -> list[Config]:
@@ -415,13 +407,15 @@ def _configs(
         tma_blocks = (_TMA_DROPOUT if dropout else _TMA)[pass_name][size]
         if architecture.startswith("sm_12"):  # matmuls read their operands from registers there
             tma_blocks = tma_blocks[:1] if pass_name == "forward" and size + dropout <= 1 else ()
-    pointer_blocks = _pointer_blocks(pass_name, architecture, size, dtype, dropout)
-    return [_config(True, blocks) for blocks in tma_blocks] + [_config(False, pointer_blocks)]
-
-
-def _config(descriptors: bool, blocks: Blocks) -> Config:
-    names = ("BM", "BN", "num_warps", "num_stages")
-    return {"DESCRIPTORS": descriptors, **dict(zip(names, blocks, strict=True))}
+    if architecture.startswith("gfx"):
+        pointers = _AMD_FLOAT32 if dtype == torch.float32 else _AMD_HALF
+    elif dtype == torch.float32:
+        pointers = _FLOAT32_DROPOUT if dropout else _FLOAT32
+    else:
+        pointers = _POINTERS_HALF
+    names = ("DESCRIPTORS", "BM", "BN", "num_warps", "num_stages")
+    choices = [(True, *blocks) for blocks in tma_blocks] + [(False, *pointers[pass_name][size])]
+    return [dict(zip(names, choice, strict=True)) for choice in choices]
 
 
 _FORWARD, _DK_DV, _DQ = (Tunable(f"attention_{name}", partial(_configs, name)) for name in ("forward", "dk_dv", "dq"))

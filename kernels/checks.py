@@ -55,11 +55,8 @@ def gelu_ffn(
     _rows("gelu_ffn", x)
     _weight("gelu_ffn", "w_up", w_up, x, "[F, C]")
     hidden, width = w_up.shape
-    for name, tensor, shape in (
-        ("w_down", w_down, (width, hidden)),
-        ("b_up", b_up, (hidden,)),
-        ("b_down", b_down, (width,)),
-    ):
+    expected = (("w_down", w_down, (width, hidden)), ("b_up", b_up, (hidden,)), ("b_down", b_down, (width,)))
+    for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise _wrong_shape("gelu_ffn", name, tensor, shape)
 

@@ -270,12 +270,13 @@ def _backward(
         ]
     # clamped, so that the gradient is zero where no row counts, as PyTorch's is
     scale = dloss / counted.clamp(min=1.0) if reduction == "mean" else dloss
-    return [
-        torch.mul(gradient.view(t.shape), scale, out=torch.empty(t.shape, dtype=t.dtype, device=x.device))
-        if need
-        else t.new_empty(0)
-        for t, gradient, need in zip((x, weight), (dx, dweight), needed, strict=True)
+    gradients = [
+        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=x.device)
+        for t, need in zip((x, weight), needed, strict=True)
     ]
+    for gradient, unscaled in zip(gradients, (dx, dweight), strict=True):
+        torch.mul(unscaled.view(gradient.shape), scale, out=gradient)
+    return gradients
 
 
 @_backward.register_fake

@@ -46,10 +46,9 @@ def _load_h(
 def _load_columns(ptr, cols, width, PRESENT: tl.constexpr, ABSENT: tl.constexpr):
     """Load a block [BN] of a parameter; ABSENT fills in for a missing one."""
     if PRESENT:
-        values = tl.load(ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+        return tl.load(ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
     else:
-        values = tl.full(cols.shape, ABSENT, tl.float32)
-    return values
+        return tl.full(cols.shape, ABSENT, tl.float32)
 
 
 @triton.jit

@@ -291,8 +291,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         [..., N] in the dtype of x, or autocast's.
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype or device does not fit, named with what is accepted, or
-            that requires a gradient in grad mode.
+        ValueError, TypeError: an argument that does not fit, named with what is accepted, or requires a gradient.
     """
     checks.int8_linear(x, weight, scale, bias)
     autocast = runtime.autocast_dtype(x.device)
@@ -329,8 +328,7 @@ def linear_cross_entropy(
         inputs.
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit, named with what is
-            accepted.
+        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit, with what is accepted.
     """
     checks.linear_cross_entropy(
         x, weight, targets, ignore_index, reduction, vocab_size, label_smoothing, z_loss, workspace_bytes

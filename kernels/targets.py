@@ -176,13 +176,8 @@ TARGETS = (
     _nvidia("sm_100", GPUTarget("cuda", 100, 32), shared_limit=232_448, warps=64, programs=32),
     _nvidia("sm_120", GPUTarget("cuda", 120, 32), shared_limit=101_376, warps=48, programs=24),
     Target(
-        "gfx942",
-        GPUTarget("hip", "gfx942", 64),
-        shared_limit=65_536,
+        "gfx942", GPUTarget("hip", "gfx942", 64), shared_limit=65_536, warps=32, programs=32, read=_read_amd,
         registers=4 * 512 * 64,  # four SIMD units with 512 registers for each of 64 lanes
-        warps=32,
-        programs=32,
-        read=_read_amd,
         reserved_shared=0,
     ),
-)
+)  # fmt: skip
