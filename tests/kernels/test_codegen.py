@@ -83,11 +83,6 @@ def test_matmuls_use_matrix_instructions(target):
 
 
 @pytest.mark.slow
-def test_hopper_has_asynchronous_matrix_instructions():
-    assert len([row for row in compiled("sm_90") if row["matrix_units"] == "wgmma"]) > 50
-
-
-@pytest.mark.slow
 @every_target
 def test_norms_have_programs_enough_to_keep_memory_busy(target):
     assert min(row["occupancy"] for row in compiled(target) if row["kernel"].startswith("_layer_norm")) >= 0.12

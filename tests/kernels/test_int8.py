@@ -34,6 +34,12 @@ def dequantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     return y if bias is None else y + bias.double()
 
 
+def assert_cpu_equals_the_definition(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    y, same_dtype = (f(x, weight, scale, bias) for f in (reference_cpu.int8_linear, reference.int8_linear))
+    assert y.is_contiguous()
+    assert_equal_to_oracle("y", y, same_dtype, dequantized_linear(x, weight, scale, bias))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 128), (3, 1000)], ids=str)
 def test_quantize_int8_rounds_by_half_a_step_at_most(shape: tuple[int, int], dtype: torch.dtype):
@@ -133,10 +139,7 @@ def test_reference_cpu_equals_the_definition(rows: tuple[int, ...], width: int, 
     """With widths and row counts that PyTorch's int8 matmul takes, and others."""
     x, weight, scale, bias = problem(rows, width, outputs, dtype, CPU)
     for b in (bias, bias.float(), None):
-        y = reference_cpu.int8_linear(x, weight, scale, b)
-        assert y.is_contiguous()
-        same_dtype = reference.int8_linear(x, weight, scale, b)
-        assert_equal_to_oracle("y", y, same_dtype, dequantized_linear(x, weight, scale, b))
+        assert_cpu_equals_the_definition(x, weight, scale, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,10 +157,7 @@ def test_reference_cpu_gives_the_same_bits_for_strided_tensors(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reference_cpu_takes_parts_of_any_size(monkeypatch, dtype: torch.dtype, weight_bytes: int):
     monkeypatch.setattr(reference_cpu, "_WEIGHT_BYTES", weight_bytes)
-    x, weight, scale, bias = problem((17,), 64, 20, dtype, CPU)
-    same_dtype = reference.int8_linear(x, weight, scale, bias)
-    y = reference_cpu.int8_linear(x, weight, scale, bias)
-    assert_equal_to_oracle("y", y, same_dtype, dequantized_linear(x, weight, scale, bias))
+    assert_cpu_equals_the_definition(*problem((17,), 64, 20, dtype, CPU))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,10 +190,7 @@ def test_reference_cpu_calls_pytorchs_int8_matmul_where_it_is_fast_and_safe():
 
 def test_reference_cpu_does_without_pytorchs_int8_matmul(monkeypatch):
     monkeypatch.setattr(pytorch_internals, "has_int8pack_mm", lambda: False)
-    x, weight, scale, bias = problem((1,), 64, 20, torch.bfloat16, CPU)
-    same_dtype = reference.int8_linear(x, weight, scale, bias)
-    y = reference_cpu.int8_linear(x, weight, scale, bias)
-    assert_equal_to_oracle("y", y, same_dtype, dequantized_linear(x, weight, scale, bias))
+    assert_cpu_equals_the_definition(*problem((1,), 64, 20, torch.bfloat16, CPU))
 
 
 @pytest.mark.parametrize("function", [kernels.int8_linear, reference.int8_linear, reference_cpu.int8_linear])

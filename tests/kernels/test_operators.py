@@ -24,7 +24,8 @@ from tests.support.operators import CASES, DIFFERENTIABLE, SMALL, attention, dec
 from tests.support.oracle import DEVICE
 from tests.support.running import assert_equal_to_reference, assert_same_bits, backward, call, leaves, run
 
-LARGE = [case for operator in OPERATORS.values() for case in operator.large]
+# the interpreter would take minutes for real sizes
+LARGE = [case for operator in OPERATORS.values() for case in operator.large] if DEVICE.type == "cuda" else []
 FLOAT32 = torch.float32
 NAMESPACES = (kernels, reference, reference_cpu)
 
@@ -33,14 +34,8 @@ def in_every_dtype(cases: list[Case]) -> list:
     return [pytest.param(case, dtype, id=f"{case}-{dtype}") for case in cases for dtype in case.dtypes()]
 
 
-@pytest.mark.parametrize(("case", "dtype"), in_every_dtype(CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_every_dtype(CASES + LARGE))
 def test_operator_equals_the_reference(case: Case, dtype: torch.dtype):
-    assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter would take minutes; needs a CUDA device")
-@pytest.mark.parametrize(("case", "dtype"), in_every_dtype(LARGE))
-def test_operator_of_real_size_equals_the_reference(case: Case, dtype: torch.dtype):
     assert_equal_to_reference(case, case.inputs(dtype), case.upstream(dtype))
 
 
@@ -343,6 +338,14 @@ def test_namespaces_take_the_valid_arguments_by_one_signature(operator: Operator
     assert len({str(inspect.signature(function)) for function in functions}) == 1
     for function in functions:
         function(**operator.valid)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_docstring_has_every_argument_and_section(name: str):
+    function = getattr(kernels, name)
+    for entry in (*inspect.signature(function).parameters, "Args", "Returns", "Raises"):
+        assert re.search(rf"^ *{entry}:", function.__doc__, re.MULTILINE), entry
+    assert f"`kernels.reference.{name}`" in function.__doc__
 
 
 def test_every_operator_is_in_the_table():

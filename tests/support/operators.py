@@ -43,15 +43,19 @@ _INVALID_DROPOUT = (
 _CHUNKS = {"BM": 1, "BN": 16, "num_warps": 4}  # short ones, so that short rows have many
 _PARAMETERS = {"BM": 4, "BN": 16, "num_warps": 4, "sums": 2}
 _WHOLE_ROWS = {"BM": 2, "BN": 64, "num_warps": 4, "per_processor": 2}
+_CHUNKED_BACKWARD = {"layer_norm_backward": _CHUNKS, "layer_norm_parameters": _PARAMETERS}
 _NORM_CONFIGURATIONS = {
-    "chunks": {
-        "layer_norm_forward": _CHUNKS,
-        "layer_norm_backward": _CHUNKS,
-        "layer_norm_parameters": _PARAMETERS,
-    },
-    "chunks in the backward alone": {"layer_norm_backward": _CHUNKS, "layer_norm_parameters": _PARAMETERS},
+    "chunks": {"layer_norm_forward": _CHUNKS, **_CHUNKED_BACKWARD},
+    "chunks in the backward alone": _CHUNKED_BACKWARD,
     "few programs": {"layer_norm_backward": _WHOLE_ROWS},
 }
+_INVALID_NORM = (
+    ({"x": t(3, 4, dtype=torch.int64)}, TypeError, "torch.int64"), ({"weight": t(5)}, ValueError, "(5,)"),
+    ({"weight": [1.0]}, TypeError, "list"), ({"weight": t(4).to("meta")}, ValueError, "meta"),
+    ({"bias": t(3)}, ValueError, "(3,)"), ({"bias": t(1, 4)}, ValueError, "(1, 4)"),
+    ({"bias": t(4).to("meta")}, ValueError, "meta"), ({"eps": -1.0}, ValueError, "-1.0"),
+    ({"eps": float("nan")}, ValueError, "nan"), ({"dtype": torch.int32}, TypeError, "torch.int32"),
+)  # fmt: skip
 # more rows than the programs of the backward take at once, 32 each at this width
 _MANY_ROWS = 32 * runtime.program_count(DEVICE, per_processor=8) + 5
 
@@ -94,11 +98,7 @@ register(Operator(
     valid={"x": t(3, 4), "weight": t(4), "bias": None},
     invalid=(
         ({"x": t(), "weight": t(1)}, ValueError, "()"), ({"x": t(3, 0), "weight": t(0)}, ValueError, "(3, 0)"),
-        ({"x": [[1.0]], "weight": t(1)}, TypeError, "list"),
-        ({"x": t(3, 4, dtype=torch.int64)}, TypeError, "torch.int64"), ({"weight": t(5)}, ValueError, "(5,)"),
-        ({"weight": [1.0]}, TypeError, "list"), ({"weight": t(4).to("meta")}, ValueError, "meta"),
-        ({"bias": t(3)}, ValueError, "(3,)"), ({"eps": -1.0}, ValueError, "-1.0"),
-        ({"dtype": torch.int32}, TypeError, "torch.int32"),
+        ({"x": [[1.0]], "weight": t(1)}, TypeError, "list"), *_INVALID_NORM,
     ),
 ))  # fmt: skip
 
@@ -106,12 +106,7 @@ register(Operator(
 def add_layer_norm(
     *rows: int, width: int, weight: bool = True, bias: bool = True, in_float32=(), in_half=(), **options: Any
 ) -> Case:
-    shapes = {
-        "x": (*rows, width),
-        "residual": (*rows, width),
-        "weight": (width,) if weight else None,
-        "bias": (width,) if bias else None,
-    }
+    shapes = layer_norm(*rows, width=width, weight=weight, bias=bias).shapes | {"residual": (*rows, width)}
     return Case("add_layer_norm", shapes, options, in_float32, in_half)
 
 
@@ -127,14 +122,11 @@ register(Operator(
     batched=("x", "residual"),
     cases=(
         add_layer_norm(1, width=1), add_layer_norm(37, width=33), add_layer_norm(11, width=97, weight=False),
-        add_layer_norm(3, 5, width=768, eps=1e-3),
-        add_layer_norm(3, 5, width=768, dropout_p=0.1, seed=3),
-        add_layer_norm(130, width=64, bias=False),
-        add_layer_norm(5, width=48, weight=False, bias=False),
+        add_layer_norm(3, 5, width=768, eps=1e-3), add_layer_norm(3, 5, width=768, dropout_p=0.1, seed=3),
+        add_layer_norm(130, width=64, bias=False), add_layer_norm(5, width=48, weight=False, bias=False),
         add_layer_norm(37, width=33, dropout_p=0.3, seed=5),
         add_layer_norm(37, width=33, dropout_p=0.9, seed=2**40 + 1, bias=False),
-        add_layer_norm(7, width=33, in_float32=("residual",)),
-        add_layer_norm(7, width=33, in_half=("residual",)),
+        add_layer_norm(7, width=33, in_float32=("residual",)), add_layer_norm(7, width=33, in_half=("residual",)),
         add_layer_norm(7, width=33, in_float32=("residual", "weight", "bias"), dtype=torch.bfloat16),
         add_layer_norm(7, width=33, in_float32=("weight", "bias"), dtype=torch.bfloat16, dropout_p=0.3, seed=5),
         add_layer_norm(3, width=8209, in_float32=("residual",), dtype=torch.float16),
@@ -143,11 +135,9 @@ register(Operator(
         add_layer_norm(3, width=8209, in_float32=("residual",)),
         add_layer_norm(width=19), add_layer_norm(2, width=4099), add_layer_norm(3, width=8209),
         add_layer_norm(3, width=4100, weight=False, dropout_p=0.3, seed=5),
-        add_layer_norm(2, width=16411),
-        add_layer_norm(2, width=16411, bias=False, dropout_p=0.3, seed=5),
+        add_layer_norm(2, width=16411), add_layer_norm(2, width=16411, bias=False, dropout_p=0.3, seed=5),
         add_layer_norm(_MANY_ROWS, width=64), add_layer_norm(0, width=16),
-        add_layer_norm(0, width=16, dropout_p=0.3, seed=5),
-        add_layer_norm(0, width=8200),
+        add_layer_norm(0, width=16, dropout_p=0.3, seed=5), add_layer_norm(0, width=8200),
     ),
     small=(
         add_layer_norm(2, 7, width=33),
@@ -162,11 +152,9 @@ register(Operator(
         _rows, st.integers(1, 70), _flag, _flag, st.sampled_from([(), ("residual",)]), _dropouts,
     ),
     large=(
-        add_layer_norm(8, 1024, width=768),
-        add_layer_norm(8, 1024, width=768, dropout_p=0.1, seed=3),
+        add_layer_norm(8, 1024, width=768), add_layer_norm(8, 1024, width=768, dropout_p=0.1, seed=3),
         add_layer_norm(8, 1024, width=1600, in_float32=("residual",)),
-        add_layer_norm(300, width=8192, dropout_p=0.1, seed=3),
-        add_layer_norm(300, width=16384),
+        add_layer_norm(300, width=8192, dropout_p=0.1, seed=3), add_layer_norm(300, width=16384),
         add_layer_norm(300, width=50257, dropout_p=0.1, seed=3),
     ),
     far=(add_layer_norm(2**21 + 8, width=1024), add_layer_norm(2**16 + 8, width=2**15 + 8)),
@@ -176,14 +164,10 @@ register(Operator(
         ({"x": t(), "residual": t(), "weight": t(1)}, ValueError, "()"),
         ({"x": t(3, 0), "residual": t(3, 0), "weight": t(0)}, ValueError, "(3, 0)"),
         ({"x": [[1.0]], "residual": t(1, 1), "weight": t(1)}, TypeError, "list"),
-        ({"x": t(3, 4, dtype=torch.int64)}, TypeError, "torch.int64"), ({"residual": t(4)}, ValueError, "(4,)"),
-        ({"residual": t(3, 5)}, ValueError, "(3, 5)"), ({"residual": None}, TypeError, "NoneType"),
+        ({"residual": t(4)}, ValueError, "(4,)"), ({"residual": t(3, 5)}, ValueError, "(3, 5)"),
+        ({"residual": None}, TypeError, "NoneType"), ({"residual": t(3, 4).to("meta")}, ValueError, "meta"),
         ({"residual": t(3, 4, dtype=torch.bool)}, TypeError, "torch.bool"),
-        ({"residual": t(3, 4).to("meta")}, ValueError, "meta"), ({"weight": t(5)}, ValueError, "(5,)"),
-        ({"weight": [1.0]}, TypeError, "list"), ({"bias": t(1, 4)}, ValueError, "(1, 4)"),
-        ({"bias": t(4).to("meta")}, ValueError, "meta"), ({"eps": -1.0}, ValueError, "-1.0"),
-        ({"eps": float("nan")}, ValueError, "nan"),
-        *_INVALID_DROPOUT,
+        *_INVALID_NORM, *_INVALID_DROPOUT,
     ),
     results=("y", "h"),
     dropout=Dropout(
@@ -218,15 +202,9 @@ register(Operator(
             gelu_ffn(*rows, width=width, hidden=hidden, implementation=implementation, **options)
             for implementation in ("fused", "unfused")
             for rows, width, hidden, options in (
-                ((1,), 1, 1, {}),
-                ((37,), 33, 65, {}),
-                ((37,), 33, 65, {"activation": "gelu"}),
-                ((2, 19), 16, 48, {"activation": "relu"}),
-                ((11,), 97, 101, {}),
-                ((200,), 80, 144, {"biases": False}),
-                ((70,), 768, 130, {}),
-                ((), 19, 7, {}),
-                ((0,), 16, 32, {}),
+                ((1,), 1, 1, {}), ((37,), 33, 65, {}), ((37,), 33, 65, {"activation": "gelu"}),
+                ((2, 19), 16, 48, {"activation": "relu"}), ((11,), 97, 101, {}),
+                ((200,), 80, 144, {"biases": False}), ((70,), 768, 130, {}), ((), 19, 7, {}), ((0,), 16, 32, {}),
                 # long sums: over C in the first product, over the rows in the weights' gradients
                 ((3,), 16_384, 24, {}),
                 ((16_384,), 8, 24, {}),
@@ -250,20 +228,14 @@ register(Operator(
         ),
         _rows, st.integers(1, 70), st.integers(1, 70), _flag, st.sampled_from(["fused", "unfused"]),
     ),
-    large=(
-        *(
-            gelu_ffn(*rows, width=width, hidden=hidden, implementation=implementation, **options)
-            for implementation in ("fused", "unfused")
-            for rows, width, hidden, options in (
-                ((8, 512), 768, 3072, {}),
-                ((8, 512), 768, 3072, {"activation": "gelu"}),
-                ((1000,), 1600, 6400, {"biases": False}),
-                ((1000,), 397, 1001, {"activation": "relu"}),
-                ((200,), 16_384, 512, {}),
-                ((64,), 1024, 16_384, {}),
-                ((1,), 768, 3072, {}),
-            )
-        ),
+    large=tuple(
+        gelu_ffn(*rows, width=width, hidden=hidden, implementation=implementation, **options)
+        for implementation in ("fused", "unfused")
+        for rows, width, hidden, options in (
+            ((8, 512), 768, 3072, {}), ((8, 512), 768, 3072, {"activation": "gelu"}),
+            ((1000,), 1600, 6400, {"biases": False}), ((1000,), 397, 1001, {"activation": "relu"}),
+            ((200,), 16_384, 512, {}), ((64,), 1024, 16_384, {}), ((1,), 768, 3072, {}),
+        )
     ),
     far=tuple(
         gelu_ffn(2**21 + 8, width=width, hidden=hidden, implementation=implementation)
@@ -575,9 +547,7 @@ register(Operator(
     batched=("x", "targets"),
     cases=(
         linear_cross_entropy(1, width=1, classes=1),
-        linear_cross_entropy(37, width=33, classes=101),
-        linear_cross_entropy(37, width=33, classes=101, reduction="sum"),
-        linear_cross_entropy(37, width=33, classes=101, reduction="none"),
+        *(linear_cross_entropy(37, width=33, classes=101, reduction=r) for r in ("mean", "sum", "none")),
         linear_cross_entropy(3, 5, width=64, classes=5000, reduction="none"),
         linear_cross_entropy(3, 5, width=64, classes=9000, vocab_size=8193),
         linear_cross_entropy(300, width=16, classes=70, workspace_bytes=160 * 128 * 4),
@@ -592,8 +562,7 @@ register(Operator(
         linear_cross_entropy(20, width=33, classes=101, ignore_index=7),
         linear_cross_entropy(20, width=33, classes=101, ignore_index=-1, reduction="none"),
         linear_cross_entropy(width=19, classes=30),
-        linear_cross_entropy(0, width=16, classes=30, reduction="sum"),
-        linear_cross_entropy(0, width=16, classes=30, reduction="none"),
+        *(linear_cross_entropy(0, width=16, classes=30, reduction=reduction) for reduction in ("sum", "none")),
     ),
     small=(
         linear_cross_entropy(2, 7, width=33, classes=50),
