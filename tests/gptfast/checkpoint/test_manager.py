@@ -72,7 +72,7 @@ def test_save_takes_all_dtypes_and_shapes(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_save_keeps_the_last_ones_by_number(tmp_path, keep: int):
-    # by number: one of them is longer than the others
+    # the last name is longer: the order is by number
     save(tmp_path, 7, 250, 99_999_999, 100_000_000, keep=keep)
     assert names(tmp_path) == sorted(
         ["step-00000250", "step-99999999", "step-100000000"][-keep:],
@@ -95,7 +95,7 @@ def test_latest_finds_nothing_in_other_folders(tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_latest_notices_every_flipped_bit(tmp_path, file: str):
-    """Of any byte of a file; but for the header's own name of the checksum, where no value is lost."""
+    """Without a bit of the header's key of the checksum, the file is read unchecked and no value is lost."""
     save(tmp_path, 1, 2)
     path = tmp_path / "step-00000002" / file
     whole, found_out = path.read_bytes(), 0
@@ -175,7 +175,7 @@ def no_space_for_safetensors(*_, **__):
 
 
 def after(calls: int, function, failing):
-    """A function that works so often."""
+    """Wrap a function so that it fails after a number of calls."""
     counted = iter(range(calls))
 
     def call(*arguments, **options):
@@ -196,7 +196,7 @@ FAILURES = {
 
 
 def write_more(checkpoints: CheckpointManager) -> None:
-    for _ in range(3):  # at the latest when two are waiting
+    for _ in range(3):  # the third blocks while two are pending
         checkpoints.submit(lambda: None)
 
 
@@ -217,14 +217,14 @@ def test_later_calls_raise_a_failed_write_once(tmp_path, monkeypatch, module, na
     assert names(tmp_path) == [f"step-{step:08d}" for step in older]
     if older:
         assert same(latest(tmp_path)[0], checkpoint(2))
-    if later is write_more:  # an error is told once, and there may be space again
+    if later is write_more:  # an error is raised once; later writes may succeed
         checkpoints.save(checkpoint(4))
         checkpoints.close()
         assert same(latest(tmp_path)[0], checkpoint(4))
 
 
 def test_failed_replacement_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
-    """What is to be replaced is out of sight or as it was, never in parts."""
+    """The damaged checkpoint is either unchanged or gone, never half there."""
     for calls in (0, 1):
         save(tmp_path, 1, 2)
         truncated(tmp_path / "step-00000002/model.safetensors")
@@ -265,7 +265,7 @@ def test_save_discards_what_a_killed_process_left(tmp_path):
     for name in (".step-00000001.partial", ".step-00000001.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "other").write_bytes(b"\x10")
-    for _ in range(2):  # in the place of nothing, and of another
+    for _ in range(2):  # the second replaces the first
         save(tmp_path, 1)
         assert names(tmp_path / "step-00000001") == sorted(FILES)
     assert names(tmp_path) == ["step-00000001"]
@@ -280,7 +280,7 @@ def test_submit_blocks_only_while_two_writes_are_pending(tmp_path):
 
     checkpoints.submit(slowly)
     checkpoints.save(checkpoint(2))
-    assert written == []  # and yet this line is reached
+    assert written == []  # `save` did not block
     third = threading.Thread(target=checkpoints.submit, args=[lambda: written.append(latest(tmp_path)[0].step)])
     third.start()
     third.join(0.05)

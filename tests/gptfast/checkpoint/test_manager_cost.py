@@ -1,4 +1,4 @@
-"""What checkpoints cost a training run of GPT-2."""
+"""Cost of checkpoints in a training run of GPT-2."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.oracle import DEVICE
 
 @pytest.mark.slow
 def test_checkpoints_of_gpt2_take_less_than_two_percent_of_training(tmp_path):
-    """Training waits for copies of everything alone; the disk has the whole interval to take them."""
+    """Training waits only for copies in memory; the writes may take the whole interval."""
     recipe = recipes.RECIPES["gpt2"]
     model = GPT(recipe.model).to(DEVICE)
     step = TrainStep(model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type))
-    # on a CPU a small part of a batch, so that the test ends: the limit is then far stricter than the claim
+    # a small part of a batch on a CPU, for speed: the limit is then far stricter than the claim
     shape = (recipe.batch_size, recipe.model.block_size) if DEVICE.type == "cuda" else (1, 64)
     idx = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
     for _ in range(4):

@@ -71,7 +71,7 @@ def test_from_nanogpt_takes_overrides(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_nanogpt_drops_padded_vocabulary_rows(tmp_path, tied):
-    """The others have the logits that they had."""
+    """The remaining tokens keep their logits."""
     content = checkpoint()
     if not tied:
         content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"] + 1
@@ -104,7 +104,7 @@ def test_from_nanogpt_keeps_an_untied_head(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"pad_vocab_size_to": 64}], ids=str)
 def test_state_dict_is_nanogpts(settings):
-    """Names, order and shapes; the head is there as well as the embedding, and padding is not."""
+    """Names, order and shapes, with both the head and the embedding, and without padding."""
     state = GPT(GPTConfig(**MODEL_ARGS | settings)).state_dict()
     expected = shapes(**MODEL_ARGS | settings)
     assert [(name, list(tensor.shape)) for name, tensor in state.items()] == list(expected.items())
@@ -122,7 +122,7 @@ def test_load_state_dict_adopts_nanogpts_activation():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_state_dict_carries_its_activation(tmp_path, compiled):
-    """Through what train.py does to it: torch.save, torch.load, and the names without what torch.compile puts there."""
+    """It survives train.py: torch.save, torch.load, and the removal of torch.compile's prefix."""
     trained = GPT(GPTConfig(**MODEL_ARGS, activation="gelu"))
     wrapped = torch.compile(trained) if compiled else trained
     path = save(tmp_path, {"model": wrapped.state_dict(), "model_args": MODEL_ARGS})

@@ -47,10 +47,13 @@ def test_run_folder_rejects_a_folder_that_is_not_empty(tmp_path):
 def test_run_folder_keeps_the_older_file_after_a_failed_write(tmp_path, monkeypatch, call):
     folder = run_folder.RunFolder(tmp_path / "run")
     folder.write_json("summary.json", {"steps": 1})
-
+    folder.append_log({"step": 1})
     monkeypatch.setattr(call, no_space)
     with pytest.raises(OSError, match="No space left"):
         folder.write_json("summary.json", {"steps": 2})
+    with pytest.raises(OSError, match="No space left"):
+        folder.truncate_log(0)
+    assert run_folder.read_log(tmp_path / "run") == [{"step": 1}]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"steps": 1}
 
 

@@ -19,7 +19,7 @@ def test_load_text_of_the_standard_library_is_stable_ascii():
 
 
 def test_load_text_prefers_built_in_texts(tmp_path, monkeypatch):
-    """Wherever the command is run, and before a file of that name."""
+    """Even beside a file of that name."""
     monkeypatch.chdir(tmp_path)
     Path("clinic").write_text("another text")
     found = {name: corpus.load_text(name) for name in corpus.NAMES[2:]}

@@ -46,7 +46,7 @@ def test_pieces_of_a_text_file_make_the_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_cut_changes_no_token(monkeypatch, name: str):
-    """By the patterns of tiktoken's encodings, every pair of characters a token, so that splits show."""
+    """With tiktoken's patterns, and a token for every pair of characters, which reveals a wrong cut."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     alphabet = "ab1'. \n\r/é"
     for first in alphabet:

@@ -115,17 +115,8 @@ def test_prepare_leaves_nothing_after_an_error(tmp_path):
 def test_prepare_killed_leaves_no_complete_folder(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("some words to be counted " * 2_000_000)
-    command = [
-        sys.executable,
-        "-m",
-        "gptfast",
-        "prepare",
-        str(path),
-        "--tokenizer",
-        "word",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    arguments = ["prepare", str(path), "--tokenizer", "word", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "gptfast", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
@@ -144,14 +135,14 @@ def test_prepare_killed_leaves_no_complete_folder(tmp_path):
 
 
 def processes_in(group: int) -> list[str]:
-    """The processes of a group that still run."""
+    """List the processes of a group that still run."""
     listed = subprocess.run(["ps", "-o", "pid=,stat=", "-g", str(group)], capture_output=True, text=True, check=False)
     return [line for line in listed.stdout.splitlines() if "Z" not in line]
 
 
 @pytest.mark.slow
 def test_prepare_needs_memory_independent_of_the_text(tmp_path):
-    """The largest of all processes, for ten times the text."""
+    """Ten times the text adds less than 50 MiB to the largest process."""
     measure = (
         "import resource, sys; from gptfast import cli; cli.main(sys.argv[1:]); "
         "print(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"

@@ -17,7 +17,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the hub, and nothing behind it."""
+    """An empty cache of the hub, and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def store(cache: Path, repository: str, folder: Path) -> None:
-    """Put a folder where the hub's client has what it downloaded."""
+    """Copy a folder to the place where the hub's client keeps downloads."""
     place = cache / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, place / "snapshots" / COMMIT)
     (place / "refs").mkdir()
@@ -59,7 +59,7 @@ def test_locate_offline_names_the_way_out(cache):
     ],
 )
 def test_locate_rejects_a_partial_cache(cache, folder, tmp_path, kept, missing):
-    """What other programs have downloaded, and no hub that would have the rest."""
+    """Another program has downloaded some files, and the hub cannot be reached for the rest."""
     part = tmp_path / "part"
     part.mkdir()
     (folder / "tokenizer.json").write_text("{}")
@@ -82,7 +82,7 @@ def test_locate_finds_sharded_weights(cache, folder, tmp_path):
 
 
 def test_locate_brings_an_exported_tokenizer(cache, tmp_path):
-    """Of a model that was exported and put on the hub."""
+    """The repository is an exported model."""
     tokens = CharTokenizer("abc")
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4), "eager")
     model.save_pretrained(tmp_path / "out", tokens)
@@ -93,7 +93,7 @@ def test_locate_brings_an_exported_tokenizer(cache, tmp_path):
 
 def test_locate_names_a_repository_that_does_not_exist(monkeypatch):
     def missing(name, **options):
-        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # without the answer that it is made of
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its constructor needs a response
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
     with pytest.raises(ValueError, match="no local folder no/body, and the Hugging Face hub has no"):

@@ -19,7 +19,7 @@ def edit(folder: Path, **settings) -> None:
 
 
 def edit_weights(folder: Path, change) -> None:
-    """Have a function change the dict of tensors in the file."""
+    """Apply a function to the dict of tensors in the file."""
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     change(tensors)
@@ -105,7 +105,7 @@ def test_from_pretrained_reads_the_bare_transformer_with_mask_buffers(folder):
 
 @pytest.mark.parametrize("kept", [["lm_head.weight"], ["lm_head.weight", "transformer.wte.weight"]], ids=str)
 def test_from_pretrained_reads_tied_weights_under_either_name(folder, kept):
-    """Of two names for one tensor safetensors' own functions keep the first, that of the head."""
+    """safetensors keeps the first of two names for one tensor, which is the head's."""
 
     def rename(tensors):
         embedding = tensors.pop("transformer.wte.weight")
@@ -122,7 +122,7 @@ def test_from_pretrained_reads_tied_weights_under_either_name(folder, kept):
     "head", [torch.ones(61, 32), torch.ones(64, 32), torch.zeros(61, 32, dtype=torch.bfloat16)], ids=lambda t: t.shape
 )
 def test_from_pretrained_rejects_a_head_that_should_be_tied(folder, head):
-    """transformers 5 keeps both, older versions drop the head: the config has to say it."""
+    """transformers 5 keeps both and older versions drop the head, so the config must decide."""
     edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
     assert "lm_head.weight and transformer.wte.weight are different with tie_word_embeddings=true" in refused(folder)
     if head.shape[0] == 61:

@@ -26,7 +26,7 @@ def build(**settings) -> GPT:
 
 
 def assert_same(model: GPT, folder: Path) -> None:
-    """Logits and the greedy text are those of the model that transformers loads, from all of the folder's weights."""
+    """Check that transformers loads all weights, and computes the same logits and greedy text."""
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
     theirs.eval()

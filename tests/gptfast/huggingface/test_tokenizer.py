@@ -34,7 +34,7 @@ def merged(piece: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def trained(merges: int) -> dict[bytes, int]:
-    """Ranks of a byte-pair encoding of TEXT, the bytes in an order of their own, as GPT-2's are."""
+    """Train a byte-pair encoding of TEXT and return its ranks, with the bytes shuffled as in GPT-2."""
     ranks = {bytes([byte]): (37 * byte + 11) % 256 for byte in range(256)}
     pieces = [[bytes([byte]) for byte in piece.encode()] for piece in re.findall(r"\s?\S+|\s+", TEXT)]
     for _ in range(merges):
@@ -49,7 +49,7 @@ RANKS = trained(120)
 
 
 def pattern(name: str) -> str:
-    """How an encoding of tiktoken divides text, without its vocabulary, which would be downloaded."""
+    """Return the pattern of a tiktoken encoding, without downloading its vocabulary."""
     with pytest.MonkeyPatch.context() as patched:
         for function in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
             patched.setattr(openai_public, function, lambda *arguments, **options: {})
@@ -77,7 +77,7 @@ KNOWN_TEXT = st.text(sorted(set(TEXT)))
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> dict[str, transformers.PreTrainedTokenizerFast]:
-    """What `transformers` makes of the exported folders."""
+    """Tokenizers that `transformers` loads from the exported folders."""
     found = {}
     for name, tokens in OURS.items():
         folder = tmp_path_factory.mktemp("exported") / "out"
@@ -114,7 +114,7 @@ def test_exported_char_tokenizer_encodes_known_characters_alike(theirs, name, te
 @pytest.mark.parametrize("name", ["char", "byte", "word", "gpt2", "cl100k_base"])
 @given(data=st.data())
 def test_exported_tokenizer_decodes_any_tokens_alike(theirs, name, data):
-    """Also halves of characters, and tokens that no text has."""
+    """Tokens include halves of characters, and some that no text encodes to."""
     ids = data.draw(st.lists(st.sampled_from(sorted(theirs[name].get_vocab().values()))))
     assert theirs[name].decode(ids) == OURS[name].decode(ids)
 
@@ -125,14 +125,14 @@ def test_exported_tokenizer_has_special_tokens_and_limits(theirs, name):
     assert (found.eos_token_id, found.bos_token_id) == (tokens.end_of_text, tokens.end_of_text)
     assert found.unk_token_id == (tokens.unknown if name == "word" else None)
     assert found.model_max_length == 64
-    # older versions remove spaces unless they are told
+    # older versions remove spaces by default
     assert tokenizer.to_files(tokens, 64)["tokenizer_config.json"]["clean_up_tokenization_spaces"] is False
     assert set(found("the")) == {"input_ids", "attention_mask"}  # token types would get embeddings of GPT-2
     if tokens.end_of_text is None:
         return
     ids = [*tokens.encode("the").tolist(), tokens.end_of_text]
     assert found.decode(ids, skip_special_tokens=True) == "the"
-    # in a text it is text, as here, unless a program asks for the token
+    # plain text, as in this package, unless a program asks for the token
     if not name.startswith("char"):
         assert tokens.end_of_text not in found(END_OF_TEXT)["input_ids"]
         assert found(END_OF_TEXT, split_special_tokens=False)["input_ids"] == [tokens.end_of_text]
@@ -156,7 +156,7 @@ def test_exported_char_tokenizer_rejects_unknown_characters(theirs):
 
 
 def test_exported_word_pattern_matches_pythons_word_characters(theirs):
-    """But for those that this Python's Unicode does not know."""
+    """For every character that this Python's Unicode version assigns."""
     pieces = theirs["word"].backend_tokenizer.pre_tokenizer
     for point in range(sys.maxunicode + 1):
         char = chr(point)
