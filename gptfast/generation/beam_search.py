@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal, Protocol
 
 import torch
@@ -84,54 +85,36 @@ NO_HYPOTHESIS = Hypothesis([], NO_SCORE, False)
 
 @dataclass
 class _Held:
-    """The best finished continuations of P prompts, best first, N places for each.
+    """The best finished continuations of P prompts, best first, N places for each."""
 
-    Args:
-        scores: [P, N] with the length penalty; -inf in free places.
-        tokens: [P, N, t] int64, padded behind the end.
-        lengths: [P, N] int64.
-    """
-
-    scores: Tensor
-    tokens: Tensor
-    lengths: Tensor
-
-    def select(self, prompts: Tensor) -> _Held:
-        return _Held(self.scores[prompts], self.tokens[prompts], self.lengths[prompts])
+    scores: Tensor  # [P, N] with the length penalty; -inf in free places
+    tokens: Tensor  # [P, N, t] int64, padded behind the end
+    lengths: Tensor  # [P, N] int64
 
 
 @dataclass
 class _State:
-    """The search of P prompts after t tokens.
+    """The search of P prompts after t tokens, with n open beams for each."""
 
-    Args:
-        prompts: index of each prompt in the batch, on the host.
-        scores: [P, n] log-probabilities of the open beams, best first; n is at most N.
-        tokens: [P, n, t] int64 of the open beams.
-        held: finished continuations.
-    """
-
-    prompts: list[int]
-    scores: Tensor
-    tokens: Tensor
+    prompts: list[int]  # indices in the batch
+    scores: Tensor  # [P, n] log-probabilities, best first; n is at most N
+    tokens: Tensor  # [P, n, t] int64
     held: _Held
+
+    def select(self, index: Tensor, prompts: list[int]) -> _State:
+        """The search of some prompts; `index` [P'] int64 is their place among P."""
+        held = _Held(self.held.scores[index], self.held.tokens[index], self.held.lengths[index])
+        return _State(prompts, self.scores[index], self.tokens[index], held)
 
 
 @dataclass
 class _Candidates:
-    """The C likeliest continuations of the open beams by one token, best first.
+    """The C likeliest continuations of the open beams by one token, best first."""
 
-    Args:
-        scores: [P, C] log-probabilities.
-        tokens: [P, C, t] int64.
-        beams: [P, C] int64, the open beam that each continues.
-        stopped: [P, C] bool, True if the last token is a stop token.
-    """
-
-    scores: Tensor
-    tokens: Tensor
-    beams: Tensor
-    stopped: Tensor
+    scores: Tensor  # [P, C] log-probabilities
+    tokens: Tensor  # [P, C, t] int64
+    beams: Tensor  # [P, C] int64, the open beam that each continues
+    stopped: Tensor  # [P, C] bool, True if the last token is a stop token
 
 
 @torch.no_grad()
@@ -175,45 +158,7 @@ def search(
     Raises:
         ValueError: an argument out of range, or a decoder or `process` that returns another shape.
     """
-    _check(prompt_batch, max_new_tokens, settings.length_penalty)
     num_beams, length_penalty = settings.num_beams, settings.length_penalty
-    if max_new_tokens == 0:
-        others = [NO_HYPOTHESIS] * (settings.num_return_sequences - 1)
-        return [[Hypothesis([], 0.0, False), *others] for _ in range(prompt_batch)]
-    logits = decoder.prefill()
-    stops = set(stop_tokens)
-    is_stop = _is_stop(stops, logits, prompt_batch)
-    # enough for `num_beams` open beams whichever candidates stop
-    count = (1 + len(stops)) * num_beams
-    early_stopping = settings.early_stopping if num_beams > 1 else True
-    state = _initial_state(prompt_batch, num_beams, logits.device)
-    done: list[tuple[list[int], _Held]] = []
-    for length in range(1, max_new_tokens + 1):
-        log_probs = _log_probs(logits, state.tokens.flatten(0, 1), process)
-        candidates = _candidates(state, log_probs, is_stop, count)
-        state.held = _hold(state.held, candidates, length**length_penalty, length == max_new_tokens)
-        if length == max_new_tokens:
-            break
-        rows = _advance(state, candidates, num_beams)  # [P, n]
-        some_over = False
-        if stops:
-            over = _is_over(state, length, max_new_tokens, length_penalty, early_stopping)
-            flags = over.tolist()  # the only synchronisation of the step
-            if all(flags):
-                break
-            some_over = any(flags)
-            if some_over:
-                finished, remaining = _remove_finished(state, over, flags)
-                done.append(finished)
-                rows = rows[remaining]
-        if num_beams > 1 or some_over:
-            decoder.reorder(rows.flatten())
-        logits = decoder.decode_one_token(state.tokens[:, :, -1].flatten())
-    done.append((state.prompts, state.held))
-    return _hypotheses(done, prompt_batch, settings.num_return_sequences, stops)
-
-
-def _check(prompt_batch: int, max_new_tokens: int, length_penalty: float) -> None:
     if prompt_batch < 1:
         raise ValueError(f"prompt_batch must be at least 1, got {prompt_batch}")
     if max_new_tokens < 0:
@@ -224,6 +169,40 @@ def _check(prompt_batch: int, max_new_tokens: int, length_penalty: float) -> Non
             f"length_penalty must leave max_new_tokens ** length_penalty within float32, got {length_penalty} "
             f"for max_new_tokens={max_new_tokens}"
         )
+    if max_new_tokens == 0:
+        others = [NO_HYPOTHESIS] * (settings.num_return_sequences - 1)
+        return [[Hypothesis([], 0.0, False), *others] for _ in range(prompt_batch)]
+    logits = decoder.prefill()
+    stops = set(stop_tokens)
+    is_stop = _is_stop(stops, logits, prompt_batch)
+    # enough for `num_beams` open beams whichever candidates stop
+    count = (1 + len(stops)) * num_beams
+    early_stopping = settings.early_stopping if num_beams > 1 else True
+    state = _initial_state(prompt_batch, num_beams, logits.device)
+    done: list[_State] = []
+    for length in range(1, max_new_tokens + 1):
+        log_probs = _log_probs(logits, state.tokens.flatten(0, 1), process)
+        candidates = _candidates(state, log_probs, is_stop, count)
+        state.held = _hold(state.held, candidates, length**length_penalty, length == max_new_tokens)
+        if length == max_new_tokens:
+            break
+        rows = _advance(state, candidates, num_beams)  # [P, n]
+        over = _is_over(state, length, max_new_tokens, length_penalty, early_stopping)
+        flags = over.tolist() if stops else [False]  # the only synchronisation of the step
+        if all(flags):
+            break
+        if any(flags):
+            # sorted on the device: a copy of the indices from the host would synchronise
+            remaining, finished = over.byte().argsort(stable=True).tensor_split([flags.count(False)])
+            done.append(state.select(finished, list(compress(state.prompts, flags))))
+            state = state.select(
+                remaining, [prompt for prompt, flag in zip(state.prompts, flags, strict=True) if not flag]
+            )
+            rows = rows[remaining]
+        if num_beams > 1 or any(flags):
+            decoder.reorder(rows.flatten())
+        logits = decoder.decode_one_token(state.tokens[:, :, -1].flatten())
+    return _hypotheses([*done, state], prompt_batch, settings.num_return_sequences, stops)
 
 
 def _is_stop(stops: set[int], logits: Tensor, prompt_batch: int) -> Tensor:
@@ -254,17 +233,14 @@ def require_stop_tokens(stop_tokens: Collection[int], vocab_size: int) -> None:
 
 def _initial_state(prompt_batch: int, num_beams: int, device: torch.device) -> _State:
     """One open beam without tokens for each prompt."""
-    held = _Held(
-        scores=torch.full((prompt_batch, num_beams), NO_SCORE, device=device),
-        tokens=torch.zeros(prompt_batch, num_beams, 0, dtype=torch.int64, device=device),
-        lengths=torch.zeros(prompt_batch, num_beams, dtype=torch.int64, device=device),
-    )
-    return _State(
-        prompts=list(range(prompt_batch)),
-        scores=torch.zeros(prompt_batch, 1, device=device),
-        tokens=torch.zeros(prompt_batch, 1, 0, dtype=torch.int64, device=device),
-        held=held,
-    )
+
+    def integers(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    scores = torch.full((prompt_batch, num_beams), NO_SCORE, device=device)
+    held = _Held(scores, tokens=integers(prompt_batch, num_beams, 0), lengths=integers(prompt_batch, num_beams))
+    open_scores = torch.zeros(prompt_batch, 1, device=device)
+    return _State(list(range(prompt_batch)), open_scores, integers(prompt_batch, 1, 0), held)
 
 
 def _log_probs(logits: Tensor, tokens: Tensor, process: LogitsProcessor | None) -> Tensor:
@@ -279,14 +255,7 @@ def _log_probs(logits: Tensor, tokens: Tensor, process: LogitsProcessor | None) 
 
 
 def _candidates(state: _State, log_probs: Tensor, is_stop: Tensor, count: int) -> _Candidates:
-    """The `count` likeliest continuations by one token, or all if there are fewer.
-
-    Args:
-        state: P prompts with n open beams each.
-        log_probs: [P * n, V].
-        is_stop: [V] bool.
-        count: C.
-    """
+    """The `count` likeliest continuations by one token, or all if there are fewer; log_probs is [P * n, V]."""
     prompts, beams = state.scores.shape
     vocab_size = log_probs.shape[1]
     scores = (state.scores[:, :, None] + log_probs.view(prompts, beams, vocab_size)).flatten(1)  # [P, n * V]
@@ -302,10 +271,9 @@ def _candidates(state: _State, log_probs: Tensor, is_stop: Tensor, count: int) -
 
 
 def _hold(held: _Held, candidates: _Candidates, divisor: float, is_last: bool) -> _Held:
-    """The best of the held sequences and the candidates that are finished, whose scores are divided by `divisor`.
+    """The best of the held sequences and the finished candidates, whose scores are divided by `divisor`.
 
-    Only the N likeliest candidates can be held; the others are there for the beams to continue. The last token finishes
-    all of those N.
+    Only the N likeliest candidates can be held; the last token finishes all N. The others keep enough beams open.
     """
     places = held.scores.shape[1]
     scores = candidates.scores[:, :places] / divisor
@@ -344,38 +312,20 @@ def _is_over(
     return over | (worst_held > NO_SCORE) if early_stopping is True else over
 
 
-def _remove_finished(state: _State, over: Tensor, flags: list[bool]) -> tuple[tuple[list[int], _Held], Tensor]:
-    """Remove the prompts from the state whose search is over, [P] bool, the same as `flags` on the host.
-
-    Returns:
-        The removed prompts with their held sequences, and the indices [P'] int64 of the others.
-    """
-    # sorted on the device: a copy of the indices from the host would synchronise
-    order = over.byte().argsort(stable=True)
-    count = flags.count(False)
-    remaining = order[:count]
-    finished = [prompt for prompt, flag in zip(state.prompts, flags, strict=True) if flag]
-    removed = finished, state.held.select(order[count:])
-    state.prompts = [prompt for prompt, flag in zip(state.prompts, flags, strict=True) if not flag]
-    state.scores = state.scores[remaining]
-    state.tokens = state.tokens[remaining]
-    state.held = state.held.select(remaining)
-    return removed, remaining
-
-
 def _select(tokens: Tensor, index: Tensor) -> Tensor:
     """Select the sequences `index` [P, m] of each prompt from `tokens` [P, n, t]: [P, m, t]."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _hypotheses(
-    done: list[tuple[list[int], _Held]], prompt_batch: int, num_return_sequences: int, stops: set[int]
+    done: list[_State], prompt_batch: int, num_return_sequences: int, stops: set[int]
 ) -> list[list[Hypothesis]]:
     """The best hypotheses of all prompts, in the order of the batch."""
     hypotheses: list[list[Hypothesis]] = [[] for _ in range(prompt_batch)]
-    for prompts, held in done:
-        columns = (part[:, :num_return_sequences].tolist() for part in (held.scores, held.tokens, held.lengths))
-        for prompt, *of_prompt in zip(prompts, *columns, strict=True):
+    for state in done:
+        held = (state.held.scores, state.held.tokens, state.held.lengths)
+        columns = (whole[:, :num_return_sequences].tolist() for whole in held)
+        for prompt, *of_prompt in zip(state.prompts, *columns, strict=True):
             for score, padded, length in zip(*of_prompt, strict=True):
                 tokens = padded[:length]
                 found = Hypothesis(tokens, score, tokens[-1] in stops) if score > NO_SCORE else NO_HYPOTHESIS
