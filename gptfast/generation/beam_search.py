@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptfast.generation.sampling import require_integer
+
 EarlyStopping = bool | Literal["never"]
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,8 +42,7 @@ class BeamSearch:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+        require_integer("num_beams", self.num_beams, 1)
         if not 1 <= self.num_return_sequences <= self.num_beams:
             raise ValueError(
                 f"num_return_sequences must be from 1 to num_beams={self.num_beams}, got {self.num_return_sequences}"
@@ -159,10 +160,8 @@ def search(
         ValueError: an argument out of range, or a decoder or `process` that returns another shape.
     """
     num_beams, length_penalty = settings.num_beams, settings.length_penalty
-    if prompt_batch < 1:
-        raise ValueError(f"prompt_batch must be at least 1, got {prompt_batch}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    require_integer("prompt_batch", prompt_batch, 1)
+    require_integer("max_new_tokens", max_new_tokens, 0)
     # scores are float32, with exponents from -126 to 127
     if abs(length_penalty) * math.log2(max(max_new_tokens, 1)) > 126:
         raise ValueError(

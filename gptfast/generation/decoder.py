@@ -14,7 +14,7 @@ from gptfast.config import GPTConfig
 from gptfast.cuda_graphs import CUDAGraphCallable
 from gptfast.generation.kv_cache import KVCache, reordered
 from gptfast.generation.model_cache import for_decoding
-from gptfast.generation.sampling import Sampling
+from gptfast.generation.sampling import Sampling, require_integer
 
 CHUNK = 512  # tokens of the prompts that go through the model together
 Outcome = TypeVar("Outcome", covariant=True)
@@ -104,8 +104,7 @@ class GenerationRequest:
         rows, longest = self.idx.shape
         if len(self.lengths) != rows or not all(1 <= length <= longest for length in self.lengths):
             raise ValueError(f"lengths must be {rows} numbers from 1 to {longest}, got {list(self.lengths)}")
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        require_integer("max_new_tokens", self.max_new_tokens, 0)
 
     @property
     def uses_cuda_graph(self) -> bool:

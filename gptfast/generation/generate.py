@@ -13,7 +13,7 @@ from gptfast.generation import beam_search
 from gptfast.generation.autoregressive import Step, decode_n_tokens
 from gptfast.generation.beam_search import BeamSearch, EarlyStopping, Hypothesis
 from gptfast.generation.decoder import CachedDecoder, CausalLM, GenerationRequest, RawLogits, evaluating
-from gptfast.generation.sampling import Sampling, process_logits
+from gptfast.generation.sampling import Sampling, process_logits, require_integer
 from gptfast.generation.speculative import Draft, speculative_decode
 
 
@@ -103,14 +103,7 @@ def continuations(
     num_samples: int = 1,
     draft: Draft | None = None,
 ) -> list[list[Continuation]]:
-    """Continue prompts up to a stop token.
-
-    Args:
-        model: the GPT.
-        request: `is_finished` is replaced.
-        stop_tokens: tokens that end a continuation.
-        num_samples: continuations of each prompt.
-        draft: a smaller model that proposes tokens; see `gptfast.generation.speculative`.
+    """Continue prompts up to a stop token, which replaces the request's `is_finished`.
 
     Returns:
         For each prompt its `num_samples` continuations.
@@ -118,8 +111,7 @@ def continuations(
     Raises:
         ValueError: an argument out of range, or options that exclude each other.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    require_integer("num_samples", num_samples, 1)
     beam_search.require_stop_tokens(stop_tokens, model.config.vocab_size)
     stops = frozenset(stop_tokens)
     repeated = replace(
@@ -130,11 +122,11 @@ def continuations(
     )
     found = [Continuation() for _ in repeated.lengths]
     for step in decode(model, repeated, draft):
-        for place, (row, token) in enumerate(zip(step.rows, step.tokens, strict=True)):
+        for row, token in zip(step.rows, step.tokens, strict=True):
             found[row].tokens.append(token)
-            if request.log_probs:
-                found[row].log_probs.append(step.log_probs[place])
             found[row].finished = token in stops
+        for row, log_prob in zip(step.rows, step.log_probs, strict=False):  # empty unless requested
+            found[row].log_probs.append(log_prob)
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
 
@@ -157,18 +149,11 @@ def search_beams(
 ) -> list[list[Hypothesis]]:
     """Find the likeliest continuations of prompts; see `gptfast.generation.beam_search.search`.
 
-    Args:
-        model: the GPT.
-        request: of its sampling, penalties and n-gram blocking apply to log-probabilities; filters and temperatures
-            other than 0 and 1 are refused, because a search draws nothing.
-        beams: settings of the search.
-        stop_tokens: tokens that finish a continuation.
-
-    Returns:
-        For each prompt its best hypotheses, best first.
+    The request's penalties and n-gram blocking apply to log-probabilities.
 
     Raises:
-        ValueError: a setting out of range, or token ids out of range.
+        ValueError: a setting or token ids out of range, filters, or temperatures other than 0 and 1: a search draws
+            nothing.
     """
     sampling = request.sampling
     excluded = [name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(sampling, name) is not None]

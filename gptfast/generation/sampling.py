@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ABOVE_0 = math.ulp(0.0)
 _LARGEST_PENALTY = 100.0  # in effect forbids a token, and is far from float32's limits
 _HOTTEST = 2.0**126  # in effect infinite; beyond it -inf / temperature would be NaN
 
@@ -59,17 +58,17 @@ class Sampling:
     def __post_init__(self) -> None:
         _require_real("temperature", self.temperature, 0.0, math.inf, "at least 0 and finite")
         if self.top_k is not None:
-            _require_integer("top_k", self.top_k, 1)
+            require_integer("top_k", self.top_k, 1)
         if self.min_p is not None:
             _require_real("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
         for name in ("top_p", "typical_p"):
             if (value := getattr(self, name)) is not None:
-                _require_real(name, value, _ABOVE_0, 1.0, "above 0 and at most 1")
+                _require_real(name, value, math.ulp(0.0), 1.0, "above 0 and at most 1")
         lowest = 1.0 / _LARGEST_PENALTY
         _require_real("repetition_penalty", self.repetition_penalty, lowest, _LARGEST_PENALTY, "in [0.01, 100]")
         for name in ("presence_penalty", "frequency_penalty"):
             _require_real(name, getattr(self, name), -_LARGEST_PENALTY, _LARGEST_PENALTY, "in [-100, 100]")
-        _require_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        require_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
 
 
 def process_logits(
@@ -292,7 +291,8 @@ def _require_real(name: str, value: float, low: float, high: float, accepted: st
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
 
-def _require_integer(name: str, value: int, low: int) -> None:
+def require_integer(name: str, value: int, low: int) -> None:
+    """Raise ValueError unless `value` is an integer and at least `low`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if value < low:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from gptfast.generation.sampling import (
     filter_logits,
     process_logits,
     require_finite,
+    require_integer,
     sample_from,
     token_log_probs,
 )
@@ -56,10 +56,7 @@ class Draft:
     """Proposals that the larger model accepted, including some beyond the end of a sequence."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, Integral):
-            raise ValueError(f"tokens must be an integer, got {self.tokens!r}")
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        require_integer("tokens", self.tokens, 1)
 
     @property
     def acceptance_rate(self) -> float:

@@ -93,15 +93,8 @@ def stream(
     end = tokenizer.end_of_text
     prompts = _encode(tokenizer, [text.prompt for text in texts])
     streams = [TextStream(tokenizer, stop, after=ids[-1]) for ids in prompts]
-    request = _request(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling=settings or Sampling(),
-        is_finished=lambda row, token: texts[row].finished,
-        generator=generator,
-        compiled=compiled,
-    )
+    options = {"generator": generator, "compiled": compiled, "is_finished": lambda row, token: texts[row].finished}
+    request = _request(model, prompts, max_new_tokens, settings, **options)
     for step in generate.decode(model, request, draft):
         for row, token, log_prob in zip(*step, strict=True):
             text = texts[row]
@@ -114,8 +107,7 @@ def stream(
                 text.text += piece
                 yield row, piece
     for row, text in enumerate(texts):
-        piece = "" if text.finished else streams[row].flush()
-        if piece:
+        if piece := streams[row].flush():
             text.text += piece
             yield row, piece
 
@@ -130,13 +122,7 @@ def search(
 ) -> list[Text]:
     """Find the likeliest continuations of texts, up to the end-of-text token.
 
-    Args:
-        model: the GPT.
-        tokenizer: the model's.
-        prompts: as in `stream`.
-        max_new_tokens: the most tokens to add to each.
-        beams: settings of the search.
-        settings: penalties and n-gram blocking.
+    Arguments are those of `stream`, and the settings of the search; `settings` may have penalties and n-gram blocking.
 
     Returns:
         For each prompt its `beams.num_return_sequences` texts with their scores, best first.
@@ -146,7 +132,7 @@ def search(
     """
     end = tokenizer.end_of_text
     ids = _encode(tokenizer, prompts)
-    request = _request(model, ids, max_new_tokens, sampling=settings or Sampling())
+    request = _request(model, ids, max_new_tokens, settings)
     found = generate.search_beams(model, request, beams, [] if end is None else [end])
     texts: list[Text] = []
     for prompt, before, hypotheses in zip(prompts, ids, found, strict=True):
@@ -169,10 +155,12 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _request(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> GenerationRequest:
+def _request(
+    model: CausalLM, prompts: list[list[int]], max_new_tokens: int, settings: Sampling | None, **options: Any
+) -> GenerationRequest:
     """A request for tokenised prompts, padded on the model's device."""
     lengths = [len(ids) for ids in prompts]
     longest = max(lengths, default=1)
     padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
     idx = torch.tensor(padded, device=device_of(model)).view(len(prompts), longest)
-    return GenerationRequest(idx, lengths, max_new_tokens, **options)
+    return GenerationRequest(idx, lengths, max_new_tokens, settings or Sampling(), **options)
