@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 import kernels
-from gptfast import GPT, lora
+from gptfast import lora
 from gptfast.quantization import Int8Linear, PackedLinear, pack, quantize
 from kernels import onednn, reference
-from tests.support.generation import gpt
+from tests.support.generation import cpu_gpt, logits, prompts
+
+IDX = prompts(12, 12, 12).cpu()
 
 MODELS = {
     "pre-norm": {},
@@ -27,40 +28,22 @@ def pack_small_weights(monkeypatch):
     monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
 
 
-def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
-    model = gpt(backend="auto", block_size=12, **changes).cpu()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return model.to(dtype)
-
-
-def tokens(batch: int = 3, length: int = 12) -> Tensor:
-    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
 def products(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, PackedLinear)]
-
-
-def logits(model: GPT, idx: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.logits(model.transformer(idx))
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_packed_model_is_as_exact_as_the_model(dtype, changes):
-    model, idx = build(dtype, **changes), tokens()
-    expected = logits(build(torch.float64, **changes), idx)
+    model = cpu_gpt(dtype, **changes)
+    expected = logits(cpu_gpt(torch.float64, **changes), IDX)
     found = pack(model)
     assert len(products(found)) == 4 * 2 + 1
-    error, allowed = (logits(m, idx).double() - expected for m in (found, model))
+    error, allowed = (logits(m, IDX).double() - expected for m in (found, model))
     assert found is not model
     assert products(model) == []
     assert error.abs().max() <= 2.0 * allowed.abs().max() + 1e-5
-    assert logits(found, idx).dtype == dtype
+    assert logits(found, IDX).dtype == dtype
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
@@ -80,7 +63,7 @@ def test_packed_linear_is_as_exact_as_its_dtype(dtype, rows, activation, bias):
 
 
 def test_float32_weights_are_shared():
-    model = build()
+    model = cpu_gpt()
     found = pack(model)
     assert found.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert found.transformer.wte.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
@@ -89,31 +72,31 @@ def test_float32_weights_are_shared():
 
 def test_small_weights_are_not_packed(monkeypatch):
     monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 4 * 32 * 128)
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     found = pack(model)
     assert len(products(found)) == 4  # the feed-forwards'
     torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-5, atol=1e-5)
     monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 4 * 32 * 128 + 1)
-    assert pack(build()) is None
+    assert pack(cpu_gpt()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_not_packed(dtype):
-    assert pack(build(dtype)) is None
+    assert pack(cpu_gpt(dtype)) is None
 
 
 def test_modules_with_hooks_are_not_packed():
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     seen = []
     model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *arguments: seen.append("c_attn"))
     model.transformer.h[1].mlp.register_forward_pre_hook(lambda *arguments: seen.append("mlp"))
     found = pack(model)
-    torch.testing.assert_close(logits(found, idx), logits(build(), idx), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(found, idx), logits(cpu_gpt(), idx), rtol=1e-5, atol=1e-5)
     assert seen == ["c_attn", "mlp"]
 
 
 def test_packed_layers_compute_in_the_dtype_of_autocast():
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     with torch.autocast("cpu", torch.bfloat16):
         found = pack(model)
         expected = logits(model, idx)
@@ -122,7 +105,7 @@ def test_packed_layers_compute_in_the_dtype_of_autocast():
 
 
 def test_packing_merges_adapters():
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     lora.apply(model, rank=2, alpha=2.0, targets=["transformer.*"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -130,15 +113,15 @@ def test_packing_merges_adapters():
                 parameter.normal_(std=0.3)
     found = pack(model)
     assert len(products(found)) == 9
-    assert (logits(found, idx) - logits(build(), idx)).abs().max() > 0.1
+    assert (logits(found, idx) - logits(cpu_gpt(), idx)).abs().max() > 0.1
     torch.testing.assert_close(logits(found, idx), logits(model, idx), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_model_has_rounded_weights(dtype, changes):
-    model, idx = build(dtype, **changes), tokens()
-    rounded = build(dtype, **changes)
+    model = cpu_gpt(dtype, **changes)
+    rounded = cpu_gpt(dtype, **changes)
     with torch.no_grad():
         for module in rounded.modules():
             if isinstance(module, nn.Linear):
@@ -146,14 +129,14 @@ def test_a_quantized_model_has_rounded_weights(dtype, changes):
                 # a new parameter, because a tied one would round the embedding too
                 module.weight = nn.Parameter((integers * scale[:, None]).double())
     rounded.lm_head.weight.requires_grad_(False)
-    found, expected = logits(quantize(model), idx).double(), logits(rounded.double(), idx)
+    found, expected = logits(quantize(model), IDX).double(), logits(rounded.double(), IDX)
     assert (found - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * expected.norm()
-    before = logits(build(torch.float64, **changes), idx)
+    before = logits(cpu_gpt(torch.float64, **changes), IDX)
     assert 1e-4 * before.norm() < (expected - before).norm() < 0.05 * before.norm()
 
 
 def test_quantize_changes_a_copy():
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantized = quantize(model).to(torch.bfloat16)
     assert quantized.transformer.wte.weight.dtype == torch.bfloat16
@@ -162,11 +145,11 @@ def test_quantize_changes_a_copy():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in quantized.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model.generate(idx, 3, temperature=0), build().generate(idx, 3, temperature=0))
+    assert torch.equal(model.generate(idx, 3, temperature=0), cpu_gpt().generate(idx, 3, temperature=0))
 
 
 def test_a_quantized_model_computes_its_loss_eagerly():
-    model, idx = build(), tokens()
+    model, idx = cpu_gpt(), IDX
     with torch.no_grad():
         expected = model(idx, idx)[1]
         for backend in ("auto", "eager"):
@@ -177,7 +160,7 @@ def test_a_quantized_model_computes_its_loss_eagerly():
 
 
 def test_a_quantized_model_generates_as_without_a_cache():
-    model, idx = quantize(build()), tokens(length=5)
+    model, idx = quantize(cpu_gpt()), IDX[:, :5]
     found = model.generate(idx, 12, temperature=0)  # past the window
     for _ in range(12):
         with torch.no_grad():
@@ -186,7 +169,7 @@ def test_a_quantized_model_generates_as_without_a_cache():
 
 
 def test_quantized_layers_take_a_quarter_of_the_memory():
-    model = build(n_embd=256)
+    model = cpu_gpt(n_embd=256)
     quantized = quantize(model)
     products = [module for module in quantized.modules() if isinstance(module, Int8Linear)]
     held = sum(module.weight.nbytes + module.scale.nbytes for module in products)
@@ -195,7 +178,7 @@ def test_quantized_layers_take_a_quarter_of_the_memory():
 
 
 def test_weights_that_are_not_finite_are_refused():
-    model = build()
+    model = cpu_gpt()
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[3, 2] = torch.nan
     with pytest.raises(ValueError, match=r"weight.*row 3"):

@@ -51,6 +51,21 @@ DRAFTS = {"the model itself": lambda model: model, "perturbed": perturbed, "anot
           "contrary": contrary}  # fmt: skip
 
 
+def cpu_gpt(dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    """A model for the CPU whose biases are not 0."""
+    model = gpt(backend="auto", block_size=12, **changes).cpu()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logits(model: GPT, idx: Tensor) -> Tensor:
+    return model.logits(model.transformer(idx))
+
+
 def prompts(*lengths: int, vocab_size: int = 23) -> Tensor:
     """Prompts of these lengths, padded with a token that must not matter."""
     idx = torch.randint(vocab_size, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))

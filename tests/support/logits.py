@@ -32,10 +32,6 @@ def on_device(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor(rows, device=DEVICE)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def draw(logits: torch.Tensor, chosen: Sampling, random: torch.Generator | None = None) -> torch.Tensor:
     noise = None if chosen.temperature == 0.0 else exponential_noise(logits, random)
     return sample(logits, noise, chosen)

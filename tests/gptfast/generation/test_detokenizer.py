@@ -132,12 +132,6 @@ def test_invalid_utf_8_is_replaced():
     assert not stream.finished
 
 
-def test_words_are_spaced_as_in_one_text():
-    words = WordTokenizer.of_documents(["the (old) dog barks."])
-    ids = words.encode("the (old) dog.").tolist()
-    assert streamed(TextStream(words), ids) == ["the", " (", "old", ")", " dog", ".", ""]
-
-
 def test_a_stop_string_may_span_tokens():
     chars = CharTokenizer("abc\n")
     stream = TextStream(chars, ["\n\n", "cab"])
@@ -172,12 +166,6 @@ def test_the_first_stop_string_is_independent_of_token_boundaries(stop, text, ex
         stream = TextStream(tokenizer, stop)
         assert "".join(streamed(stream, ids)) == expected
         assert stream.finished
-
-
-def test_flush_may_complete_a_stop_string():
-    stream = TextStream(ByteTokenizer(), ["a\ufffd"])
-    assert streamed(stream, [ord("b"), ord("a"), 0xE6]) == ["b", "", "", ""]
-    assert stream.finished
 
 
 def test_each_token_is_decoded_once_with_the_one_before_it(monkeypatch):

@@ -70,15 +70,6 @@ def test_tokens_beyond_the_capacity_are_refused():
 
 
 @torch.no_grad()
-def test_a_cleared_cache_is_as_new():
-    model, cache = gpt(**MODEL), KVCache(3, 12)
-    model(prompts(5, 5), cache=cache)
-    cache.clear()
-    other = prompts(7, 7)
-    torch.testing.assert_close(model(other, cache=cache)[0], model(other)[0])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
 @MODELS
 @BACKENDS

@@ -14,7 +14,9 @@ import torch
 from gptfast import GPT, lora, quantize
 from gptfast.generation.model_cache import for_decoding
 from gptfast.quantization import PackedLinear, pack
-from tests.support.generation import gpt
+from tests.support.generation import cpu_gpt, logits, prompts
+
+IDX = prompts(12, 12, 12).cpu()
 
 
 @pytest.fixture(autouse=True)
@@ -22,54 +24,41 @@ def pack_small_weights(monkeypatch):
     monkeypatch.setattr("gptfast.quantization._MIN_BYTES", 0)
 
 
-def build(dtype: torch.dtype = torch.float32, **changes) -> GPT:
-    return gpt(backend="auto", block_size=12, **changes).to("cpu", dtype)
-
-
-def tokens(batch: int = 3, length: int = 12) -> torch.Tensor:
-    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    return model.logits(model.transformer(idx))
-
-
 def test_few_tokens_are_not_worth_packing():
-    model = build(torch.bfloat16)
+    model = cpu_gpt(torch.bfloat16)
     assert for_decoding(model, 31) is model
     assert for_decoding(model, 32) is not model
 
 
 def test_an_eager_model_is_not_packed():
-    model = build()
+    model = cpu_gpt()
     model.set_backend("eager")
     assert for_decoding(model) is model
 
 
 def test_a_packed_model_is_not_packed_again():
-    model = for_decoding(build())
+    model = for_decoding(cpu_gpt())
     assert for_decoding(model) is model
 
 
 def test_generate_uses_the_packed_copy(monkeypatch):
-    model, idx = build(), tokens(length=5)
+    model, idx = cpu_gpt(), IDX[:, :5]
     seen = []
     forward = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: seen.append(1) or forward(self, x))
     found = model.generate(idx, 4, temperature=0)
     assert len(seen) == 9 * 4
     monkeypatch.setattr("gptfast.quantization.onednn.can_pack", lambda weight, dtype: False)
-    assert torch.equal(build().generate(idx, 4, temperature=0), found)
+    assert torch.equal(cpu_gpt().generate(idx, 4, temperature=0), found)
     assert len(seen) == 9 * 4
 
 
 def test_packed_copy_is_made_once_and_freed_with_its_model():
-    model = build(torch.bfloat16)
+    model = cpu_gpt(torch.bfloat16)
     model.itself = [model]  # an attribute that refers back
     packed = for_decoding(model)
     assert for_decoding(model) is packed
-    assert for_decoding(build(torch.bfloat16)) is not packed
+    assert for_decoding(cpu_gpt(torch.bfloat16)) is not packed
     freed = [weakref.ref(model), weakref.ref(packed)]
     del model, packed
     gc.collect()
@@ -78,8 +67,7 @@ def test_packed_copy_is_made_once_and_freed_with_its_model():
 
 def _change_by_optimizer(model: GPT) -> None:
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-    idx = tokens()
-    model(idx, idx)[1].backward()
+    model(IDX, IDX)[1].backward()
     optimizer.step()
 
 
@@ -106,7 +94,7 @@ def _change_strides(model: GPT) -> None:
 
 
 def _change_module(model: GPT) -> None:
-    model.transformer.h[0].mlp = build(model.transformer.wte.weight.dtype, init_std=0.5).transformer.h[0].mlp
+    model.transformer.h[0].mlp = cpu_gpt(model.transformer.wte.weight.dtype, init_std=0.5).transformer.h[0].mlp
 
 
 @pytest.mark.parametrize(
@@ -117,7 +105,7 @@ def _change_module(model: GPT) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_copy_follows_changes_of_its_model(dtype, change):
-    model, idx = build(dtype), tokens(length=11)
+    model, idx = cpu_gpt(dtype), IDX[:, :11]
     before = for_decoding(model)
     change(model)
     after = for_decoding(model)
@@ -132,7 +120,7 @@ def test_packed_copy_follows_changes_of_its_model(dtype, change):
 @pytest.mark.parametrize("index", [np.s_[:], np.s_[4], np.s_[:, 6]], ids=["all", "a row", "a column"])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_packed_copy_follows_writes_through_data(autocast, index, name):
-    model, idx = build(torch.float32 if autocast else torch.bfloat16), tokens()
+    model, idx = cpu_gpt(torch.float32 if autocast else torch.bfloat16), IDX
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         before = for_decoding(model)
         model.get_parameter(name).data[index] *= -2.0
@@ -144,14 +132,14 @@ def test_packed_copy_follows_writes_through_data(autocast, index, name):
 
 def test_weights_made_in_inference_mode_are_packed():
     with torch.inference_mode():
-        model, idx = build(torch.bfloat16), tokens()
+        model, idx = cpu_gpt(torch.bfloat16), IDX
         packed = for_decoding(model)
         assert for_decoding(model) is packed
         torch.testing.assert_close(logits(packed, idx), logits(model, idx), rtol=0.05, atol=0.1)
 
 
 def test_packed_copy_follows_moves_of_its_model():
-    model = build()
+    model = cpu_gpt()
     kinds = [{p.dtype for p in for_decoding(model.to(dtype)).parameters()} for dtype in (torch.bfloat16, torch.float32)]
     assert kinds == [{torch.bfloat16}, {torch.float32}]
     with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +148,7 @@ def test_packed_copy_follows_moves_of_its_model():
 
 
 def test_copies_of_a_model_have_packed_copies_of_their_own():
-    model = build(torch.bfloat16)
+    model = cpu_gpt(torch.bfloat16)
     packed = for_decoding(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), quantize(model)):
         assert for_decoding(other) is not packed

@@ -12,13 +12,13 @@ from transformers.generation import logits_process as hugging_face
 
 from gptfast.generation import sampling
 from gptfast.generation.sampling import Sampling, exponential_noise, filter_logits, process_logits, require_finite
+from tests.support.generation import generator
 from tests.support.logits import (
     EVERYTHING,
     INF,
     NAN,
     assert_distributed,
     draw,
-    generator,
     kept,
     numpy_min_p,
     numpy_top_k,
@@ -142,19 +142,6 @@ def test_blocked_ngrams_equal_hugging_face(size, vocabulary):
         blocked += int((expected == -INF).sum())
     assert chosen.needs_history
     assert blocked > 0 or (size, vocabulary) in ((30, 3), (30, 30), (3, 30), (4, 30))
-
-
-def test_every_window_blocks_its_own_continuation():
-    tokens = torch.tensor([[1, 2, 3, 1, 2, 4, 0, 1, 2, 9, 9, 9]], device=DEVICE)
-    blocked = sampling.block_ngrams(torch.zeros(1, 6, device=DEVICE), tokens, torch.tensor([9], device=DEVICE), 3)
-    assert (blocked == -INF).nonzero()[:, 1].tolist() == [3, 4]
-
-
-def test_blocking_every_token_blocks_none():
-    tokens = torch.tensor([[0, 1, 2], [0, 0, 1]], device=DEVICE)
-    logits = on_device([[0.5, 1.0, -INF], [0.5, 1.0, -INF]])
-    result = sampling.block_ngrams(logits, tokens, torch.tensor([3, 1], device=DEVICE), 1)
-    assert result.tolist() == [[0.5, 1.0, -INF], [-INF, 1.0, -INF]]
 
 
 # filters
@@ -300,15 +287,6 @@ def test_draws_follow_the_filtered_distribution(chosen):
 def test_rows_are_drawn_independently():
     drawn = draw(torch.zeros(20_000, 2, device=DEVICE), Sampling(), generator())
     assert_distributed(torch.bincount(drawn[::2] * 2 + drawn[1::2], minlength=4), torch.full((4,), 0.25))
-
-
-def test_a_generator_makes_draws_repeatable():
-    logits = random_logits(64, 100)
-    first = draw(logits, EVERYTHING, generator())
-    assert torch.equal(first, draw(logits, EVERYTHING, generator()))
-    assert not torch.equal(first, draw(logits, EVERYTHING, generator(1)))
-    used = generator()
-    assert not torch.equal(draw(logits, EVERYTHING, used), draw(logits, EVERYTHING, used))
 
 
 @pytest.mark.parametrize(

@@ -5,34 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig
 from gptfast.generation import text as texts
 from gptfast.generation.beam_search import BeamSearch
 from gptfast.generation.sampling import Sampling
 from gptfast.generation.text import Text
 from gptfast.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
+from tests.support.generation import GREEDY, generator, gpt
 from tests.support.oracle import DEVICE
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(0)
-
-
-def text_model(tokenizer) -> GPT:
-    torch.manual_seed(0)
-    sizes = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "init_std": 0.3}
-    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)).to(DEVICE)
 
 
 def test_streamed_pieces_add_up_to_the_text():
     tokenizer = ByteTokenizer()
-    model = text_model(tokenizer)
-    pieces = [piece for _, piece in texts.stream(model, tokenizer, [Text("Zürich")], 60, generator=seeded())]
-    text = texts.generate_text(model, tokenizer, "Zürich", 60, generator=seeded())
+    model = gpt(vocab_size=tokenizer.vocab_size)
+    pieces = [piece for _, piece in texts.stream(model, tokenizer, [Text("Zürich")], 60, generator=generator())]
+    text = texts.generate_text(model, tokenizer, "Zürich", 60, generator=generator())
     assert len(pieces) > 1
     assert "".join(pieces) == text
     ids = tokenizer.encode("Zürich")[None]
-    written = model.generate(torch.from_numpy(ids).to(DEVICE), 60, stop_tokens=[256], generator=seeded())[
+    written = model.generate(torch.from_numpy(ids).to(DEVICE), 60, stop_tokens=[256], generator=generator())[
         0, len(ids[0]) :
     ]
     kept = [token for token in written.tolist() if token != 256]
@@ -41,33 +31,30 @@ def test_streamed_pieces_add_up_to_the_text():
 
 def test_text_ends_before_a_stop_string():
     tokenizer = CharTokenizer("abcde")
-    model = text_model(tokenizer)
-    free = texts.generate_text(model, tokenizer, "a", 40, generator=seeded())
+    model = gpt(vocab_size=tokenizer.vocab_size)
+    free = texts.generate_text(model, tokenizer, "a", 40, generator=generator())
     stop = free[10:12]
-    text = texts.generate_text(model, tokenizer, "a", 40, stop=[stop], generator=seeded())
+    text = texts.generate_text(model, tokenizer, "a", 40, stop=[stop], generator=generator())
     assert text == free[: free.index(stop)]
 
 
 def test_a_prompt_without_tokens_is_the_end_of_text_token_or_refused():
-    model = text_model(CharTokenizer("abc"))
+    model = gpt(vocab_size=3)
     with pytest.raises(ValueError, match="the prompt '' has no tokens; give at least one character"):
         texts.generate_text(model, CharTokenizer("abc"), "", 5)
-    tokenizer = ByteTokenizer()
-    assert texts.generate_text(text_model(tokenizer), tokenizer, "", 5, generator=seeded()) is not None
     words = WordTokenizer(["a", "b", "."])
-    model, greedy = text_model(words), Sampling(temperature=0)
-    assert texts.generate_text(model, words, "\n ", 5, greedy) == texts.generate_text(model, words, "", 5, greedy)
+    model = gpt(vocab_size=words.vocab_size)
+    assert texts.generate_text(model, words, "\n ", 5, GREEDY) == texts.generate_text(model, words, "", 5, GREEDY)
 
 
 def test_prompts_of_any_lengths_are_continued_as_each_alone():
     tokenizer = CharTokenizer("abcde")
-    model = text_model(tokenizer)
-    greedy = Sampling(temperature=0)
+    model = gpt(vocab_size=tokenizer.vocab_size)
     together = [Text("a"), Text("bcd"), Text("ce")]
-    pieces = list(texts.stream(model, tokenizer, together, 12, greedy, stop=["aa", "ebe"]))
+    pieces = list(texts.stream(model, tokenizer, together, 12, GREEDY, stop=["aa", "ebe"]))
     for row, text in enumerate(together):
         alone = Text(text.prompt)
-        list(texts.stream(model, tokenizer, [alone], 12, greedy, stop=["aa", "ebe"]))
+        list(texts.stream(model, tokenizer, [alone], 12, GREEDY, stop=["aa", "ebe"]))
         assert (text.text, text.tokens, text.finished) == (alone.text, alone.tokens, alone.finished)
         assert "".join(piece for number, piece in pieces if number == row) == text.text
         assert len(text.log_probs) == len(text.tokens)
@@ -76,9 +63,9 @@ def test_prompts_of_any_lengths_are_continued_as_each_alone():
 def test_words_are_separated_by_a_space():
     """Between prompt and continuation too."""
     tokenizer = WordTokenizer(["the", "quick", "brown", "fox", "."])
-    model = text_model(tokenizer)
+    model = gpt(vocab_size=tokenizer.vocab_size)
     text = Text("the quick")
-    list(texts.stream(model, tokenizer, [text], 8, Sampling(temperature=0)))
+    list(texts.stream(model, tokenizer, [text], 8, GREEDY))
     ids = tokenizer.encode("the quick").tolist()
     kept = [token for token in text.tokens if token != tokenizer.end_of_text]
     assert "the quick" + text.text == tokenizer.decode(ids + kept)
@@ -87,9 +74,9 @@ def test_words_are_separated_by_a_space():
 
 def test_the_end_of_text_token_ends_a_text_and_adds_none():
     tokenizer = ByteTokenizer()
-    model = text_model(tokenizer)
+    model = gpt(vocab_size=tokenizer.vocab_size)
     found = [Text("a") for _ in range(20)]
-    list(texts.stream(model, tokenizer, found, 200, generator=seeded()))
+    list(texts.stream(model, tokenizer, found, 200, generator=generator()))
     assert 0 < sum(text.finished for text in found) < 20
     for text in found:
         assert text.finished is (256 in text.tokens)
@@ -99,7 +86,7 @@ def test_the_end_of_text_token_ends_a_text_and_adds_none():
 
 def test_beam_search_gives_texts_with_scores():
     tokenizer = ByteTokenizer()
-    model = text_model(tokenizer)
+    model = gpt(vocab_size=tokenizer.vocab_size)
     found = texts.search(model, tokenizer, ["Zürich", "a"], 12, BeamSearch(3, num_return_sequences=2))
     assert [text.prompt for text in found] == ["Zürich", "Zürich", "a", "a"]
     for text in found:
