@@ -1,4 +1,4 @@
-"""What an operator's file declares for ahead-of-time compilation and for warm-up.
+"""Types of the codegen and warm-up cases that an operator's file declares.
 
 Two functions by convention, collected from every operator: `codegen_cases(dtype)` yields launches for
 `kernels.codegen`, `warmup_cases(workload)` yields calls for `kernels.warmup`.

@@ -2,7 +2,7 @@
 
 nanoGPT's MLP computes GELU by erf, with `nn.GELU`. Older versions have no such module and compute the tanh
 approximation, as GPT-2 and this package's default do. The metadata that PyTorch attaches to a `state_dict` has an entry
-for each module and tells the two apart. A GPT of this package adds its activation there, which survives nanoGPT's
+for each module and so distinguishes the two. A GPT of this package adds its activation there, which survives nanoGPT's
 train.py.
 """
 

@@ -42,7 +42,7 @@ def expected_words(
 
 
 def chosen(words: list[np.ndarray], index: np.ndarray, dropout_p: float) -> torch.Tensor:
-    """Whether the word at `index` keeps its element."""
+    """True if the word at `index` keeps its element."""
     word = np.choose(index, words).astype(np.uint32).view(np.int32)
     return torch.from_numpy(word >= philox.dropout_constants(dropout_p)[0])
 

@@ -23,7 +23,7 @@ from tests.support.oracle import DEVICE
 
 
 def specialised(value: object) -> object:
-    """What Triton specialises on: dtype and alignment of a tensor, 1 and multiples of 16 among integers."""
+    """Key that Triton specialises on: dtype and alignment of a tensor, 1 and multiples of 16 among integers."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, TensorDescriptor):

@@ -129,7 +129,7 @@ def settings_of(run: Run) -> dict[str, str]:
 
 
 def trained(run: Run) -> TrainConfig:
-    """What `gptfast train` makes of its command."""
+    """Config that `gptfast train` parses from its command."""
     word, preset, *options = run.gptfast_command("text.txt", "run")
     assert word == "train"
     return tyro.cli(TrainConfig, args=options, default=gptfast.training.recipes.RECIPES[preset])

@@ -178,7 +178,7 @@ def test_counters_of_a_draft_add_up():
 @torch.no_grad()
 @ALL_DRAFTS
 def test_log_probabilities_are_the_models_own(make):
-    """Of accepted and other tokens, before temperature, penalties and filters."""
+    """Log-probabilities of accepted and other tokens, before temperature, penalties and filters."""
     model, asked = gpt(block_size=24), Sampling(temperature=0.5, top_k=5, repetition_penalty=1.3)
     found = by_row(decode(model, Draft(make(model), 3), [4, 6], 12, asked, generator=generator()), 2)
     for (tokens, log_probs), row, length in zip(found, prompts(4, 6), (4, 6), strict=True):

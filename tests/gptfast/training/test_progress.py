@@ -1,4 +1,4 @@
-"""What a run shows and logs."""
+"""Tests of the terminal output and the log of a run."""
 
 from __future__ import annotations
 
