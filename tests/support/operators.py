@@ -283,7 +283,7 @@ def _attention_mask(case: Case) -> Tensor:
 def _attention_cancelling(inputs: dict[str, Any], upstream: dict[str, Tensor]) -> float:
     """Bound on |dp k| where a query sees one key: its probability is 1, and dp - delta cancels to a gradient of 0."""
     q, k, v = (inputs[name].abs().double() for name in "qkv")
-    if k.shape[2] != 1 or not upstream:
+    if k.shape[2] != 1 or not upstream or q.numel() == 0:
         return 0.0
     dp = (upstream["result"].abs().double() * v).sum(-1).max()
     return float(dp * torch.maximum(q.max(), k.max())) * q.shape[-1] ** -0.5
